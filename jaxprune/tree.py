@@ -1,0 +1,175 @@
+"""Leaves of a pytree by path: their names, rules over names, what is prunable.
+
+Every other room speaks of a leaf by its *path*, a string such as
+``'Conv_0/kernel'`` that is the same for Flax Linen, Flax NNX, Equinox, Haiku
+and plain dicts, and chooses leaves by *rules*: a mapping from a regular
+expression over paths to a value, in which the first match wins.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any  # A pytree of arrays, such as the params of a network.
+Rules = Mapping[str, Any]  # Regular expression over paths -> value.
+T = TypeVar('T')
+
+_WEIGHT_NAMES = ('kernel', 'weight', 'w')
+_DENSE_NAMES = ('bias', 'b', 'scale', 'offset', 'embedding', 'embeddings')
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+  """Returns a key path as one string, the same for every framework.
+
+  Flax NNX ends its paths in ``value``, which is no name of a leaf and goes.
+
+  Args:
+    path: a key path, as ``jax.tree_util.tree_flatten_with_path`` gives it.
+
+  Examples:
+    >>> leaves, _ = jax.tree_util.tree_flatten_with_path({'a': [1.0, 2.0]})
+    >>> [path_string(path) for path, _ in leaves]
+    ['a/0', 'a/1']
+  """
+  name = jax.tree_util.keystr(path, simple=True, separator='/')
+  return name.removesuffix('/value')
+
+
+def leaves(tree: PyTree) -> dict[str, Any]:
+  """Returns the leaves of a pytree by path, in the order of the pytree.
+
+  Args:
+    tree: any pytree.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+
+  Examples:
+    >>> leaves({'dense': {'kernel': 1, 'bias': 2}})
+    {'dense/bias': 2, 'dense/kernel': 1}
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  named = {path_string(path): leaf for path, leaf in flat}
+  if len(named) != len(flat):
+    names = [path_string(path) for path, _ in flat]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f'Two leaves share one path: {", ".join(twice)}.')
+  return named
+
+
+def map_with_path(
+  fn: Callable[..., Any], tree: PyTree, *rest: PyTree
+) -> PyTree:
+  """Maps ``fn(path, leaf, *rest_leaves)`` over a pytree.
+
+  Args:
+    fn: called with the path as a string and one leaf of each tree.
+    tree: the pytree that decides the structure.
+    *rest: pytrees of which ``tree`` is a prefix.
+
+  Examples:
+    >>> map_with_path(lambda path, x: f'{path}={x}', {'a': 1, 'b': 2})
+    {'a': 'a=1', 'b': 'b=2'}
+  """
+  call = lambda path, *xs: fn(path_string(path), *xs)
+  return jax.tree_util.tree_map_with_path(call, tree, *rest)
+
+
+def match(
+  rules: Mapping[str, T], paths: Iterable[str], default: T
+) -> dict[str, T]:
+  """Returns the value of each path under rules, of which the first match wins.
+
+  Args:
+    rules: regular expression -> value; it must match a path as a whole.
+    paths: the paths to decide.
+    default: the value of a path that no rule matches.
+
+  Returns:
+    path -> value, for every path, in the order of ``paths``.
+
+  Raises:
+    ValueError: if a rule is no regular expression, or if it matches no path
+      (a rule that an earlier one shadows altogether does match).
+
+  Examples:
+    >>> match({'head.*': 0.0, '.*kernel': 0.9}, ['a/kernel', 'head/kernel'], 0)
+    {'a/kernel': 0.9, 'head/kernel': 0.0}
+  """
+  paths = list(paths)
+  patterns = {}
+  for rule in rules:
+    try:
+      patterns[rule] = re.compile(rule)
+    except re.error as error:
+      raise ValueError(
+        f'Rule {rule!r} is no regular expression: {error}.'
+      ) from None
+  idle = [
+    rule
+    for rule, pattern in patterns.items()
+    if not any(pattern.fullmatch(path) for path in paths)
+  ]
+  if idle:
+    raise ValueError(
+      f'No leaf matches {", ".join(map(repr, idle))}. A rule is a regular '
+      f'expression that must match a whole path; the paths are: '
+      f'{", ".join(paths) or "none"}.'
+    )
+  first = lambda path: next(
+    (
+      rules[rule]
+      for rule, pattern in patterns.items()
+      if pattern.fullmatch(path)
+    ),
+    default,
+  )
+  return {path: first(path) for path in paths}
+
+
+def is_prunable(path: str, leaf: Any) -> bool:
+  """Whether a leaf is a weight that pruning may thin out, by default.
+
+  True for a floating-point leaf with at least two axes whose last name is
+  ``kernel``, ``weight`` or ``w``, and for one of any other name, ``bias``,
+  ``scale``, ``offset`` and ``embedding`` excepted, with at least two axes
+  longer than one. Norm scales, biases (also Equinox's, of shape (n, 1, 1)),
+  embeddings and integer leaves stay dense.
+
+  Args:
+    path: the leaf's path.
+    leaf: an array or ``jax.ShapeDtypeStruct``.
+
+  Examples:
+    >>> is_prunable('conv/kernel', jnp.zeros((3, 3, 1, 8)))
+    True
+    >>> is_prunable('conv/bias', jnp.zeros((8, 1, 1)))
+    False
+  """
+  dtype = getattr(leaf, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    return False
+  name = path.rsplit('/', 1)[-1]
+  if name in _DENSE_NAMES:
+    return False
+  wide = sum(n > 1 for n in leaf.shape)
+  return len(leaf.shape) >= 2 and (wide >= 2 or name in _WEIGHT_NAMES)
+
+
+def size(tree: PyTree) -> int:
+  """Returns the number of entries of all leaves, an exact Python int.
+
+  Args:
+    tree: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+
+  Examples:
+    >>> size({'kernel': jnp.zeros((3, 4)), 'bias': jnp.zeros(4)})
+    16
+  """
+  return sum(
+    int(np.prod(np.shape(leaf), dtype=object)) for leaf in jax.tree.leaves(tree)
+  )
