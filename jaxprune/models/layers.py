@@ -1,0 +1,227 @@
+"""What the networks share: widths by layer, bypassed blocks, depthwise maps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Pad = tuple[tuple[int, int], tuple[int, int]]  # Rows, columns: (before, after).
+Keep = Mapping[str, Any]  # Name of a block -> bool, or a traced bool scalar.
+
+
+def widths(params: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the width of every layer that has a kernel, by its path.
+
+  A network built with these ``widths`` has parameters of these shapes, so a
+  shrunk network is the same module again: ``resnet20(widths=widths(small))``.
+
+  Args:
+    params: nested dicts of arrays or ``jax.ShapeDtypeStruct``.
+
+  Returns:
+    path of the layer, such as ``'stage1_block1/conv1'`` -> length of the last
+    axis of its kernel.
+
+  Examples:
+    >>> widths({'block': {'conv': {'kernel': jnp.zeros((3, 3, 2, 8))}}})
+    {'block/conv': 8}
+  """
+  found = {}
+  for name, child in params.items():
+    if isinstance(child, Mapping):
+      if 'kernel' in child:
+        found[name] = child['kernel'].shape[-1]
+      found |= {f'{name}/{rest}': n for rest, n in widths(child).items()}
+  return found
+
+
+def check_widths(module: nn.Module, given: Mapping[str, int]) -> None:
+  """Raises ValueError if a width was given that no layer has.
+
+  A layer whose width is fixed by what it reads (a depthwise convolution) or by
+  what it is added to (the last convolution of a residual block) may be named,
+  with that width. Costs nothing but Python at trace time.
+
+  Args:
+    module: a bound module, after its layers were called.
+    given: path of a layer -> width.
+  """
+  have = widths(module.variables['params']) if given else {}
+  unknown = sorted(set(given) - set(have))
+  if unknown:
+    raise ValueError(
+      f'`widths` names {", ".join(map(repr, unknown))}, and '
+      f'{type(module).__name__} has no such layer; it has: {", ".join(have)}.'
+    )
+  wrong = [
+    f'{name!r} must be {have[name]}, got {n}'
+    for name, n in given.items()
+    if n != have[name]
+  ]
+  if wrong:
+    raise ValueError(
+      f'`widths` of {"; ".join(wrong)}: the width of a layer that is added to '
+      f'a residual stream or works on each channel alone is that of its '
+      f'stream. Change the layer that opens the stream.'
+    )
+
+
+def check_images(x: Array, sides: int = 1) -> None:
+  """Raises unless x is a batch of float images of at least that side.
+
+  Args:
+    x: the images; shape (batch, height, width, channels), floating point.
+    sides: least height and width.
+  """
+  if x.ndim != 4:
+    raise ValueError(
+      f'Images must have shape (batch, height, width, channels), got {x.shape}.'
+    )
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(
+      f'Images must be floating point, got {x.dtype}; scale them first, for '
+      f'example x / 255.'
+    )
+  if min(x.shape[1:3]) < sides:
+    raise ValueError(
+      f'Images must be at least {sides} x {sides}, got '
+      f'{x.shape[1]} x {x.shape[2]}.'
+    )
+
+
+def check_names(what: str, names: Any, known: list[str], why: str) -> None:
+  """Raises ValueError if ``names`` holds one that is not in ``known``."""
+  unknown = sorted(set(names) - set(known))
+  if unknown:
+    raise ValueError(
+      f'`{what}` names {", ".join(map(repr, unknown))}; {why}: '
+      f'{", ".join(known) or "none"}.'
+    )
+
+
+def bypass(block: Any, x: Array, train: bool, keep: Any) -> Array:
+  """Returns ``block(x, train)`` if ``keep``, else x.
+
+  A Python bool decides at trace time. A traced one decides at run time, and the
+  statistics of a block that was skipped stay as they were.
+  """
+  if keep is True:
+    return block(x, train)
+  if keep is False:
+    return x
+  run = lambda block, x: block(x, train)
+  return nn.cond(keep, run, lambda block, x: x, block, x)
+
+
+def pool(x: Array) -> Array:
+  """Returns the mean over height and width; shape (batch, channels)."""
+  return jnp.mean(x, axis=(1, 2))
+
+
+def max_pool(x: Array, window: int, stride: int, padding: Any) -> Array:
+  """Returns the maximum over square windows; ``padding`` counts as -inf."""
+  return nn.max_pool(x, (window, window), (stride, stride), padding)
+
+
+def same(kernel: int) -> Pad:
+  """Returns the padding that keeps the side at stride 1, written out.
+
+  Never ``'SAME'``: at stride 2 that pads even and odd sides differently, so a
+  small image in a large canvas would not give what the small image gives.
+
+  Examples:
+    >>> same(3)
+    ((1, 1), (1, 1))
+  """
+  pad = ((kernel - 1) // 2, kernel // 2)
+  return pad, pad
+
+
+def tensorflow_pad(kernel: int, stride: int) -> Pad:
+  """Returns TensorFlow's padding of an even side, written out.
+
+  Examples:
+    >>> tensorflow_pad(3, 1), tensorflow_pad(3, 2)
+    (((1, 1), (1, 1)), ((0, 1), (0, 1)))
+  """
+  total = kernel - stride
+  pad = (total // 2, total - total // 2)
+  return pad, pad
+
+
+class DepthwiseConv(nn.Module):
+  """A convolution of each channel with a kernel of its own, without bias.
+
+  XLA's grouped convolution is slow on CPU. There the same sum is written as
+  shifted slices of the padded input times rows of the kernel, accumulated in
+  float32: y[h, w, c] = sum over i, j of x[s h + i, s w + j, c] k[i, j, 0, c].
+
+  Attributes:
+    kernel_size: side of the kernel.
+    stride: step in both directions.
+    padding: rows and columns added, ((before, after), (before, after)).
+    grouped: True for ``lax.conv_general_dilated`` with one group a channel,
+      False for shift-and-add, None for what the default backend does faster.
+    dtype: dtype of the computation; the kernel is float32.
+  """
+
+  kernel_size: int
+  stride: int
+  padding: Pad
+  grouped: bool | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns the convolved images; shape (batch, rows, columns, channels)."""
+    side, channels = self.kernel_size, x.shape[-1]
+    # Fan-in, 1 / side^2: the usual fan-out is `channels` times too large here
+    # and the signal would fade from layer to layer.
+    init = nn.initializers.he_normal()
+    kernel = self.param('kernel', init, (side, side, 1, channels), jnp.float32)
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    grouped = self.grouped
+    if grouped is None:
+      grouped = jax.default_backend() != 'cpu'
+    if grouped:
+      strides, names = (self.stride,) * 2, ('NHWC', 'HWIO', 'NHWC')
+      return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        self.padding,
+        dimension_numbers=names,
+        feature_group_count=channels,
+      )
+    return shift_and_add(x, kernel, self.stride, self.padding)
+
+
+def shift_and_add(x: Array, kernel: Array, stride: int, padding: Pad) -> Array:
+  """Returns the depthwise convolution of x, as a sum of shifted products.
+
+  Args:
+    x: images; shape (batch, height, width, channels).
+    kernel: shape (rows, columns, 1, channels).
+    stride: step in both directions; static.
+    padding: ((before, after), (before, after)) of height and width; static.
+
+  Returns:
+    float array of x's dtype; shape (batch, rows, columns, channels).
+  """
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  batch, height, width, channels = x.shape
+  rows, columns = kernel.shape[:2]
+  high = (height - rows) // stride * stride + 1
+  wide = (width - columns) // stride * stride + 1
+
+  def part(i: int, j: int) -> Array:
+    start, stop = (0, i, j, 0), (batch, i + high, j + wide, channels)
+    part = lax.slice(x, start, stop, (1, stride, stride, 1))
+    return part.astype(jnp.float32) * kernel[i, j][None, None]
+
+  first, *rest = (part(i, j) for i in range(rows) for j in range(columns))
+  return sum(rest, first).astype(x.dtype)
