@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 PyTree = Any  # A pytree of arrays, such as the params of a network.
 Rules = Mapping[str, Any]  # Regular expression over paths -> value.
+Which = Callable[[str, Any], bool] | Mapping[str, bool] | None
 T = TypeVar('T')
 
 _WEIGHT_NAMES = ('kernel', 'weight', 'w')
@@ -158,6 +160,59 @@ def is_prunable(path: str, leaf: Any) -> bool:
     return False
   wide = sum(n > 1 for n in leaf.shape)
   return len(leaf.shape) >= 2 and (wide >= 2 or name in _WEIGHT_NAMES)
+
+
+def prunable(params: PyTree, which: Which = None) -> PyTree:
+  """Returns params with ``optax.MaskedNode()`` for each leaf that stays dense.
+
+  A ``jax.tree.map`` over the result visits the leaves to prune and no other.
+
+  Args:
+    params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+    which: the leaves to prune. None: those of :func:`is_prunable`; a function
+      ``(path, leaf) -> bool``; or rules over paths with values True and False,
+      :func:`is_prunable` deciding where no rule matches.
+
+  Raises:
+    ValueError: if a rule matches no path, or if nothing is left to prune.
+    TypeError: if ``which``, or the value of a rule, is of another kind.
+
+  Examples:
+    >>> params = {'w': jnp.ones((2, 3)), 'head': jnp.ones((3, 2))}
+    >>> prunable(params, {'head': False})['head']
+    MaskedNode()
+  """
+  named = leaves(params)
+  if which is None:
+    chosen = {path: is_prunable(path, leaf) for path, leaf in named.items()}
+  elif callable(which):
+    chosen = {path: bool(which(path, leaf)) for path, leaf in named.items()}
+  elif isinstance(which, Mapping):
+    odd = [
+      f'{rule!r}: {x!r}' for rule, x in which.items() if x not in (True, False)
+    ]
+    if odd:
+      raise TypeError(
+        f'A rule that says which leaves to prune has the value True or False, '
+        f'got {", ".join(odd)}.'
+      )
+    ruled = match(which, named, None)
+    chosen = {
+      path: is_prunable(path, leaf) if ruled[path] is None else ruled[path]
+      for path, leaf in named.items()
+    }
+  else:
+    raise TypeError(
+      f'`which` must be None, a function (path, leaf) -> bool or rules over '
+      f'paths, got {type(which).__name__}.'
+    )
+  if not any(chosen.values()):
+    raise ValueError(
+      f'No leaf is left to prune; choose some with `which`. The paths are: '
+      f'{", ".join(named) or "none"}.'
+    )
+  keep = lambda path, leaf: leaf if chosen[path] else optax.MaskedNode()
+  return map_with_path(keep, params)
 
 
 def size(tree: PyTree) -> int:
