@@ -215,6 +215,45 @@ def prunable(params: PyTree, which: Which = None) -> PyTree:
   return map_with_path(keep, params)
 
 
+def restrict(params: PyTree, like: PyTree) -> PyTree:
+  """Returns params with ``optax.MaskedNode()`` wherever ``like`` has one.
+
+  Args:
+    params: a pytree.
+    like: masks, scores or other data of the leaves to prune.
+
+  Examples:
+    >>> masks = {'kernel': 10, 'bias': optax.MaskedNode()}
+    >>> restrict({'kernel': 1, 'bias': 2}, masks)
+    {'bias': MaskedNode(), 'kernel': 1}
+  """
+  choose = lambda leaf, x: x if isinstance(x, optax.MaskedNode) else leaf
+  return jax.tree.map(choose, params, like)
+
+
+def map_pruned(
+  fn: Callable[..., Any], params: PyTree, some: PyTree, *rest: PyTree
+) -> PyTree:
+  """Maps ``fn(w, x, ...)`` over the leaves to prune; the others pass unchanged.
+
+  Args:
+    fn: called with a leaf of params and one of each other tree.
+    params: a pytree of arrays.
+    some: a pytree like ``params`` with ``optax.MaskedNode()`` for the leaves
+      that pass.
+    *rest: further pytrees like ``some``.
+
+  Examples:
+    >>> masks = {'kernel': 10, 'bias': optax.MaskedNode()}
+    >>> map_pruned(lambda w, x: w * x, {'kernel': 1, 'bias': 2}, masks)
+    {'bias': 2, 'kernel': 10}
+  """
+  call = lambda leaf, x, *xs: (
+    leaf if isinstance(x, optax.MaskedNode) else fn(leaf, x, *xs)
+  )
+  return jax.tree.map(call, params, some, *rest)
+
+
 def size(tree: PyTree) -> int:
   """Returns the number of entries of all leaves, an exact Python int.
 

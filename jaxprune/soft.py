@@ -1,0 +1,578 @@
+"""Soft masks inside the loss: PDP, and the methods it is compared with.
+
+PDP, parameter-free differentiable pruning, is a function of the params that
+goes where the params go in a loss::
+
+  loss = lambda p, state, batch: task(model.apply(soft.pdp(p, state), batch))
+
+Each weight is multiplied by a soft mask that depends on nothing but the weight
+itself and on the threshold t between the weights to keep and to prune, which
+every call finds anew::
+
+  m(w) = sigmoid((w^2 - t^2) / (tau + c t^2))
+
+so that dm/dw pushes the weights near t to one side. :func:`pdp_init` makes the
+state at the end of a dense warm-up, its ``ramp`` is raised from 0 to 1, and
+:func:`harden` turns it into masks with an exact count of zeros.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxprune import select, tree
+
+NByM = tuple[int, int]  # Keep n of every m.
+
+
+class PDPState(NamedTuple):
+  """State of :func:`pdp`."""
+
+  pruned: tree.PyTree  # Like params; uint32[], weights to prune at full ramp.
+  ramp: jax.Array  # Fraction of `pruned` in force, 0 in warm-up; float32[].
+  tau: jax.Array  # Absolute part of the temperature; float32[].
+  c: jax.Array  # Temperature relative to t^2; float32[].
+  masks: tree.PyTree | None = None  # Like params; bool, once hardened.
+
+
+class Diagnosis(NamedTuple):
+  """What :func:`diagnose` finds, each a pytree like params of float32[]."""
+
+  threshold: tree.PyTree  # t.
+  hardness: tree.PyTree  # Mean of 4 m (1 - m): 0 is a hard mask.
+  steepness: tree.PyTree  # t^2 / (tau + c t^2).
+  gain: tree.PyTree  # d(m w)/dw at w = t: 1/2 + steepness / 2.
+  moved: tree.PyTree  # Share of weights on the other side than before.
+
+
+def pdp_init(
+  params: tree.PyTree,
+  sparsity: float | jax.Array | Mapping[str, float] | None = None,
+  *,
+  n_by_m: NByM | None = None,
+  which: tree.Which = None,
+  tau: float | jax.Array = 1e-4,
+  c: float | jax.Array = 0.0,
+) -> PDPState:
+  """Returns the state of :func:`pdp` at the end of the dense warm-up.
+
+  One sparsity for all leaves draws one global magnitude threshold and gives
+  each leaf the share of its weights below it; from then on weights compete
+  within their leaf. The shares are kept as counts, whose sum is exactly
+  round(sparsity * size).
+
+  Args:
+    params: the weights after warm-up. For :func:`pdp_channels` the norms that
+      its ``reduce`` returns, with ``which=lambda *_: True``.
+    sparsity: fraction of zeros over all prunable weights, in [0, 1), static or
+      traced; or rules over paths with one sparsity per leaf, 0 where no rule
+      matches (their counts are rounded by largest remainder). None with
+      ``n_by_m``.
+    n_by_m: for :func:`pdp` with the same argument: n kept of every m.
+    which: the leaves to prune, as for :func:`jaxprune.tree.prunable`.
+    tau: absolute temperature, in units of a squared weight, at least 0.
+    c: temperature relative to t^2, at least 0. The published rule is c = 0;
+      small nets, whose weights are large, want tau = 0 and c of 0.1 to 0.5.
+
+  Returns:
+    A :class:`PDPState` with ramp 0: the identity, until it is raised.
+
+  Raises:
+    ValueError: if a sparsity is outside [0, 1), if not exactly one of sparsity
+      and ``n_by_m`` is given, if n_by_m is not 0 < n < m, if tau or c is
+      negative or both are zero, or as :func:`jaxprune.tree.prunable`.
+
+  References:
+    Cho, Adya and Naik (2023), arXiv:2305.11203. The global threshold, tau and
+    the sigmoid are confirmed from two independent implementations; c is ours.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+    >>> int(pdp_init(params, 0.75).pruned['kernel'])
+    3
+  """
+  weights = tree.prunable(params, which)
+  if (sparsity is None) == (n_by_m is None):
+    raise ValueError('Give either `sparsity` or `n_by_m`, not both.')
+  for name, value in (('tau', tau), ('c', c)):
+    if isinstance(value, float | int) and value < 0:
+      raise ValueError(f'`{name}` must be at least 0, got {value}.')
+  fixed = isinstance(tau, float | int) and isinstance(c, float | int)
+  if fixed and tau == c == 0:
+    raise ValueError('`tau` and `c` are both 0: a mask needs a temperature.')
+  if n_by_m is not None:
+    n, m = _check_n_by_m(n_by_m)
+    pruned = jax.tree.map(lambda w: jnp.uint32(w.size // m * (m - n)), weights)
+  elif isinstance(sparsity, Mapping):
+    pruned = _given_counts(weights, sparsity)
+  else:
+    assert sparsity is not None
+    pruned = _global_counts(weights, sparsity)
+  scalar = lambda x: jnp.asarray(x, jnp.float32)
+  return PDPState(pruned, scalar(0.0), scalar(tau), scalar(c))
+
+
+def pdp(
+  params: tree.PyTree,
+  state: PDPState,
+  *,
+  n_by_m: NByM | None = None,
+  axis: int = -2,
+  through: bool = False,
+) -> tree.PyTree:
+  """Returns the params with each weight multiplied by its soft mask.
+
+  m(w) w with m(w) = sigmoid((w^2 - t^2) / (tau + c t^2)), where t is halfway
+  between the smallest |w| to keep and the largest to prune. The gradient at t
+  is 1/2 + t^2 / (2 (tau + c t^2)) times that of the masked weight: the
+  temperature sets how hard the weights near t are pushed. Far below t both
+  mask and gradient vanish, and only a falling t or other forces bring a weight
+  back. Once hardened, plain ``where(mask, w, 0)``.
+
+  Weight decay acts on the raw weights. Never write the result back to params.
+
+  Args:
+    params: any pytree; leaves that the state does not prune pass unchanged.
+    state: from :func:`pdp_init`; its ramp, tau and c are traced values, so a
+      whole training compiles once.
+    n_by_m: static (n, m) for a threshold in each group of m neighbours along
+      ``axis``, in force as soon as the ramp is above 0.
+    axis: the axis of the groups; -2 is the input axis of Flax kernels.
+    through: whether gradients flow through t to the two weights that set it.
+
+  Returns:
+    Like ``params``, of the same dtypes; masks are computed in float32. Where
+    nothing is to prune the very bits of ``params``. The softest mask prunes at
+    least one weight and keeps at least one.
+
+  Raises:
+    ValueError: if m does not divide the axis of a leaf.
+
+  References:
+    Cho, Adya and Naik (2023), arXiv:2305.11203, confirmed from two independent
+    implementations. The paper takes t as a constant in the gradient.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, 3.0]])}
+    >>> state = pdp_init(params, 0.5, tau=3.0)._replace(ramp=jnp.float32(1.0))
+    >>> print(pdp(params, state)['kernel'])  # t = 2: m(1) is sigmoid(-1)
+    [[0.26894143 2.5233927 ]]
+  """
+  if state.masks is not None:
+    cut = lambda w, mask: jnp.where(mask, w, 0)
+    return tree.map_pruned(cut, params, state.masks)
+  views = _views(params, state, n_by_m, axis)
+  ts = _thresholds(views, state, n_by_m, axis, through)
+  soften = lambda x, t, k: _soften(x, t, state.tau, state.c, k > 0)
+  soft = jax.tree.map(soften, views, ts, _counts(state))
+  return tree.map_pruned(lambda _, w: w, params, soft)
+
+
+def pdp_channels(
+  params: tree.PyTree,
+  state: PDPState,
+  reduce: Callable[[tree.PyTree], tree.PyTree],
+  expand: Callable[[tree.PyTree], tree.PyTree],
+  *,
+  through: bool = False,
+) -> tree.PyTree:
+  """Returns the params with each channel's soft mask on the channel's readers.
+
+  m_j = sigmoid((u_j^2 - t^2) / (tau + c t^2)) with u = reduce(params), the
+  norm of channel j, and t halfway between the norms to keep and to prune; each
+  factor of expand(m) multiplies its leaf.
+
+  A mask on the kernel that makes a channel is invisible behind a BatchNorm in
+  training, which divides it out again, and after hardening the norm's bias
+  keeps the channel alive. So ``expand`` ought to put the mask on the readers'
+  rows, once on every path. :func:`kernel_channels` is the published form.
+
+  Args:
+    params: any pytree.
+    state: from ``pdp_init(reduce(params), ..., which=lambda *_: True)``.
+    reduce: params -> pytree of groups, float[width] each: norms.
+    expand: pytree of groups of factors -> pytree like ``params`` of arrays that
+      broadcast to their leaf, ``optax.MaskedNode()`` where nothing acts.
+    through: whether gradients flow through t.
+
+  Returns:
+    Like ``params``, of the same dtypes. Once hardened, the entries that belong
+    to closed channels are exactly zero.
+
+  References:
+    Cho, Adya and Naik (2023), arXiv:2305.11203, for norms of filters; whole
+    groups and the readers' rows are ours.
+
+  Examples:
+    >>> params = {'a': jnp.array([[3.0, 4.0]]), 'b': jnp.array([[1.0], [1.0]])}
+    >>> reduce = lambda p: {'hidden': jnp.abs(p['a'][0])}
+    >>> expand = lambda g: {'a': optax.MaskedNode(), 'b': g['hidden'][:, None]}
+    >>> state = pdp_init(reduce(params), 0.5, which=lambda *_: True)
+    >>> hard = harden(reduce(params), state)
+    >>> print(pdp_channels(params, hard, reduce, expand)['b'])
+    [[0.]
+     [1.]]
+  """
+  if state.masks is not None:
+    ones = lambda mask: mask.astype(jnp.float32)
+    factors = expand(jax.tree.map(ones, state.masks))
+    cut = lambda w, f: jnp.where(f > 0, w, 0)
+    return tree.map_pruned(cut, params, factors)
+  norms = reduce(params)
+  scores = _views(norms, state, None, 0)
+  ts = _thresholds(scores, state, None, 0, through)
+  gate = lambda u, t, k: jnp.where(
+    k > 0, _soft_mask(u.astype(jnp.float32), t, state.tau, state.c), 1.0
+  )
+  soft = jax.tree.map(gate, scores, ts, _counts(state))
+  ones = jax.tree.map(lambda u: jnp.ones(u.shape, jnp.float32), norms)
+  factors = expand(tree.map_pruned(lambda _, m: m, ones, soft))
+  scale = lambda w, f: (w * f).astype(w.dtype)
+  return tree.map_pruned(scale, params, factors)
+
+
+def kernel_channels(
+  params: tree.PyTree, *, which: tree.Which = None, axis: int = -1
+) -> tuple[
+  Callable[[tree.PyTree], tree.PyTree], Callable[[tree.PyTree], tree.PyTree]
+]:
+  """Returns ``reduce`` and ``expand`` that mask filters on their own kernels.
+
+  u_j = ||W[..., j]||_2, the published channel form of PDP. It warns where the
+  params hold the scale of a norm as long as a kernel is wide.
+
+  Args:
+    params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+    which: the kernels, as for :func:`jaxprune.tree.prunable`.
+    axis: the output axis of every kernel; -1 for Flax.
+
+  Returns:
+    Two functions for :func:`pdp_channels`; a group is a kernel, by path.
+
+  Raises:
+    ValueError: as :func:`jaxprune.tree.prunable`.
+
+  References:
+    Cho, Adya and Naik (2023), arXiv:2305.11203, confirmed from code.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
+    >>> reduce, expand = kernel_channels(params)
+    >>> print(reduce(params)['kernel'])
+    [5. 2.]
+  """
+  kernels = tree.leaves(tree.prunable(params, which))
+  widths = {w.shape[axis]: path for path, w in kernels.items()}
+  for path, leaf in tree.leaves(params).items():
+    if path.endswith('scale') and leaf.shape[-1:] and leaf.size in widths:
+      warnings.warn(
+        f'{path!r} looks like the norm behind {widths[leaf.size]!r}: in '
+        f'training it divides a mask on that kernel out again. Let `expand` '
+        f'mask the rows of the layers that read the channels.',
+        stacklevel=2,
+      )
+      break
+
+  def reduce(params):
+    named = tree.leaves(params)
+    norm = lambda w: jnp.sqrt(
+      jnp.sum(jnp.square(w.astype(jnp.float32)), _others(w, axis))
+    )
+    return {path: norm(named[path]) for path in kernels}
+
+  def expand(groups):
+    def place(path, w):
+      if path not in groups:
+        return optax.MaskedNode()
+      return jnp.expand_dims(groups[path], _others(w, axis))
+
+    return tree.map_with_path(place, params)
+
+  return reduce, expand
+
+
+def sides(
+  params: tree.PyTree,
+  state: PDPState,
+  *,
+  n_by_m: NByM | None = None,
+  axis: int = -2,
+) -> tree.PyTree:
+  """Returns which weights lie on the kept side of t, at the ramp in force.
+
+  Args:
+    params: as for :func:`pdp`; for channels, ``reduce(params)``.
+    state: from :func:`pdp_init`.
+    n_by_m: as for :func:`pdp`.
+    axis: as for :func:`pdp`.
+
+  Returns:
+    bool masks, ``optax.MaskedNode()`` where a leaf is not pruned. The count of
+    zeros of each leaf is exact; the lower index wins a tie.
+
+  Raises:
+    ValueError: as :func:`pdp`.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, -2.0, 3.0, -4.0]])}
+    >>> state = pdp_init(params, 0.5)._replace(ramp=jnp.float32(0.5))
+    >>> print(sides(params, state)['kernel'])
+    [[False  True  True  True]]
+  """
+  views = jax.tree.map(jnp.abs, _views(params, state, n_by_m, axis))
+  ks = _counts(state)
+  if n_by_m is None:
+    keep = jax.tree.map(lambda x, k: jnp.uint32(x.size) - k, views, ks)
+    masks = select.top_masks(views, keep)
+  else:
+    draw = lambda x, k: _top_of_group(x, n_by_m[0], axis) | (k == 0)
+    masks = jax.tree.map(draw, views, ks)
+  live = tree.restrict(params, state.pruned)
+  return jax.tree.map(lambda w, mask: mask.reshape(w.shape), live, masks)
+
+
+def harden(
+  params: tree.PyTree,
+  state: PDPState,
+  *,
+  n_by_m: NByM | None = None,
+  axis: int = -2,
+) -> PDPState:
+  """Returns the state with the masks of the full sparsity frozen into it.
+
+  mask = |w| >= t, ties by position: exactly ``state.pruned`` zeros in each
+  leaf and the asked number over all leaves, whatever the ramp. The final
+  weights are ``pdp(params, harden(params, state))``; that state serves for
+  fine-tuning under the frozen masks too.
+
+  Args:
+    params: as for :func:`sides`.
+    state: from :func:`pdp_init`.
+    n_by_m: as for :func:`pdp`.
+    axis: as for :func:`pdp`.
+
+  Raises:
+    ValueError: as :func:`pdp`.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, -2.0, 3.0, -4.0]])}
+    >>> print(pdp(params, harden(params, pdp_init(params, 0.75)))['kernel'])
+    [[ 0.  0.  0. -4.]]
+  """
+  full = state._replace(ramp=jnp.ones_like(state.ramp))
+  return state._replace(masks=sides(params, full, n_by_m=n_by_m, axis=axis))
+
+
+def diagnose(
+  params: tree.PyTree,
+  state: PDPState,
+  *,
+  n_by_m: NByM | None = None,
+  axis: int = -2,
+  before: tree.PyTree | None = None,
+) -> Diagnosis:
+  """Returns the figures that tell why a soft mask works, or does not.
+
+  Args:
+    params: as for :func:`sides`.
+    state: from :func:`pdp_init`, not hardened; its ramp counts.
+    n_by_m: as for :func:`pdp`; figures are means over the groups.
+    axis: as for :func:`pdp`.
+    before: masks from :func:`sides` at an earlier step; ``moved`` is 0 if None.
+
+  Returns:
+    A :class:`Diagnosis`, fit for jit and for logging. Leaves of which nothing
+    is pruned yet are described by the mildest threshold, one weight pruned.
+
+  Raises:
+    ValueError: as :func:`pdp`.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, 3.0]])}
+    >>> found = diagnose(params, pdp_init(params, 0.5, tau=0.0, c=0.5))
+    >>> print(found.steepness['kernel'], found.gain['kernel'])
+    2.0 1.5
+  """
+  views = _views(params, state, n_by_m, axis)
+  ts = _thresholds(views, state, n_by_m, axis, False)
+  temper = lambda t: _temperature(t, state.tau, state.c)
+
+  def hardness(x, t):
+    m = _soft_mask(x.astype(jnp.float32), t, state.tau, state.c)
+    return jnp.mean(4 * m * (1 - m))
+
+  steep = jax.tree.map(lambda t: jnp.mean(t * t / temper(t)), ts)
+  if before is None:
+    moved = jax.tree.map(lambda _: jnp.float32(0), ts)
+  else:
+    now = sides(params, state, n_by_m=n_by_m, axis=axis)
+    moved = jax.tree.map(lambda a, b: jnp.mean(a != b), now, before)
+  return Diagnosis(
+    threshold=jax.tree.map(jnp.mean, ts),
+    hardness=jax.tree.map(hardness, views, ts),
+    steepness=steep,
+    gain=jax.tree.map(lambda x: 0.5 + 0.5 * x, steep),
+    moved=moved,
+  )
+
+
+# The maths of PDP.
+
+
+def _temperature(t: jax.Array, tau: jax.Array, c: jax.Array) -> jax.Array:
+  # A threshold of zero, where most weights are, must not divide by zero.
+  return jnp.maximum(tau + c * lax.stop_gradient(t * t), 1e-30)
+
+
+def _soft_mask(
+  x: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array
+) -> jax.Array:
+  return jax.nn.sigmoid((x * x - t * t) / _temperature(t, tau, c))
+
+
+@jax.checkpoint  # The mask is cheaper to compute again than to hold.
+def _soften(
+  w: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array, on: jax.Array
+) -> jax.Array:
+  x = w.astype(jnp.float32)
+  return jnp.where(on, (_soft_mask(x, t, tau, c) * x).astype(w.dtype), w)
+
+
+def _counts(state: PDPState) -> tree.PyTree:
+  """Returns how many weights of each leaf are to prune now, uint32[]."""
+  ramp = state.ramp
+
+  def count(n):
+    part = jnp.round(ramp * n.astype(jnp.float32)).astype(jnp.uint32)
+    return jnp.where(ramp >= 1, n, part)  # float32 would blur a large count.
+
+  return jax.tree.map(count, state.pruned)
+
+
+def _thresholds(
+  views: tree.PyTree,
+  state: PDPState,
+  n_by_m: NByM | None,
+  axis: int,
+  through: bool,
+) -> tree.PyTree:
+  """Returns t of every leaf, float32: a scalar, or one per group of m."""
+  scores = jax.tree.map(jnp.abs, views)
+  if n_by_m is not None:
+    ts = jax.tree.map(lambda x: _group_threshold(x, n_by_m[0], axis), scores)
+    return ts if through else jax.tree.map(lax.stop_gradient, ts)
+  clip = lambda x, k: jnp.clip(
+    jnp.uint32(x.size) - k, 1, max(x.size - 1, 1)
+  ).astype(jnp.uint32)
+  keep = jax.tree.map(clip, scores, _counts(state))
+  low, high = select.boundaries(scores, keep)
+  if through:
+    low, high = (jax.tree.map(_pick, scores, side) for side in (low, high))
+  return jax.tree.map(_middle, low, high)
+
+
+def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
+  low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+  high = jnp.where(jnp.isfinite(high), high, low)  # A leaf of one weight.
+  return 0.5 * (low + high)
+
+
+def _pick(x: jax.Array, value: jax.Array) -> jax.Array:
+  """Returns the value as an entry of x, so that gradients reach it."""
+  flat = x.ravel()
+  return flat[jnp.argmax(flat == value)]
+
+
+def _group_threshold(x: jax.Array, n: int, axis: int) -> jax.Array:
+  kept = _top_of_group(lax.stop_gradient(x), n, axis)
+  inner = _inner(axis)
+  least = lambda x: jnp.min(
+    x, inner, keepdims=True, where=kept, initial=jnp.inf
+  )
+  most = lambda x: jnp.max(x, inner, keepdims=True, where=~kept, initial=-1.0)
+  return _middle(least(x), most(x))
+
+
+def _top_of_group(x: jax.Array, n: int, axis: int) -> jax.Array:
+  """Marks the n largest along the inner axis, the lower index first."""
+  inner = _inner(axis) % x.ndim
+  index = lax.broadcasted_iota(jnp.int32, x.shape, inner)
+  rank = jnp.zeros(x.shape, jnp.int32)
+  for j in range(x.shape[inner]):
+    other = lax.slice_in_dim(x, j, j + 1, axis=inner)
+    rank += (other > x) | ((other == x) & (j < index))
+  return rank < n
+
+
+def _inner(axis: int) -> int:
+  """Returns the axis within groups, of a view that split ``axis`` in two."""
+  return axis if axis < 0 else axis + 1
+
+
+def _views(
+  params: tree.PyTree, state: PDPState, n_by_m: NByM | None, axis: int
+) -> tree.PyTree:
+  """Returns the leaves to prune, split into groups of m where asked."""
+  live = tree.restrict(params, state.pruned)
+  if n_by_m is None:
+    return live
+  _, m = _check_n_by_m(n_by_m)
+
+  def split(path, w):
+    if not -w.ndim <= axis < w.ndim or w.shape[axis] % m:
+      raise ValueError(
+        f'{m} must divide axis {axis} of {path!r}, got the shape {w.shape}. '
+        f'Choose another axis, or leave it out with `which`.'
+      )
+    at = axis % w.ndim
+    groups = (w.shape[at] // m, m)
+    return w.reshape(*w.shape[:at], *groups, *w.shape[at + 1 :])
+
+  return tree.map_with_path(split, live)
+
+
+def _others(w: Any, axis: int) -> tuple[int, ...]:
+  return tuple(i for i in range(len(w.shape)) if i != axis % len(w.shape))
+
+
+def _check_n_by_m(n_by_m: NByM) -> NByM:
+  n, m = n_by_m
+  if not 0 < n < m:
+    raise ValueError(f'`n_by_m` must be (n, m) with 0 < n < m, got {n_by_m}.')
+  return n, m
+
+
+def _global_counts(
+  weights: tree.PyTree, sparsity: float | jax.Array
+) -> tree.PyTree:
+  total = tree.size(weights)
+  if isinstance(sparsity, float | int):
+    if not 0 <= sparsity < 1:
+      raise ValueError(f'`sparsity` must be in [0, 1), got {sparsity}.')
+    keep = total - round(sparsity * total)
+  else:
+    keep = jnp.uint32(total) - jnp.round(sparsity * total).astype(jnp.uint32)
+  masks = select.top_masks(jax.tree.map(jnp.abs, weights), keep)
+  return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
+
+
+def _given_counts(
+  weights: tree.PyTree, rules: Mapping[str, float]
+) -> tree.PyTree:
+  named = tree.leaves(weights)
+  given = tree.match(rules, named, 0.0)
+  odd = [f'{path}: {r}' for path, r in given.items() if not 0 <= r < 1]
+  if odd:
+    raise ValueError(f'A sparsity must be in [0, 1), got {", ".join(odd)}.')
+  quotas = {path: r * named[path].size for path, r in given.items()}
+  counts = {path: int(quota) for path, quota in quotas.items()}
+  missing = round(sum(quotas.values())) - sum(counts.values())
+  by_remainder = sorted(counts, key=lambda path: counts[path] - quotas[path])
+  for path in by_remainder[:missing]:
+    counts[path] += 1
+  return tree.map_with_path(lambda path, _: jnp.uint32(counts[path]), weights)
