@@ -1,6 +1,6 @@
 """What the networks share: widths by layer, bypassed blocks, depthwise maps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -70,12 +70,11 @@ def check_widths(module: nn.Module, given: Mapping[str, int]) -> None:
     )
 
 
-def check_images(x: Array, sides: int = 1) -> None:
-  """Raises unless x is a batch of float images of at least that side.
+def check_images(x: Array) -> None:
+  """Raises unless x is a batch of float images, or of features of them.
 
   Args:
-    x: the images; shape (batch, height, width, channels), floating point.
-    sides: least height and width.
+    x: shape (batch, height, width, channels), floating point.
   """
   if x.ndim != 4:
     raise ValueError(
@@ -85,11 +84,6 @@ def check_images(x: Array, sides: int = 1) -> None:
     raise TypeError(
       f'Images must be floating point, got {x.dtype}; scale them first, for '
       f'example x / 255.'
-    )
-  if min(x.shape[1:3]) < sides:
-    raise ValueError(
-      f'Images must be at least {sides} x {sides}, got '
-      f'{x.shape[1]} x {x.shape[2]}.'
     )
 
 
@@ -103,23 +97,67 @@ def check_names(what: str, names: Any, known: list[str], why: str) -> None:
     )
 
 
-def bypass(block: Any, x: Array, train: bool, keep: Any) -> Array:
-  """Returns ``block(x, train)`` if ``keep``, else x.
+def check_stages(start: int, stop: int | None, count: int) -> int:
+  """Returns the stage to stop before; raises unless 0 <= start < stop."""
+  stop = count if stop is None else stop
+  if not 0 <= start < stop <= count:
+    raise ValueError(
+      f'Stages must satisfy 0 <= start < stop <= {count}, got '
+      f'start={start}, stop={stop}.'
+    )
+  return stop
+
+
+def kept(keep: Keep | None, drop: Sequence[str], known: list[str]) -> Keep:
+  """Returns name -> whether to run it, for every block that can be skipped."""
+  why = 'the blocks that can be skipped are'
+  check_names('drop', drop, known, why)
+  check_names('keep', keep or {}, known, why)
+  return {**(keep or {}), **dict.fromkeys(drop, False)}
+
+
+def bypass(block: Any, x: Array, *args: Any, keep: Any) -> Array:
+  """Returns ``block(x, *args)`` if ``keep``, else x.
 
   A Python bool decides at trace time. A traced one decides at run time, and the
   statistics of a block that was skipped stay as they were.
   """
   if keep is True:
-    return block(x, train)
+    return block(x, *args)
   if keep is False:
     return x
-  run = lambda block, x: block(x, train)
+  run = lambda block, x: block(x, *args)
   return nn.cond(keep, run, lambda block, x: x, block, x)
 
 
 def pool(x: Array) -> Array:
   """Returns the mean over height and width; shape (batch, channels)."""
   return jnp.mean(x, axis=(1, 2))
+
+
+def conv(
+  width: int, kernel: int, stride: int, padding: Pad, dtype: Any, name: str
+) -> nn.Conv:
+  """Returns a square convolution without bias, started as He et al. do."""
+  return nn.Conv(
+    width,
+    (kernel, kernel),
+    stride,
+    padding,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=nn.initializers.he_normal(),
+    name=name,
+  )
+
+
+def norm(
+  train: bool, momentum: float, epsilon: float, dtype: Any, name: str
+) -> nn.BatchNorm:
+  """Returns a batch normalisation; ``momentum`` is that of the running mean."""
+  return nn.BatchNorm(
+    not train, momentum=momentum, epsilon=epsilon, dtype=dtype, name=name
+  )
 
 
 def max_pool(x: Array, window: int, stride: int, padding: Any) -> Array:

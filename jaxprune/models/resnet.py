@@ -99,6 +99,11 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
 
   @property
+  def num_stages(self) -> int:
+    """The number of stages, for ``start`` and ``stop``."""
+    return len(self.blocks)
+
+  @property
   def bypassable(self) -> list[str]:
     """Names of the blocks that can be skipped: identity shortcuts."""
     return [name for name, _, _, kind in self._plan() if kind == 'identity']
@@ -135,13 +140,10 @@ class ResNet(nn.Module):
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
-    keep = {**(keep or {}), **dict.fromkeys(self.drop, False)}
-    why = 'the blocks with an identity shortcut are'
-    layers.check_names('drop', self.drop, self.bypassable, why)
-    layers.check_names('keep', keep, self.bypassable, why)
+    keep = layers.kept(keep, self.drop, self.bypassable)
     padded = [name for name, _, _, kind in self._plan() if kind == 'pad']
     layers.check_names('pads', self.pads, padded, 'the blocks that pad are')
-    stop = len(self.blocks) if stop is None else stop
+    stop = layers.check_stages(start, stop, self.num_stages)
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     if start == 0:
       x = self._stem(x, train)
@@ -158,8 +160,8 @@ class ResNet(nn.Module):
       sizes.append(x.shape[-1] if kind == 'identity' else last)
       pad = self.pads.get(name)
       run = block(sizes, stride, kind, pad, self.dtype, name=name)
-      x = layers.bypass(run, x, train, keep.get(name, True))
-    if stop == len(self.blocks):
+      x = layers.bypass(run, x, train, keep=keep.get(name, True))
+    if stop == self.num_stages:
       x = layers.pool(x) if self.head == 'pool' else x.reshape(len(x), -1)
       classes = self.widths.get('head', self.num_classes)
       x = nn.Dense(classes, dtype=self.dtype, name='head')(x)
@@ -194,23 +196,131 @@ class ResNet(nn.Module):
     return rows
 
 
+class PreActivationBlock(nn.Module):
+  """x' + conv(relu(norm(conv(a)))), with a = relu(norm(x)).
+
+  x' is x, or a 1 x 1 convolution of a at the block's stride.
+
+  Attributes:
+    widths: channels after each of the two 3 x 3 convolutions.
+    stride: of the first convolution, and of the shortcut.
+    projects: whether the shortcut is the convolution.
+    dropout: rate between the two convolutions in training.
+    dtype: dtype of the computation; parameters are float32.
+  """
+
+  widths: Sequence[int]
+  stride: int = 1
+  projects: bool = False
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    """Returns the block's output; shape (batch, rows, columns, widths[1])."""
+    inner, stream = self.widths
+    a = nn.relu(_norm(train, self.dtype, 'norm1')(x))
+    y = _conv(inner, 3, self.stride, self.dtype, 'conv1')(a)
+    y = nn.relu(_norm(train, self.dtype, 'norm2')(y))
+    y = nn.Dropout(self.dropout, deterministic=not train)(y)
+    y = _conv(stream, 3, 1, self.dtype, 'conv2')(y)
+    if self.projects:
+      x = _conv(stream, 1, self.stride, self.dtype, 'shortcut')(a)
+    return y + x
+
+
+class WideResNet(nn.Module):
+  """A wide residual network (Zagoruyko & Komodakis, 2016, arXiv:1605.07146).
+
+  The layers are ``stem``, ``stage{s}_block{b}/conv{i}`` and ``/shortcut``, and
+  ``head``; the last norm is ``norm``.
+
+  Attributes:
+    depth: 6 n + 4 for n blocks in each of the three stages.
+    factor: the stages are 16, 32 and 64 times ``factor`` wide.
+    num_classes: width of the last dense layer.
+    dropout: rate inside each block in training; needs the rng 'dropout'.
+    widths: path of a layer -> width, where it is not the one above. The stem
+      and the second convolution of a block with a projection open a stream.
+    drop: names of blocks to leave out, of those with an identity shortcut.
+    remat: recompute each block in the backward pass instead of storing it.
+    dtype: dtype of the computation; parameters and logits are float32.
+  """
+
+  depth: int = 16
+  factor: int = 8
+  num_classes: int = 10
+  dropout: float = 0.0
+  widths: Mapping[str, int] = field(default_factory=dict)
+  drop: Sequence[str] = ()
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @property
+  def num_stages(self) -> int:
+    """The number of stages, for ``start`` and ``stop``."""
+    return 3
+
+  @property
+  def bypassable(self) -> list[str]:
+    """Names of the blocks that can be skipped: identity shortcuts."""
+    count = (self.depth - 4) // 6
+    pairs = [(s, b) for s in (1, 2, 3) for b in range(2, count + 1)]
+    return [f'stage{s}_block{b}' for s, b in pairs]
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    train: bool = False,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    keep: Keep | None = None,
+  ) -> Array:
+    """Returns the logits, or the features at the end of a stage.
+
+    Arguments, result and errors are those of :class:`ResNet`; a ``depth`` that
+    is not 6 n + 4 is a ValueError too.
+    """
+    if self.depth < 10 or (self.depth - 4) % 6:
+      raise ValueError(f'`depth` must be 6 n + 4, n >= 1, got {self.depth}.')
+    layers.check_images(x)
+    keep = layers.kept(keep, self.drop, self.bypassable)
+    stop = layers.check_stages(start, stop, self.num_stages)
+    block = PreActivationBlock
+    block = nn.remat(block, static_argnums=(2,)) if self.remat else block
+    if start == 0:
+      width = self.widths.get('stem', 16)
+      x = _conv(width, 3, 1, self.dtype, 'stem')(x)
+    for stage in range(start, stop):
+      for i in range((self.depth - 4) // 6):
+        name, stream = (
+          f'stage{stage + 1}_block{i + 1}',
+          self.factor << 4 + stage,
+        )
+        inner = self.widths.get(f'{name}/conv1', stream)
+        last = self.widths.get(f'{name}/conv2', stream)
+        sizes = (inner, last if i == 0 else x.shape[-1])
+        stride = 2 if i == 0 and stage > 0 else 1
+        run = block(sizes, stride, i == 0, self.dropout, self.dtype, name=name)
+        x = layers.bypass(run, x, train, keep=keep.get(name, True))
+    if stop == self.num_stages:
+      x = layers.pool(nn.relu(_norm(train, self.dtype, 'norm')(x)))
+      classes = self.widths.get('head', self.num_classes)
+      x = nn.Dense(classes, dtype=self.dtype, name='head')(x)
+      x = x.astype(jnp.float32)
+    layers.check_widths(self, self.widths)
+    return x
+
+
 def _conv(width: int, kernel: int, stride: int, dtype: Any, name: str):
-  return nn.Conv(
-    width,
-    (kernel, kernel),
-    stride,
-    layers.same(kernel),
-    use_bias=False,
-    dtype=dtype,
-    kernel_init=nn.initializers.he_normal(),
-    name=name,
-  )
+  padding = layers.same(kernel)
+  return layers.conv(width, kernel, stride, padding, dtype, name)
 
 
 def _norm(train: bool, dtype: Any, name: str):
-  return nn.BatchNorm(
-    not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-  )
+  return layers.norm(train, 0.9, 1e-5, dtype, name)
 
 
 def _pad_channels(x: Array, width: int, stride: int, before: int | None):
@@ -261,3 +371,5 @@ resnet_digits = functools.partial(
   stem='small',
   head='flatten',
 )
+
+wrn_16_8 = functools.partial(WideResNet, 16, 8)
