@@ -67,8 +67,8 @@ class BERT(nn.Module):
 
   Devlin et al. (2018, arXiv:1810.04805). The layers with a kernel are
   ``layer{i}/query``, ``/key``, ``/value``, ``/attention_output``,
-  ``/intermediate`` and ``/output``, ``pooler`` and ``head``; an encoder layer is
-  a stage. The defaults are BERT-base, uncased.
+  ``/intermediate`` and ``/output``, ``pooler`` and ``head``; each encoder layer
+  is a stage. The defaults are BERT-base, uncased.
 
   Attributes:
     vocab_size: number of tokens.

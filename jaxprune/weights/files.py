@@ -1,0 +1,140 @@
+"""Reads arrays and configurations of other libraries from files."""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+  """Returns the arrays of a ``.npz`` or ``.safetensors`` file by name.
+
+  The format of safetensors is read here, without its library: 8 bytes with the
+  length of a JSON header, the header with dtype, shape and byte range of each
+  array, the bytes. Arrays are views of the mapped file.
+
+  Args:
+    path: a file; pickles are refused.
+
+  Raises:
+    ValueError: if the file is of another kind, damaged, or has an array of an
+      unknown dtype; it is named.
+    FileNotFoundError: if there is none.
+  """
+  path = os.fspath(path)
+  if path.endswith('.npz'):
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+      if isinstance(error, FileNotFoundError):
+        raise
+      raise ValueError(f'{path!r} is no whole .npz file: {error}.') from error
+  if path.endswith('.safetensors'):
+    return _read_safetensors(path)
+  raise ValueError(
+    f'{path!r} must end in .npz or .safetensors. Save a PyTorch checkpoint as '
+    f'one of them first, for example with numpy.savez(path, **{{name: array}}).'
+  )
+
+
+def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the keywords of ``models.BERT`` for a Hugging Face ``config.json``.
+
+  Args:
+    config: the file, as ``json.load`` gives it.
+
+  Raises:
+    ValueError: if a key is missing, or if the model is not BERT as we have it:
+      another type, activation or kind of positions.
+
+  Examples:
+    >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2,
+    ...              num_attention_heads=4, intermediate_size=16,
+    ...              max_position_embeddings=5, type_vocab_size=2)
+    >>> bert_options(sizes | {'id2label': {'0': 'a', '1': 'b', '2': 'c'}})[
+    ...     'num_classes']
+    3
+  """
+  expected = {
+    'model_type': 'bert',
+    'hidden_act': 'gelu',
+    'position_embedding_type': 'absolute',
+  }
+  for key, value in expected.items():
+    if config.get(key, value) != value:
+      raise ValueError(
+        f'The config must have {key} {value!r}, got {config[key]!r}.'
+      )
+  keys = {
+    'vocab_size': 'vocab_size',
+    'hidden': 'hidden_size',
+    'depth': 'num_hidden_layers',
+    'heads': 'num_attention_heads',
+    'intermediate': 'intermediate_size',
+    'positions': 'max_position_embeddings',
+    'types': 'type_vocab_size',
+  }
+  lost = [key for key in keys.values() if key not in config]
+  if lost:
+    raise ValueError(f'The config of a BERT lacks {", ".join(lost)}.')
+  return {
+    **{ours: config[theirs] for ours, theirs in keys.items()},
+    'num_classes': len(config.get('id2label', (0, 1))),
+    'dropout': config.get('hidden_dropout_prob', 0.1),
+    'epsilon': config.get('layer_norm_eps', 1e-12),
+  }
+
+
+_DTYPES = {
+  'BOOL': np.bool_,
+  'U8': np.uint8,
+  'I8': np.int8,
+  'I16': np.int16,
+  'I32': np.int32,
+  'I64': np.int64,
+  'F16': np.float16,
+  'BF16': jnp.bfloat16,
+  'F32': np.float32,
+  'F64': np.float64,
+}
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+  data = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else b''
+  length = int.from_bytes(bytes(data[:8]), 'little')
+  if len(data) < 8 or length > len(data) - 8:
+    raise ValueError(f'{path!r} is no whole .safetensors file.')
+  try:
+    header = json.loads(bytes(data[8 : 8 + length]))
+  except ValueError as error:
+    raise ValueError(f'{path!r} has a damaged header: {error}.') from error
+  body = data[8 + length :]
+  return dict(_tensors(path, header, body))
+
+
+def _tensors(
+  path: str, header: Mapping[str, Any], body: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  for name, entry in header.items():
+    if name == '__metadata__':
+      continue
+    kind, shape = entry['dtype'], tuple(entry['shape'])
+    start, stop = entry['data_offsets']
+    if kind not in _DTYPES:
+      raise ValueError(
+        f'{name!r} in {path!r} has the dtype {kind!r}; known are '
+        f'{", ".join(_DTYPES)}.'
+      )
+    size = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize
+    if not 0 <= start <= stop <= len(body) or stop - start != size:
+      raise ValueError(
+        f'{name!r} in {path!r} must have {size} bytes, its range is '
+        f'{start} to {stop} of {len(body)}: the file is damaged.'
+      )
+    yield name, body[start:stop].view(_DTYPES[kind]).reshape(shape)
