@@ -275,7 +275,7 @@ def _cutoffs(
     return []
   dtype = jnp.result_type(*xs)
   xs = [x.astype(dtype) for x in xs]
-  limbs = _stack([_limbs(count) for count in counts])
+  keep = _stack([limbs(count) for count in counts])
   sharded = any(split.names for split in splits)
   fits = sum(split.size for split in splits) < 1 << 32
   if method == 'histogram' and (sharded or not fits):
@@ -286,10 +286,10 @@ def _cutoffs(
   bisect = lambda *args: _bisection(args[:-1], args[-1], splits)
   count = lambda *args: _histogram(args[:-1], args[-1])
   if method == 'histogram':
-    return count(*xs, limbs)
+    return count(*xs, keep)
   if method == 'bisection' or sharded or not fits or jax.device_count() > 1:
-    return bisect(*xs, limbs)
-  return lax.platform_dependent(*xs, limbs, cpu=count, default=bisect)
+    return bisect(*xs, keep)
+  return lax.platform_dependent(*xs, keep, cpu=count, default=bisect)
 
 
 # Keys: unsigned integers in the order of the floats.
@@ -349,9 +349,10 @@ def _positions(x: jax.Array, split: _Split, start: int, stop: int) -> jax.Array:
 # Counts past 2**32: two limbs, high * 2**16 + low.
 
 
-def _limbs(count: Keep) -> Limbs:
+def limbs(count: Keep) -> Limbs:
+  """Returns a count as (high, low), count = high * 2**16 + low, low < 2**16."""
   if isinstance(count, tuple):
-    return _carry(*count)
+    return carry(*count)
   if isinstance(count, int | np.integer):
     high, low = divmod(int(count), 1 << 16)
     return jnp.uint32(high), jnp.uint32(low)
@@ -359,7 +360,8 @@ def _limbs(count: Keep) -> Limbs:
   return count >> 16, count & 0xFFFF
 
 
-def _carry(high: jax.Array, low: jax.Array) -> Limbs:
+def carry(high: jax.Array, low: jax.Array) -> Limbs:
+  """Brings the low limb below 2**16."""
   return high + (low >> 16), low & 0xFFFF
 
 
@@ -373,7 +375,7 @@ def _at_least(a: Limbs, b: Limbs) -> jax.Array:
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 
-def _minus(a: Limbs, b: Limbs) -> Limbs:
+def minus(a: Limbs, b: Limbs) -> Limbs:
   """Returns max(a - b, 0)."""
   borrow = (a[1] < b[1]).astype(jnp.uint32)
   high, low = a[0] - b[0] - borrow, a[1] + (borrow << 16) - b[1]
@@ -511,10 +513,10 @@ def _bisection(
   def count(test: Callable[[int], jax.Array]) -> Limbs:
     return _count([test(i) for i in leaves], splits)
 
-  def total(limbs: Limbs) -> Limbs:
+  def total(counts: Limbs) -> Limbs:
     if not pooled:
-      return limbs
-    return _carry(*(jnp.sum(x, keepdims=True, dtype=x.dtype) for x in limbs))
+      return counts
+    return carry(*(jnp.sum(x, keepdims=True, dtype=x.dtype) for x in counts))
 
   def refine(i, key):
     trial = key | (uint.type(1) << (width - 1 - i).astype(uint))
@@ -526,11 +528,11 @@ def _bisection(
   equal = [keys[i] == key[group[i]] for i in leaves]
   above = total(count(lambda i: keys[i] > key[group[i]]))
   ties = count(lambda i: equal[i])
-  places = _minus(keep, above)
+  places = minus(keep, above)
   if pooled:  # Earlier leaves come first.
     low = jnp.cumsum(ties[1], dtype=jnp.uint32) - ties[1]
     high = jnp.cumsum(ties[0], dtype=jnp.uint32) - ties[0]
-    places = _minus(places, _carry(high, low))
+    places = minus(places, carry(high, low))
   surplus = ~_at_least(places, ties)
 
   def place(test: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
@@ -557,17 +559,17 @@ def _bisection(
 
 def _count(tests: Sequence[jax.Array], splits: Sequence[_Split]) -> Limbs:
   """Counts what is true of each whole leaf; one all-reduce for like leaves."""
-  limbs = [jnp.stack(_true(test)) for test in tests]
+  counts = [jnp.stack(_true(test)) for test in tests]
   together: dict[tuple[str, ...], list[int]] = {}
   for i, split in enumerate(splits):
     together.setdefault(split.names, []).append(i)
   for names, members in together.items():
     if names:
-      sums = lax.psum(jnp.stack([limbs[i] for i in members]), names)
-      for i, limb in zip(members, sums, strict=True):
-        limbs[i] = limb
-  high, low = jnp.stack(limbs, axis=1)
-  return _carry(high, low)
+      sums = lax.psum(jnp.stack([counts[i] for i in members]), names)
+      for i, count in zip(members, sums, strict=True):
+        counts[i] = count
+  high, low = jnp.stack(counts, axis=1)
+  return carry(high, low)
 
 
 def _true(test: jax.Array) -> Limbs:

@@ -164,14 +164,14 @@ def test_shard_map_and_pmap_with_a_mask_per_shard(method):
 def test_counts_past_32_bits_are_exact():
   ones = jnp.uint32(0xFFFF)
   # 2**33 + 5 of 2**33 + 2**17 and borrow across the limbs.
-  a = select._limbs((1 << 33) + 5)
-  b = select._limbs((1 << 17) + 7)
-  high, low = select._minus(a, b)
+  a = select.limbs((1 << 33) + 5)
+  b = select.limbs((1 << 17) + 7)
+  high, low = select.minus(a, b)
   assert int(high) * 65536 + int(low) == (1 << 33) - (1 << 17) - 2
   assert bool(select._at_least(a, b))
   assert not bool(select._at_least(b, a))
-  assert [int(x) for x in select._carry(ones, ones + 1)] == [65536, 0]
-  assert [int(x) for x in select._minus(b, a)] == [0, 0]
+  assert [int(x) for x in select.carry(ones, ones + 1)] == [65536, 0]
+  assert [int(x) for x in select.minus(b, a)] == [0, 0]
 
 
 def test_two_limbs_count_rows_past_the_first(monkeypatch):

@@ -1,0 +1,497 @@
+"""Masks from scores: exact counts for elements, N:M groups, blocks, channels.
+
+A mask is bool and True means kept. The functions here work on one leaf;
+``top`` and what follows it on pytrees, in which a leaf that is not pruned is
+``optax.MaskedNode()``.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import select
+from jaxprune import tree as tree_lib
+
+
+def top(
+  scores: tree_lib.PyTree,
+  sparsity: float | jax.Array | tree_lib.PyTree,
+) -> tree_lib.PyTree:
+  """Returns masks that keep the best n - round(s n) entries of each leaf.
+
+  Rounding is half to even; equal scores are settled by position, the lower
+  index is kept.
+
+  Args:
+    scores: pytree of scores, finite; ``optax.MaskedNode()`` where dense.
+    sparsity: s in [0, 1] for all leaves, or a pytree of them like ``scores``;
+      static or traced (see :func:`kept`).
+
+  Raises:
+    ValueError: if scores are not finite (checked outside of a trace; under
+      one, NaN counts as the lowest score) or a static s is out of range.
+
+  Examples:
+    >>> top({'kernel': jnp.array([1.0, 3.0, 2.0, 0.5])}, 0.5)['kernel'].tolist()
+    [False, True, True, False]
+  """
+  check_finite(scores)
+  if isinstance(sparsity, float | int | jax.Array | np.ndarray | np.generic):
+    counts = jax.tree.map(lambda x: kept(x.size, sparsity), scores)
+  else:
+    counts = jax.tree.map(lambda x, s: kept(x.size, s), scores, sparsity)
+  return select.top_masks(scores, counts)
+
+
+def kept(size: int, sparsity: float | jax.Array) -> select.Keep:
+  """Returns how many of ``size`` weights a sparsity keeps, exactly.
+
+  kept = n - round(s n), half to even.
+
+  Args:
+    size: n, static, below 2**48.
+    sparsity: s in [0, 1]. A Python float is multiplied in float64. A traced
+      float32 counts as the number m 2**-q it stands for: n m is formed in
+      integers of 72 bits and shifted by q, so that no weight is lost to the
+      24 bits of a float32 product.
+
+  Returns:
+    A Python int for a static s; else uint32 of shape [], or from 2**32 on the
+    pair (high, low) of uint32 that :func:`select.top_mask` takes.
+
+  Raises:
+    ValueError: if a static s is not in [0, 1].
+
+  Examples:
+    >>> kept(5, 0.5), kept(7, 0.5), kept(10**9, 0.9)
+    (3, 3, 100000000)
+    >>> int(kept(2**25 + 1, jnp.float32(2**-25)))
+    33554432
+  """
+  if isinstance(sparsity, float | int | np.floating):
+    if not 0 <= sparsity <= 1:
+      raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
+    return size - round(float(sparsity) * size)
+  high, low, half, rest = scale(split(size), jnp.asarray(sparsity))
+  up = half & (rest | (low & 1 == 1))
+  pruned = select.carry(high, low + up.astype(jnp.uint32))
+  high, low = select.minus(select.limbs(size), pruned)
+  return (high, low) if size >= 1 << 32 else (high << 16) | low
+
+
+def split(count: int) -> jax.Array:
+  """Returns a count below 2**48 as three limbs of 16 bits, lowest first."""
+  return jnp.array(
+    [(count >> shift) & 0xFFFF for shift in (0, 16, 32)], 'uint32'
+  )
+
+
+def scale(
+  limbs: jax.Array, fraction: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Multiplies a count by a float32 in [0, 1], exactly.
+
+  Args:
+    limbs: the count, uint32 of shape [3], as :func:`split` gives it.
+    fraction: float32 of shape [].
+
+  Returns:
+    The integer part as high * 2**16 + low, whether the first bit after the
+    point is set, and whether any later bit is.
+  """
+  bits = jax.lax.bitcast_convert_type(
+    jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0), jnp.uint32
+  )
+  exponent = jnp.maximum(bits >> 23, 1).astype(jnp.int32)
+  mantissa = jnp.where(bits >> 23 > 0, 1 << 23, 0) | (bits & 0x7FFFFF)
+  mantissa = mantissa.astype(jnp.uint32)
+  # n m in limbs of 16 bits; none of the sums of halves overflows.
+  low, high = limbs * (mantissa & 0xFFFF), limbs * (mantissa >> 16)
+  product = jnp.zeros(16, jnp.uint32)
+  product = product.at[:3].add(low & 0xFFFF).at[1:4].add(low >> 16)
+  product = product.at[1:4].add(high & 0xFFFF).at[2:5].add(high >> 16)
+  for i in range(5):
+    product = product.at[i + 1].add(product[i] >> 16)
+    product = product.at[i].set(product[i] & 0xFFFF)
+  # fraction = mantissa 2**-shift, with 23 <= shift <= 149.
+  shift = 150 - exponent
+  limb, bit = shift // 16, (shift % 16).astype(jnp.uint32)
+  window = jax.lax.dynamic_slice(jnp.pad(product, (0, 4)), (limb,), (4,))
+  whole = ((window[:3] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
+  limb, bit = (shift - 1) // 16, ((shift - 1) % 16).astype(jnp.uint32)
+  half = (product[limb] >> bit) & 1 == 1
+  below = jnp.where(jnp.arange(16) < limb, product, 0)
+  rest = jnp.any(below > 0) | (product[limb] & ((np.uint32(1) << bit) - 1) > 0)
+  return whole[1] + (whole[2] << 16), whole[0], half, rest
+
+
+def check_finite(scores: tree_lib.PyTree) -> None:
+  """Raises if scores are not finite; does nothing under a trace.
+
+  Args:
+    scores: pytree of scores.
+
+  Raises:
+    ValueError: naming every leaf that holds NaN or infinity.
+  """
+  leaves = tree_lib.leaves(scores)
+  if any(isinstance(x, jax.core.Tracer) for x in leaves.values()):
+    return
+  finite = jax.device_get({k: jnp.isfinite(x).all() for k, x in leaves.items()})
+  bad = [path for path, fine in finite.items() if not fine]
+  if bad:
+    raise ValueError(
+      f'Scores must be finite; NaN or infinity in: {", ".join(bad)}. Weights '
+      'that diverged cannot be ranked.'
+    )
+
+
+def n_by_m(
+  score: jax.Array,
+  n: int | jax.Array,
+  m: int,
+  *,
+  axis: int = -2,
+) -> jax.Array:
+  """Keeps the best n of every m consecutive entries along an axis.
+
+  An entry is kept if fewer than n others of its group are better, or equal
+  and before it. No sort: m comparisons of the whole array.
+
+  Args:
+    score: any shape; floating.
+    n: how many of each group to keep, 0 <= n <= m; static or traced.
+    m: size of a group; static, divides the axis.
+    axis: the axis a group lies along. -2 is the input axis of Linen kernels
+      (in, out) and (height, width, in, out), which hardware contracts over.
+
+  Returns:
+    bool, the shape of ``score``.
+
+  Raises:
+    ValueError: if n and m do not satisfy 0 <= n <= m, or m does not divide the
+      axis.
+
+  References:
+    Zhou et al., 2021, arXiv:2102.04010, Section 3.
+
+  Examples:
+    >>> n_by_m(jnp.array([3.0, 1.0, 2.0, 4.0]), 2, 4, axis=0).tolist()
+    [True, False, False, True]
+  """
+  if m < 1 or (isinstance(n, int) and not 0 <= n <= m):
+    raise ValueError(f'N:M needs 0 <= n <= m and m >= 1, got n={n}, m={m}.')
+  axis = _axis(axis, score.ndim)
+  if score.shape[axis] % m:
+    raise ValueError(
+      f'm = {m} must divide axis {axis} of shape {score.shape}; choose another '
+      'axis, or keep the leaf dense.'
+    )
+  shape = score.shape
+  groups = score.reshape(*shape[:axis], -1, m, *shape[axis + 1 :])
+  parts = [jnp.take(groups, i, axis=axis + 1) for i in range(m)]
+  ranks = [jnp.zeros(parts[0].shape, jnp.uint8 if m < 256 else jnp.int32)] * m
+  for i in range(m):
+    for j in range(i):
+      first = parts[j] >= parts[i]
+      ranks[i] = ranks[i] + first.astype(ranks[i].dtype)
+      ranks[j] = ranks[j] + (~first).astype(ranks[j].dtype)
+  keep = jnp.asarray(n).astype(ranks[0].dtype)
+  return jnp.stack([r < keep for r in ranks], axis + 1).reshape(shape)
+
+
+def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+  """Returns the mean score of every block; a ragged edge is its own block.
+
+  Args:
+    score: any shape; floating.
+    sizes: length of a block along each axis; those of ``score`` at most count.
+
+  Returns:
+    Array of ceil(shape / sizes), in float32 or wider.
+
+  Examples:
+    >>> block_means(jnp.array([1.0, 3.0, 5.0]), (2,)).tolist()
+    [2.0, 5.0]
+  """
+  score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+  counts = 1
+  for axis, size in enumerate(sizes):
+    length = score.shape[axis]
+    blocks = -(-length // size)
+    pads = [(0, 0)] * score.ndim
+    pads[axis] = (0, blocks * size - length)
+    shape = (*score.shape[:axis], blocks, size, *score.shape[axis + 1 :])
+    score = jnp.sum(jnp.pad(score, pads).reshape(shape), axis=axis + 1)
+    lengths = np.minimum(size, length - size * np.arange(blocks))
+    along = [1] * len(sizes)
+    along[axis] = blocks
+    counts = counts * lengths.reshape(along)
+  return score / jnp.asarray(counts, score.dtype)
+
+
+def spread(
+  mask: jax.Array, sizes: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+  """Gives every entry of a block the mask of its block.
+
+  Args:
+    mask: bool, one per block.
+    sizes: length of a block along each axis.
+    shape: shape of the leaf.
+
+  Examples:
+    >>> spread(jnp.array([True, False]), (2,), (3,)).tolist()
+    [True, True, False]
+  """
+  for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
+    if mask.shape[axis] == 1:
+      repeats = [*mask.shape]
+      repeats[axis] = length
+      mask = jnp.broadcast_to(mask, repeats)
+    elif size > 1:
+      mask = jnp.repeat(mask, size, axis=axis)
+      mask = jax.lax.slice_in_dim(mask, 0, length, axis=axis)
+  return mask
+
+
+class Blocks(NamedTuple):
+  """A granularity: blocks of entries are kept or pruned as one.
+
+  A block's score is the mean of its entries, and counts are counts of blocks.
+  """
+
+  sizes: Mapping[int, int | None]  # Axis -> length; None is the whole axis.
+  others: int | None = 1  # Length along the axes that are not named.
+
+  def along(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the length of a block along each axis of a leaf."""
+    named = {_axis(axis, len(shape)): n for axis, n in self.sizes.items()}
+    lengths = [named.get(axis, self.others) for axis in range(len(shape))]
+    return tuple(
+      max(1, n if size is None else min(size, n))
+      for size, n in zip(lengths, shape, strict=True)
+    )
+
+  def problem(self, shape: tuple[int, ...]) -> str | None:
+    """Returns why a leaf cannot be pruned so, or None."""
+    beyond = [a for a in self.sizes if not -len(shape) <= a < len(shape)]
+    return f'it has no axis {beyond[0]}' if beyond else None
+
+
+class NByM(NamedTuple):
+  """A granularity: n of every m consecutive entries along an axis are kept."""
+
+  n: int
+  m: int
+  axis: int | None = None
+
+  def problem(self, shape: tuple[int, ...], path: str = '') -> str | None:
+    """Returns why a leaf cannot be pruned so, or None."""
+    axis = self.axis
+    if axis is None:
+      if len(shape) not in (2, 4) or path.rsplit('/', 1)[-1] == 'weight':
+        return f'its layout {shape} is not known; say the axis'
+      axis = -2
+    if not -len(shape) <= axis < len(shape):
+      return f'it has no axis {axis}'
+    if shape[axis] == 1:
+      return f'axis {axis} has length 1 (a depthwise kernel?); say the axis'
+    if shape[axis] % self.m:
+      return f'{self.m} does not divide axis {axis} of {shape}'
+    return None
+
+
+Granularity = Blocks | NByM
+
+
+def elements() -> Blocks:
+  """Granularity of single entries: unstructured pruning."""
+  return Blocks({})
+
+
+def blocks(sizes: Mapping[int, int | None]) -> Blocks:
+  """Granularity of blocks; axes that are not named have length 1.
+
+  Args:
+    sizes: axis -> length of a block along it, or None for the whole axis.
+
+  Raises:
+    ValueError: if a length is below 1.
+
+  Examples:
+    >>> blocks({-2: 4, -1: 4}).along((3, 3, 64, 64))
+    (1, 1, 4, 4)
+  """
+  if any(size is not None and size < 1 for size in sizes.values()):
+    raise ValueError(f'The sides of a block must be at least 1, got {sizes}.')
+  return Blocks(dict(sizes))
+
+
+def channels(axis: int = -1) -> Blocks:
+  """Granularity of whole channels along an axis.
+
+  Args:
+    axis: -1 are the outputs (filters) of Linen kernels, -2 their inputs.
+
+  Examples:
+    >>> channels().along((3, 3, 16, 32))
+    (3, 3, 16, 1)
+  """
+  return Blocks({axis: 1}, others=None)
+
+
+def groups(n: int, m: int, *, axis: int | None = None) -> NByM:
+  """Granularity of N:M groups, such as 2:4.
+
+  Args:
+    n: how many of each group are kept, 1 <= n <= m.
+    m: size of a group.
+    axis: the axis a group lies along. By default axis -2 of kernels with two
+      or four axes; any other layout, and PyTorch's ``weight``, is refused
+      until the axis is said.
+
+  Raises:
+    ValueError: if n and m do not satisfy 1 <= n <= m.
+
+  Examples:
+    >>> groups(2, 4).problem((6, 8))
+    '4 does not divide axis -2 of (6, 8)'
+  """
+  if not 1 <= n <= m:
+    raise ValueError(f'N:M needs 1 <= n <= m, got n={n}, m={m}.')
+  return NByM(n, m, axis)
+
+
+def apply(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
+  """Returns params with exact zeros where pruned.
+
+  w where mask else 0, so that what is not finite does not get past a mask.
+
+  Args:
+    masks: pytree of bool like ``params``; ``optax.MaskedNode()`` where dense.
+    params: pytree of arrays.
+
+  Raises:
+    ValueError: naming every mask whose shape is not its leaf's.
+
+  Examples:
+    >>> params = {'w': jnp.array([2.0, 3.0])}
+    >>> apply({'w': jnp.array([True, False])}, params)['w']
+    Array([2., 0.], dtype=float32)
+  """
+  check_like(masks, params)
+  return jax.tree.map(
+    lambda w, mask: w if is_dense(mask) else jnp.where(mask, w, 0),
+    params,
+    masks,
+  )
+
+
+def check_like(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
+  """Raises if a mask has not the shape of its leaf.
+
+  Args:
+    masks: pytree of masks.
+    params: pytree of arrays.
+
+  Raises:
+    ValueError: naming every leaf that differs.
+  """
+  bad = []
+
+  def look(path, w, mask):
+    if not is_dense(mask) and np.shape(mask) != np.shape(w):
+      bad.append(
+        f'mask of {path!r} must have shape {np.shape(w)}, got {np.shape(mask)}'
+      )
+
+  tree_lib.map_with_path(look, params, masks)
+  if bad:
+    raise ValueError('; '.join(bad) + '.')
+
+
+def is_dense(mask: Any) -> bool:
+  """Whether a place in a tree of masks says that the leaf is not pruned."""
+  return isinstance(mask, optax.MaskedNode)
+
+
+def count(masks: tree_lib.PyTree) -> dict[str, tuple[int, int]]:
+  """Returns (kept, size) of every masked leaf by path, as exact ints.
+
+  Args:
+    masks: pytree of bool, concrete.
+
+  Examples:
+    >>> count({'w': jnp.array([True, False, True])})
+    {'w': (2, 3)}
+  """
+  rows = {}
+  for path, mask in tree_lib.leaves(masks).items():
+    # At most 2**31 at a time: a device counts in 32 bits.
+    parts = mask if mask.size >= 1 << 31 else [mask]
+    rows[path] = (sum(int(jnp.sum(part)) for part in parts), mask.size)
+  return rows
+
+
+def sparsity(masks: tree_lib.PyTree) -> float:
+  """Returns the fraction of zeros over all masked leaves, in float64.
+
+  Args:
+    masks: pytree of bool, concrete.
+
+  Examples:
+    >>> sparsity({'w': jnp.array([True, False]), 'b': optax.MaskedNode()})
+    0.5
+  """
+  rows = count(masks).values()
+  size = sum(n for _, n in rows)
+  return 1 - sum(k for k, _ in rows) / size if size else 0.0
+
+
+def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
+  """Stores eight masks in a byte.
+
+  Args:
+    masks: pytree of bool.
+
+  Returns:
+    pytree of uint8 of shape [ceil(size / 8)].
+
+  Examples:
+    >>> pack(jnp.array([True] + [False] * 8)).tolist()
+    [128, 0]
+  """
+  return jax.tree.map(lambda mask: jnp.packbits(mask.ravel()), masks)
+
+
+def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
+  """Undoes :func:`pack`.
+
+  Args:
+    packed: what :func:`pack` returned.
+    params: pytree of arrays that has the shapes.
+
+  Examples:
+    >>> unpack(pack(jnp.array([True, False])), jnp.zeros(2)).tolist()
+    [True, False]
+  """
+
+  def one(w, bits):
+    if is_dense(bits):
+      return bits
+    size = math.prod(w.shape)
+    return jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
+
+  return jax.tree.map(one, params, packed)
+
+
+def _axis(axis: int, ndim: int) -> int:
+  if not -ndim <= axis < ndim:
+    raise ValueError(f'An array of {ndim} axes has no axis {axis}.')
+  return axis % ndim
