@@ -170,7 +170,7 @@ def pdp(
   ts = _thresholds(views, state, n_by_m, axis, through)
   soften = lambda x, t, k: _soften(x, t, state.tau, state.c, k > 0)
   soft = jax.tree.map(soften, views, ts, _counts(state))
-  return tree.map_pruned(lambda _, w: w, params, soft)
+  return tree.map_pruned(lambda w, x: x.reshape(w.shape), params, soft)
 
 
 def pdp_channels(

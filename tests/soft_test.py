@@ -1,0 +1,464 @@
+"""PDP: by hand, against float64 NumPy, and by law."""
+
+import functools
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxprune import soft, tree
+
+NONE = optax.MaskedNode()
+
+
+def weights(seed=0, dtype=jnp.float32):
+  """A small net: 24 + 30 prunable weights, a bias and a step counter."""
+  keys = jax.random.split(jax.random.key(seed), 2)
+  return {
+    'a': {
+      'kernel': jax.random.normal(keys[0], (4, 6), dtype),
+      'bias': jnp.ones(6, dtype),
+    },
+    'b': {'kernel': 0.3 * jax.random.normal(keys[1], (6, 5), dtype)},
+    'steps': jnp.int32(3),
+  }
+
+
+def full(state, ramp=1.0):
+  return state._replace(ramp=jnp.float32(ramp))
+
+
+def numpy_threshold(w, pruned):
+  a = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
+  pruned = np.clip(pruned, 1, a.size - 1)
+  return (a[pruned - 1] + a[pruned]) / 2
+
+
+def numpy_pdp(w, pruned, tau, c):
+  w, t = np.asarray(w, np.float64), numpy_threshold(w, pruned)
+  return w / (1 + np.exp(-(w * w - t * t) / (tau + c * t * t)))
+
+
+def zeros(masks):
+  return sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
+
+
+def test_four_weights_by_hand():
+  params = {'kernel': jnp.array([[1.0, -2.0, 3.0, 4.0]])}
+  state = full(soft.pdp_init(params, 0.5, tau=2.25))
+  # t = 2.5, t^2 = 6.25: the logits are (1 - 6.25) / 2.25, ...
+  logits = (np.array([1, 4, 9, 16]) - 6.25) / 2.25
+  want = [1, -2, 3, 4] / (1 + np.exp(-logits))
+  np.testing.assert_allclose(soft.pdp(params, state)['kernel'][0], want, 1e-6)
+
+
+@pytest.mark.parametrize(('tau', 'c'), [(1e-2, 0.0), (0.0, 0.25), (1e-3, 0.1)])
+def test_pdp_agrees_with_float64(tau, c):
+  params = weights()
+  state = soft.pdp_init(params, 0.6, tau=tau, c=c)
+  pruned = jax.tree.map(int, state.pruned)
+  everything = np.concatenate(
+    [np.abs(params[k]['kernel']).ravel() for k in 'ab']
+  )
+  below = np.sort(everything)[: round(0.6 * 54)].max()
+  for name in 'ab':
+    w = np.asarray(params[name]['kernel'])
+    assert pruned[name]['kernel'] == (np.abs(w) <= below).sum()
+    for ramp in (0.5, 1.0):
+      got = jax.jit(soft.pdp)(params, full(state, ramp))[name]['kernel']
+      now = round(ramp * pruned[name]['kernel'])
+      np.testing.assert_allclose(got, numpy_pdp(w, now, tau, c), 2e-5, 1e-7)
+
+
+@hypothesis.settings(deadline=None, max_examples=10)
+@hypothesis.given(st.integers(0, 99), st.sampled_from([0.05, 0.5, 0.93]))
+def test_mask_is_even_and_monotone(seed, sparsity):
+  w = jax.random.normal(jax.random.key(seed), (4, 8))
+  w = w.at[1].set(-w[0])
+  params = {'kernel': w}
+  state = full(soft.pdp_init(params, sparsity, tau=0.3))
+  m = np.asarray(_jitted(params, state)['kernel'] / w)
+  np.testing.assert_array_equal(m[0], m[1])
+  order = np.argsort(np.abs(w).ravel())
+  assert (np.diff(m.ravel()[order]) >= -1e-7).all()
+  assert (m[np.abs(w) > numpy_threshold(w, round(sparsity * 32))] > 0.5).all()
+
+
+_jitted = jax.jit(soft.pdp)
+
+
+def test_mask_is_one_half_at_the_threshold():
+  params = {'kernel': jnp.array([[1.0, -2.0, 2.0, 4.0]])}
+  state = full(soft.pdp_init(params, 0.5))
+  np.testing.assert_allclose(soft.pdp(params, state)['kernel'][0, 1:3], [-1, 1])
+
+
+def test_gradient_is_that_of_the_formula():
+  w = np.asarray(weights()['a']['kernel'])
+  tau, state = 0.1, full(soft.pdp_init({'kernel': w}, 0.5, tau=0.1))
+  got = jax.grad(lambda p: soft.pdp(p, state)['kernel'].sum())({'kernel': w})
+  w = w.astype(np.float64)
+  m = numpy_pdp(w, 12, tau, 0.0) / w
+  want = m + 2 * w * w / tau * m * (1 - m)
+  np.testing.assert_allclose(got['kernel'], want, 1e-4, 1e-6)
+
+
+def test_gradient_through_the_threshold_reaches_two_weights():
+  params = {'kernel': jnp.array([[1.0, -2.0, 3.0, 4.0]])}
+  state = full(soft.pdp_init(params, 0.5, tau=5.0))
+  total = lambda p, through: soft.pdp(p, state, through=through)['kernel'].sum()
+  constant = jax.grad(total)(params, False)['kernel'][0]
+  through = jax.grad(total)(params, True)['kernel'][0]
+  differs = np.asarray(through != constant)
+  np.testing.assert_array_equal(differs, [False, True, True, False])
+  # d/dt of sum w m is -2 t / tau sum w m (1 - m); t = (|w_1| + |w_2|) / 2.
+  w = np.array([1.0, -2, 3, 4])
+  m = 1 / (1 + np.exp(-(w * w - 6.25) / 5))
+  slope = -2 * 2.5 / 5 * (w * m * (1 - m)).sum()
+  np.testing.assert_allclose(
+    (through - constant)[1:3], [-slope / 2, slope / 2], 1e-5
+  )
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_nothing_to_prune_is_the_identity_bit_for_bit(dtype):
+  params = weights(dtype=dtype)
+  warm_up = soft.pdp_init(params, 0.9)
+  rules = full(soft.pdp_init(params, {'b/.*': 0.5}))
+  none = full(soft.pdp_init(params, 0.0))
+  for state in (warm_up, none):
+    got, pull = jax.vjp(functools.partial(soft.pdp, state=state), params)
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+    (back,) = pull(jax.tree.map(_cotangent, params))
+    np.testing.assert_array_equal(back['a']['kernel'], 1)
+  got = soft.pdp(params, rules)
+  np.testing.assert_array_equal(got['a']['kernel'], params['a']['kernel'])
+  assert (got['b']['kernel'] != params['b']['kernel']).any()
+  assert got['b']['kernel'].dtype == dtype
+
+
+def _cotangent(x):
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.ones_like(x)
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+@hypothesis.settings(deadline=None, max_examples=10)
+@hypothesis.given(st.floats(0.0, 0.99), st.integers(0, 9), st.booleans())
+def test_hardened_count_is_exact(sparsity, seed, tied):
+  params = weights(seed)
+  if tied:
+    params = jax.tree.map(jnp.round, params)
+  asked = round(sparsity * 54)
+  for budget in (sparsity, {'.*kernel': sparsity}):
+    state = soft.pdp_init(params, budget)
+    hard = _harden(params, state)
+    assert zeros(hard.masks) == asked
+    per_leaf = jax.tree.map(lambda mask: (~mask).sum(), hard.masks)
+    jax.tree.map(np.testing.assert_array_equal, state.pruned, per_leaf)
+    final = soft.pdp(params, hard)
+    kept = lambda w, m, f: np.testing.assert_array_equal(f, np.where(m, w, 0))
+    jax.tree.map(
+      kept,
+      tree.restrict(params, hard.masks),
+      hard.masks,
+      tree.restrict(final, hard.masks),
+    )
+
+
+_harden = jax.jit(soft.harden)
+
+
+def test_largest_remainder_by_hand():
+  params = {
+    k: {'kernel': jnp.ones((1, n))}
+    for k, n in zip('abc', (3, 5, 7), strict=True)
+  }
+  state = soft.pdp_init(params, {'.*': 0.5})
+  # Quotas 1.5, 2.5 and 3.5 of round(7.5) = 8: the two first get the rest.
+  got = [int(state.pruned[k]['kernel']) for k in 'abc']
+  assert got == [2, 3, 3]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axis', 'n', 'm'),
+  [((8, 3), -2, 2, 4), ((3, 8), 1, 1, 4), ((3, 1, 4, 2), -2, 1, 2)],
+)
+def test_n_by_m_keeps_n_of_every_m(shape, axis, n, m):
+  w = jax.random.normal(jax.random.key(1), shape)
+  params = {'kernel': jnp.round(2 * w) / 2}  # Ties, and some all-zero pairs.
+  options = {'n_by_m': (n, m), 'axis': axis}
+  state = full(soft.pdp_init(params, n_by_m=(n, m), tau=0.1))
+  mask = soft.harden(params, state, **options).masks['kernel']
+  groups = np.moveaxis(np.asarray(mask), axis, -1).reshape(-1, m)
+  np.testing.assert_array_equal(groups.sum(-1), n)
+  assert zeros(mask) == int(state.pruned['kernel'])
+  # The soft mask is that of one leaf per group.
+  got = soft.pdp(params, state, **options)['kernel']
+  assert got.shape == shape
+  rows = np.moveaxis(np.asarray(params['kernel']), axis, -1).reshape(-1, m)
+  want = np.stack([numpy_pdp(row, m - n, 0.1, 0.0) for row in rows])
+  got = np.moveaxis(np.asarray(got), axis, -1).reshape(-1, m)
+  np.testing.assert_allclose(got, want, 1e-5, 1e-7)
+
+
+def test_n_by_m_gradient_through_the_threshold():
+  params = {'kernel': jnp.array([[1.0], [2.0], [3.0], [4.0]])}
+  state = full(soft.pdp_init(params, n_by_m=(2, 4), tau=5.0))
+  by_group = lambda p: soft.pdp(p, state, n_by_m=(2, 4), through=True)
+  by_leaf = lambda p: soft.pdp(p, state, through=True)
+  total = lambda f: jax.grad(lambda p: f(p)['kernel'].sum())(params)['kernel']
+  np.testing.assert_allclose(total(by_group), total(by_leaf), 1e-6)
+
+
+# Channels: a dense layer of 6, a norm in training, a reader.
+
+
+def forward(params, x):
+  h = x @ params['a']['kernel']
+  mean, var = h.mean(0, keepdims=True), h.var(0, keepdims=True)
+  h = (h - mean) / jnp.sqrt(var + 1e-5) + params['a']['bias'][None]
+  return jax.nn.relu(h) @ params['b']['kernel']
+
+
+def norms(params):
+  return {'hidden': jnp.linalg.norm(params['a']['kernel'], axis=0)}
+
+
+def readers(groups):
+  return {
+    'a': {'kernel': NONE, 'bias': NONE},
+    'b': {'kernel': groups['hidden'][:, None]},
+    'steps': NONE,
+  }
+
+
+def everything(*_):
+  return True
+
+
+def gain_of_gates(reduce, expand):
+  """Gradient of the loss with respect to c, which acts by the mask alone."""
+  params, x = weights(), jax.random.normal(jax.random.key(2), (16, 4))
+  state = soft.pdp_init(reduce(params), 0.5, which=everything, tau=0.0, c=0.3)
+
+  def loss(c):
+    state_c = full(state)._replace(c=c)
+    gated = soft.pdp_channels(params, state_c, reduce, expand)
+    return jnp.mean(jnp.square(forward(gated, x) - 1.0))
+
+  return abs(float(jax.grad(loss)(state.c)))
+
+
+def test_channel_mask_on_readers_is_seen_behind_a_norm_in_training():
+  kernels = soft.kernel_channels(
+    weights(), which=lambda path, _: path == 'a/kernel'
+  )
+  assert gain_of_gates(norms, readers) > 1e-2
+  assert gain_of_gates(*kernels) < 1e-3
+
+
+def test_channel_masks_by_hand():
+  params = weights()
+  u = np.linalg.norm(np.asarray(params['a']['kernel'], np.float64), axis=0)
+  state = full(soft.pdp_init(norms(params), 0.5, which=everything, tau=0.7))
+  got = soft.pdp_channels(params, state, norms, readers)
+  m = numpy_pdp(u, 3, 0.7, 0.0) / u
+  want = m[:, None] * params['b']['kernel']
+  np.testing.assert_allclose(got['b']['kernel'], want, 1e-5)
+  np.testing.assert_array_equal(got['a']['kernel'], params['a']['kernel'])
+  warm = soft.pdp_channels(params, full(state, 0.0), norms, readers)
+  jax.tree.map(np.testing.assert_array_equal, warm, params)
+
+
+def test_closed_channels_are_removable():
+  params, x = weights(), jax.random.normal(jax.random.key(2), (16, 4))
+  state = soft.pdp_init(norms(params), 0.5, which=everything)
+  hard = soft.harden(norms(params), state)
+  kept = np.flatnonzero(hard.masks['hidden'])
+  assert kept.size == 3
+  closed = soft.pdp_channels(params, hard, norms, readers)
+  small = {
+    'a': {k: v[..., kept] for k, v in params['a'].items()},
+    'b': {'kernel': params['b']['kernel'][kept]},
+  }
+  np.testing.assert_allclose(forward(closed, x), forward(small, x), 1e-5, 1e-6)
+
+
+def test_channels_that_a_rule_leaves_out_stay_open():
+  params = weights()
+  state = soft.pdp_init(
+    {'hidden': norms(params)['hidden'], 'other': jnp.ones(2)},
+    0.5,
+    which={'hidden': True, 'other': False},
+  )
+  both = lambda p: {**norms(p), 'other': jnp.ones(2)}
+  seen = {}
+
+  def expand(groups):
+    seen.update(groups)
+    return readers(groups)
+
+  soft.pdp_channels(params, full(state), both, expand)
+  np.testing.assert_array_equal(seen['other'], 1)
+
+
+def test_kernel_channels_mask_filters_and_warn_about_norms():
+  params = {'conv/kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
+  reduce, expand = soft.kernel_channels(params)
+  state = soft.pdp_init(reduce(params), 0.5, which=everything)
+  hard = soft.harden(reduce(params), state)
+  got = soft.pdp_channels(params, hard, reduce, expand)['conv/kernel']
+  np.testing.assert_array_equal(got, [[3, 0], [4, 0]])
+  with pytest.warns(UserWarning, match="'norm/scale' looks like the norm"):
+    soft.kernel_channels({**params, 'norm/scale': jnp.ones(2)})
+
+
+# Diagnosis.
+
+
+def test_diagnosis_by_hand():
+  params = {'kernel': jnp.array([[1.0, 3.0]])}
+  state = full(soft.pdp_init(params, 0.5, tau=2.0))
+  before = {'kernel': jnp.array([[True, True]])}
+  found = soft.diagnose(params, state, before=before)
+  m = 1 / (1 + np.exp(-np.array([1 - 4, 9 - 4]) / 2.0))
+  want = {
+    'threshold': 2.0,
+    'hardness': (4 * m * (1 - m)).mean(),
+    'steepness': 2.0,
+    'gain': 1.5,
+    'moved': 0.5,
+  }
+  for name, value in want.items():
+    got = getattr(found, name)['kernel']
+    np.testing.assert_allclose(got, value, 1e-5, err_msg=name)
+
+
+def test_gain_is_the_gradient_at_the_threshold():
+  params = {'kernel': jnp.array([[1.0, 2.0, 2.0, 3.0]])}
+  state = full(soft.pdp_init(params, 0.5, tau=0.5))
+  grad = jax.grad(lambda p: soft.pdp(p, state)['kernel'].sum())(params)
+  gain = soft.diagnose(params, state).gain['kernel']
+  np.testing.assert_allclose(grad['kernel'][0, 1:3], gain, 1e-6)
+
+
+def test_diagnosis_of_groups_is_a_mean():
+  params = {'kernel': jnp.array([[1.0], [3.0], [3.0], [5.0]])}
+  state = full(soft.pdp_init(params, n_by_m=(1, 2), tau=1.0))
+  found = soft.diagnose(params, state, n_by_m=(1, 2))
+  np.testing.assert_allclose(found.threshold['kernel'], 3.0)
+  np.testing.assert_allclose(found.steepness['kernel'], (4 + 16) / 2)
+
+
+# One compile, any wrapper.
+
+
+def test_a_whole_training_compiles_once():
+  traces = itertools.count()
+
+  @jax.jit
+  def step(params, state):
+    next(traces)
+    return jax.grad(lambda p: _loss(p, state), allow_int=True)(params)
+
+  params = weights()
+  state = soft.pdp_init(params, 0.9)
+  for k in range(4):
+    state = full(state, k / 3)._replace(tau=jnp.float32(0.1 / (k + 1)))
+    step(params, state)
+  assert next(traces) == 1
+
+
+def _loss(params, state):
+  gated = soft.pdp(params, state)
+  return sum(jnp.sum(jnp.sin(gated[k]['kernel'])) for k in 'ab')
+
+
+def test_an_ensemble_under_vmap_is_its_members():
+  members = [weights(seed) for seed in range(3)]
+  budgets = [0.3, 0.6, 0.9]
+  stack = lambda *xs: jnp.stack(xs)
+  params = jax.tree.map(stack, *members)
+  init = functools.partial(soft.pdp_init, tau=0.1)
+
+  def gate(params, sparsity):
+    return soft.pdp(params, full(init(params, sparsity)))
+
+  got = jax.jit(jax.vmap(gate))(params, jnp.array(budgets))
+  want = [
+    soft.pdp(p, full(init(p, r))) for p, r in zip(members, budgets, strict=True)
+  ]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(close, got, jax.tree.map(stack, *want))
+
+
+@pytest.mark.parametrize('how', ['sharded', 'pmap', 'scan'])
+def test_wrappers_agree_with_one_device(how):
+  params = {'kernel': jax.random.normal(jax.random.key(0), (8, 16))}
+  state = full(soft.pdp_init(params, 0.7, tau=0.1))
+  want = soft.pdp(params, state)['kernel']
+  if how == 'sharded':
+    mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(None, 'x'))
+    params = jax.device_put(params, place)
+    got = _jitted(params, state)['kernel']
+    assert got.sharding.is_equivalent_to(place, 2)
+    got = [got]
+  elif how == 'pmap':
+    copies = lambda x: jnp.stack([x] * 4)
+    got = jax.pmap(soft.pdp)(*jax.tree.map(copies, (params, state)))['kernel']
+  else:
+    again = lambda carry, _: (carry, soft.pdp(params, carry)['kernel'])
+    got = jax.lax.scan(again, state, length=2)[1]
+  for x in got:
+    np.testing.assert_allclose(x, want, 1e-6)
+
+
+def test_extreme_leaves_stay_finite():
+  params = {
+    'zeros': {'kernel': jnp.zeros((2, 3))},
+    'one': {'kernel': jnp.ones((1, 1))},
+    'tiny': {'kernel': 1e-20 * jnp.ones((2, 2))},
+  }
+  for tau, c in ((1e-4, 0.0), (0.0, 0.1)):
+    state = full(soft.pdp_init(params, {'.*': 0.5}, tau=tau, c=c))
+    got, pull = jax.vjp(functools.partial(soft.pdp, state=state), params)
+    for x in jax.tree.leaves((got, pull(got))):
+      assert np.isfinite(x).all()
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+  ('options', 'text'),
+  [
+    ({'sparsity': 1.0}, r'`sparsity` must be in \[0, 1\), got 1.0'),
+    ({'sparsity': {'a/.*': 1.5}}, r'must be in \[0, 1\), got a/kernel: 1.5'),
+    ({'sparsity': {'c/.*': 0.5}}, "No leaf matches 'c/.*'"),
+    ({}, 'Give either `sparsity` or `n_by_m`'),
+    ({'sparsity': 0.5, 'n_by_m': (1, 2)}, 'Give either `sparsity` or `n_by_m`'),
+    ({'n_by_m': (4, 4)}, r'0 < n < m, got \(4, 4\)'),
+    ({'sparsity': 0.5, 'tau': -1.0}, '`tau` must be at least 0, got -1.0'),
+    ({'sparsity': 0.5, 'tau': 0, 'c': 0}, 'a mask needs a temperature'),
+  ],
+)
+def test_init_refuses(options, text):
+  with pytest.raises(ValueError, match=text):
+    soft.pdp_init(weights(), **options)
+
+
+def test_groups_that_do_not_fit_are_refused_by_name():
+  params = {'a': {'kernel': jnp.ones((6, 4))}}
+  state = soft.pdp_init(params, n_by_m=(2, 4))
+  with pytest.raises(ValueError, match="4 must divide axis -2 of 'a/kernel'"):
+    soft.pdp(params, state, n_by_m=(2, 4))
+  with pytest.raises(ValueError, match="axis 2 of 'a/kernel'"):
+    soft.harden(params, state, n_by_m=(2, 4), axis=2)

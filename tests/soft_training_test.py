@@ -1,0 +1,132 @@
+"""PDP beside the loss: ramp, warnings, and one line of an optax chain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprune import soft, soft_training
+
+
+def problem():
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    'a': {'kernel': jax.random.normal(keys[0], (4, 6)), 'bias': jnp.zeros(6)},
+    'b': {'kernel': jax.random.normal(keys[1], (6, 3))},
+  }
+  x = jax.random.normal(keys[2], (8, 4))
+
+  def apply(params, x):
+    h = jnp.tanh(x @ params['a']['kernel'] + params['a']['bias'][None])
+    return h @ params['b']['kernel']
+
+  return params, x, apply
+
+
+def ramp(step):
+  return jnp.clip((step - 1) / 4, 0.0, 1.0)
+
+
+def train(tx, params, opt_state, x, apply, steps):
+  gated = soft_training.with_pdp(apply)
+
+  @jax.jit
+  def step(params, opt_state):
+    loss = lambda p: jnp.mean(jnp.square(gated(p, opt_state, x) - 1.0))
+    grads = jax.grad(loss)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  for _ in range(steps):
+    params, opt_state = step(params, opt_state)
+  assert step._cache_size() == 1
+  return params, opt_state
+
+
+def test_ramp_by_epoch_and_by_step():
+  epochs = [0, 15, 16, 17, 90]
+  got = [float(soft_training.ramp(e)) for e in epochs]
+  np.testing.assert_allclose(got, [0, 0, 0.015, 0.03, 1], 1e-5)
+  np.testing.assert_allclose(soft_training.ramp(16.5), 0.0225, 1e-5)
+
+
+def test_warm_is_a_run_above_one_half():
+  history = [0.4, 0.6, 0.6, 0.3, 0.7, 0.7]
+  assert not soft_training.is_warm(history, patience=3)
+  assert soft_training.is_warm([*history, 0.7], patience=3)
+  assert not soft_training.is_warm([60.0] * 4, upper=100)
+  assert soft_training.is_warm([60.0] * 5, upper=100)
+
+
+def test_a_chain_trains_softly_then_hard():
+  params, x, apply = problem()
+  tx = optax.chain(
+    optax.adam(0.05), soft_training.track_pdp(0.7, begin=2, ramp=ramp, end=6)
+  )
+  opt_state = tx.init(params)
+  middle, opt_state = train(tx, params, opt_state, x, apply, 4)
+  (_, tracked) = opt_state
+  assert float(tracked.pdp.ramp) == 0.75
+  assert not any((w == 0).any() for w in jax.tree.leaves(middle))
+  # A restart in the middle of the ramp goes on from the state alone.
+  stored = jax.tree.map(
+    lambda leaf: jnp.array(np.asarray(leaf)), (middle, opt_state)
+  )
+  one, _ = train(tx, *stored, x, apply, 5)
+  other, (_, tracked) = train(tx, middle, opt_state, x, apply, 5)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  zeros = [int((other[k]['kernel'] == 0).sum()) for k in 'ab']
+  assert sum(zeros) == round(0.7 * 42)
+  assert zeros == [int(tracked.pdp.pruned[k]['kernel']) for k in 'ab']
+  np.testing.assert_allclose(
+    soft_training.with_pdp(apply)(other, (tracked,), x), apply(other, x), 1e-6
+  )
+
+
+def test_budgets_are_those_of_the_params_after_warm_up():
+  params, x, apply = problem()
+  tx = optax.chain(
+    optax.sgd(0.5), soft_training.track_pdp(0.5, begin=2, ramp=ramp)
+  )
+  opt_state = tx.init(params)
+  warm, (_, tracked) = train(tx, params, opt_state, x, apply, 2)
+  want = soft.pdp_init(warm, 0.5).pruned
+  jax.tree.map(np.testing.assert_array_equal, tracked.pdp.pruned, want)
+  # In warm-up the forward pass is dense.
+  got = soft_training.with_pdp(apply)(params, opt_state, x)
+  np.testing.assert_array_equal(got, apply(params, x))
+
+
+def test_temperatures_follow_their_schedules():
+  tx = soft_training.track_pdp(
+    0.5, begin=0, ramp=lambda _: 1.0, tau=0.0, c=lambda step: 0.5 / (step + 1)
+  )
+  params, _, _ = problem()
+  state = tx.init(params)
+  np.testing.assert_allclose(state.pdp.c, 0.5)
+  _, state = tx.update(params, state, params)
+  np.testing.assert_allclose(state.pdp.c, 0.25)
+
+
+def test_warning_names_what_is_wrong():
+  params = {'kernel': jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+  full = lambda **kw: soft.diagnose(
+    params, soft.pdp_init(params, 0.5, **kw)._replace(ramp=jnp.float32(1))
+  )
+  with pytest.warns(UserWarning, match='all but hard.* in kernel .*c=0.1'):
+    soft_training.warn_about(full())
+  with pytest.warns(UserWarning, match=r'25-fold, in kernel \(62\)'):
+    soft_training.warn_about(full(tau=0.1))
+  soft_training.warn_about(full(tau=0, c=0.25))
+
+
+def test_errors():
+  params, x, apply = problem()
+  with pytest.raises(ValueError, match='0 <= begin < end, got begin=5, end=5'):
+    soft_training.track_pdp(0.5, begin=5, ramp=ramp, end=5)
+  tx = soft_training.track_pdp(0.5, begin=0, ramp=ramp)
+  with pytest.raises(ValueError, match='track_pdp needs `params`'):
+    tx.update(params, tx.init(params))
+  with pytest.raises(ValueError, match='one state of track_pdp, found 0'):
+    soft_training.with_pdp(apply)(params, optax.sgd(0.1).init(params), x)
