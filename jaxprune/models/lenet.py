@@ -157,5 +157,5 @@ class LeNet5(nn.Module):
 
 # LeCun et al. (1998); the name and the widths as in Han et al. (2015,
 # arXiv:1506.02626), and the wider one of Lee et al. (2020, arXiv:2002.04809).
-lenet_300_100 = functools.partial(MLP, (300, 100))
-mlp_500 = functools.partial(MLP, (500, 500, 500, 500))
+lenet_300_100 = functools.partial(MLP, hidden=(300, 100))
+mlp_500 = functools.partial(MLP, hidden=(500, 500, 500, 500))

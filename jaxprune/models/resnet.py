@@ -336,31 +336,30 @@ def _pad_channels(x: Array, width: int, stride: int, before: int | None):
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, extra - before)))
 
 
-def _large(blocks: Sequence[int], bottleneck: bool, **options: Any) -> ResNet:
-  channels = (256, 512, 1024, 2048) if bottleneck else (64, 128, 256, 512)
-  options = {'stem_channels': 64, 'bottleneck': bottleneck, **options}
-  return ResNet(**{'channels': channels, 'blocks': blocks, **options})
-
-
-def _small(depth: int, **options: Any) -> ResNet:
-  blocks = ((depth - 2) // 6,) * 3
-  options = {'stem': 'small', 'num_classes': 10, 'shortcut': 'pad', **options}
-  return ResNet(**{'channels': (16, 32, 64), 'blocks': blocks, **options})
-
-
 # For ImageNet (He et al., Table 1), in the form with the stride in the 3 x 3
 # convolution of a bottleneck, which is torchvision's. Keywords are ResNet's.
-resnet18 = functools.partial(_large, (2, 2, 2, 2), False)
-resnet34 = functools.partial(_large, (3, 4, 6, 3), False)
-resnet50 = functools.partial(_large, (3, 4, 6, 3), True)
-resnet101 = functools.partial(_large, (3, 4, 23, 3), True)
+_basic = functools.partial(ResNet, channels=(64, 128, 256, 512))
+_bottleneck = functools.partial(
+  ResNet, channels=(256, 512, 1024, 2048), stem_channels=64, bottleneck=True
+)
+resnet18 = functools.partial(_basic, blocks=(2, 2, 2, 2))
+resnet34 = functools.partial(_basic, blocks=(3, 4, 6, 3))
+resnet50 = functools.partial(_bottleneck, blocks=(3, 4, 6, 3))
+resnet101 = functools.partial(_bottleneck, blocks=(3, 4, 23, 3))
 
 # For CIFAR-10 (He et al., section 4.2): option A, or `shortcut='projection'`.
-resnet20 = functools.partial(_small, 20)
-resnet32 = functools.partial(_small, 32)
-resnet44 = functools.partial(_small, 44)
-resnet56 = functools.partial(_small, 56)
-resnet110 = functools.partial(_small, 110)
+_cifar = functools.partial(
+  ResNet,
+  channels=(16, 32, 64),
+  num_classes=10,
+  stem='small',
+  shortcut='pad',
+)
+resnet20 = functools.partial(_cifar, blocks=(3, 3, 3))
+resnet32 = functools.partial(_cifar, blocks=(5, 5, 5))
+resnet44 = functools.partial(_cifar, blocks=(7, 7, 7))
+resnet56 = functools.partial(_cifar, blocks=(9, 9, 9))
+resnet110 = functools.partial(_cifar, blocks=(18, 18, 18))
 
 # For 8 x 8 digits: projections, and every position of the last feature map.
 resnet_digits = functools.partial(
@@ -372,4 +371,4 @@ resnet_digits = functools.partial(
   head='flatten',
 )
 
-wrn_16_8 = functools.partial(WideResNet, 16, 8)
+wrn_16_8 = functools.partial(WideResNet, depth=16, factor=8)

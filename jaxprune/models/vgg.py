@@ -113,14 +113,14 @@ class VGG(nn.Module):
 
 # Simonyan & Zisserman (2014, arXiv:1409.1556), Table 1, columns A, D, E; with
 # `norm=False` as published. On CIFAR: `hidden=(), num_classes=10`.
-vgg11 = functools.partial(VGG, (1, 1, 2, 2, 2))
-vgg16 = functools.partial(VGG, (2, 2, 3, 3, 3))
-vgg19 = functools.partial(VGG, (2, 2, 4, 4, 4))
+vgg11 = functools.partial(VGG, convs=(1, 1, 2, 2, 2))
+vgg16 = functools.partial(VGG, convs=(2, 2, 3, 3, 3))
+vgg19 = functools.partial(VGG, convs=(2, 2, 4, 4, 4))
 
 # Frankle & Carbin (2018, arXiv:1803.03635), Figure 2, for 32 x 32 images.
 conv6 = functools.partial(
   VGG,
-  (2, 2, 2),
+  convs=(2, 2, 2),
   channels=(64, 128, 256),
   hidden=(256, 256),
   num_classes=10,
