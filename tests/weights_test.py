@@ -1,0 +1,539 @@
+"""Conversion of foreign weights, against golden logits and on real data."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxprune import models, tree, weights
+from jaxprune.models import mobilenet
+
+KEY = jax.random.key(0)
+GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'weights.npz'
+
+
+def shapes(model, *shape, dtype=jnp.float32):
+  return jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct(shape, dtype))
+
+
+# Golden: small networks under foreign names, their logits by NumPy alone
+# (golden/make_weights.py), so that a fresh checkout tests the conversion.
+
+ROWS = (
+  mobilenet.Row(3, 4, 4, True, nn.relu, 2),
+  mobilenet.Row(5, 6, 4, False, nn.hard_swish, 1),
+)
+NETWORKS = {
+  'resnet': (
+    models.ResNet((3, 5, 8), (1, 1, 1), 4, stem='small'),
+    weights.torch_resnet,
+  ),
+  'vgg': (
+    models.VGG((1, 2), channels=(3, 4), hidden=(5,), num_classes=3),
+    weights.torchvision_vgg,
+  ),
+  'mobilenet_v3': (
+    models.MobileNet((ROWS,), 4, 6, 7, nn.hard_swish, 0.99, 1e-3, 3),
+    weights.torchvision_mobilenet_v3,
+  ),
+  'mobilenet_v1': (
+    models.MobileNetV1(
+      1 / 16, 3, channels=(64, 96), blocks=(1, 2), strides=(1, 2)
+    ),
+    weights.keras_mobilenet_v1,
+  ),
+  'bert': (
+    models.BERT(9, 4, 2, 2, 8, positions=6, num_classes=3),
+    weights.hugging_face_bert,
+  ),
+}
+
+
+@functools.cache
+def golden(name):
+  """Returns arrays under foreign names, an input of ours, and the logits."""
+  file = np.load(GOLDEN)
+  data, found = file['data'], {}
+  for case, index in json.loads(str(file['index'])).items():
+    for key, shape in index.items():
+      size = int(np.prod(shape))
+      found[case, key] = data[:size].reshape(shape)
+      data = data[size:]
+  assert data.size == 0
+  arrays = {
+    key: (x / np.float32(32)).astype(np.float32)
+    for (case, key), x in found.items()
+    if case == name and key != 'input'
+  }
+  x = found[name, 'input']
+  if x.ndim == 4:
+    x = (x / np.float32(32)).transpose(0, 2, 3, 1)
+  return arrays, x, file[name]
+
+
+def convert(name, arrays, like=None, **options):
+  _, names = NETWORKS[name]
+  like = shapes_of(name) if like is None else like
+  keras = name == 'mobilenet_v1'
+  convert = weights.from_keras if keras else weights.from_torch
+  return convert(arrays, like, names, **options)
+
+
+@functools.cache
+def shapes_of(name):
+  _, x, _ = golden(name)
+  dtype = jnp.float32 if x.ndim == 4 else jnp.int32
+  return shapes(NETWORKS[name][0], *x.shape, dtype=dtype)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_converted_weights_give_the_golden_logits(name):
+  arrays, x, logits = golden(name)
+  variables = convert(name, arrays)
+  options = {}
+  if name == 'bert':
+    options['mask'] = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+  found = NETWORKS[name][0].apply(variables, x, **options)
+  np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+  assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+    jnp.shape, shapes_of(name)
+  )
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vgg', 'mobilenet_v3', 'bert'])
+def test_going_to_torch_and_back_changes_no_bit(name):
+  arrays, _, _ = golden(name)
+  variables = convert(name, arrays)
+  torch = weights.to_torch(variables, NETWORKS[name][1])
+  renamed = {re.sub('gamma$', 'weight', key): x for key, x in arrays.items()}
+  renamed = {re.sub('beta$', 'bias', key): x for key, x in renamed.items()}
+  for key, x in torch.items():
+    np.testing.assert_array_equal(x, renamed.pop(key))
+  assert all(key.endswith('num_batches_tracked') for key in renamed)
+
+
+# Names and shapes of whole checkpoints, as the other libraries print them.
+
+
+@pytest.mark.parametrize(
+  ('model', 'names', 'count', 'some'),
+  [
+    (
+      models.resnet50(),
+      weights.torch_resnet,
+      267,
+      {
+        'layer1.0.downsample.0.weight': (256, 64, 1, 1),
+        'layer4.2.conv3.weight': (2048, 512, 1, 1),
+        'layer2.3.bn2.running_var': (128,),
+        'fc.weight': (1000, 2048),
+      },
+    ),
+    (
+      models.vgg16(norm=False),
+      weights.torchvision_vgg,
+      32,
+      {
+        'features.28.weight': (512, 512, 3, 3),
+        'classifier.0.weight': (4096, 25088),
+        'classifier.6.bias': (1000,),
+      },
+    ),
+    (
+      models.vgg11(),
+      weights.timm_vgg,
+      54,
+      {
+        'features.25.weight': (512, 512, 3, 3),
+        'features.26.running_mean': (512,),
+        'pre_logits.fc1.weight': (4096, 512, 7, 7),
+        'pre_logits.fc2.weight': (4096, 4096, 1, 1),
+        'head.fc.weight': (1000, 4096),
+      },
+    ),
+    (
+      models.GoogLeNet(),
+      weights.torchvision_googlenet,
+      287,
+      {
+        'conv2.conv.weight': (64, 64, 1, 1),
+        'inception4e.branch3.1.conv.weight': (128, 32, 3, 3),
+        'inception5b.branch4.1.bn.bias': (128,),
+      },
+    ),
+    (
+      models.mobilenet_v2(),
+      weights.torchvision_mobilenet_v2,
+      262,
+      {
+        'features.1.conv.0.0.weight': (32, 1, 3, 3),
+        'features.1.conv.1.weight': (16, 32, 1, 1),
+        'features.17.conv.3.running_mean': (320,),
+        'features.18.0.weight': (1280, 320, 1, 1),
+        'classifier.1.weight': (1000, 1280),
+      },
+    ),
+    (
+      models.mobilenet_v3_large(),
+      weights.torchvision_mobilenet_v3,
+      266,
+      {
+        'features.1.block.1.0.weight': (16, 16, 1, 1),
+        'features.4.block.2.fc1.weight': (24, 72, 1, 1),
+        'features.4.block.3.0.weight': (40, 72, 1, 1),
+        'features.16.0.weight': (960, 160, 1, 1),
+      },
+    ),
+    (
+      models.mobilenet_v1(tensorflow_padding=False),
+      weights.timm_mobilenet_v1,
+      137,
+      {
+        'conv_stem.weight': (32, 3, 3, 3),
+        'blocks.3.5.conv_dw.weight': (512, 1, 3, 3),
+        'blocks.4.1.bn2.weight': (1024,),
+        'classifier.bias': (1000,),
+      },
+    ),
+    (
+      models.mobilenet_v2(),
+      weights.timm_mobilenet_v2,
+      262,
+      {
+        'blocks.0.0.conv_pw.weight': (16, 32, 1, 1),
+        'blocks.6.0.conv_pwl.weight': (320, 960, 1, 1),
+        'conv_head.weight': (1280, 320, 1, 1),
+        'bn2.running_var': (1280,),
+      },
+    ),
+    (
+      models.mobilenet_v3_large(),
+      weights.timm_mobilenet_v3,
+      266,
+      {
+        'blocks.2.0.se.conv_reduce.weight': (24, 72, 1, 1),
+        'blocks.4.1.conv_dw.weight': (672, 1, 3, 3),
+        'blocks.5.2.bn3.bias': (160,),
+        'blocks.6.0.conv.weight': (960, 160, 1, 1),
+        'conv_head.weight': (1280, 960, 1, 1),
+        'conv_head.bias': (1280,),
+      },
+    ),
+    (
+      models.mobilenet_v3_small(),
+      weights.timm_mobilenet_v3,
+      210,
+      {
+        'blocks.0.0.se.conv_expand.weight': (16, 8, 1, 1),
+        'blocks.3.1.conv_pwl.weight': (48, 144, 1, 1),
+        'blocks.5.0.conv.weight': (576, 96, 1, 1),
+      },
+    ),
+    (
+      models.BERT(depth=2),
+      weights.hugging_face_bert,
+      41,
+      {
+        'bert.embeddings.word_embeddings.weight': (30522, 768),
+        'bert.encoder.layer.1.attention.output.LayerNorm.bias': (768,),
+        'bert.encoder.layer.0.intermediate.dense.weight': (3072, 768),
+      },
+    ),
+  ],
+)
+def test_names_and_shapes_are_those_of_the_library(model, names, count, some):
+  if isinstance(model, models.BERT):
+    like = shapes(model, 1, 8, dtype=jnp.int32)
+  else:
+    like = shapes(model, 1, 224, 224, 3)
+  # One page of zeros serves every array.
+  zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), like)
+  torch = {name: x.shape for name, x in weights.to_torch(zeros, names).items()}
+  assert len(torch) == count
+  assert torch | some == torch
+
+
+def test_keras_names_of_mobilenet_v2():
+  like = shapes(models.mobilenet_v2(), 1, 224, 224, 3)
+  with pytest.raises(ValueError, match='missing') as error:
+    weights.from_keras({}, like, weights.keras_mobilenet_v2)
+  for name in (
+    'Conv1/kernel',
+    'bn_Conv1/moving_variance',
+    'expanded_conv_depthwise/depthwise_kernel',
+    'expanded_conv_project_BN/gamma',
+    'block_16_expand/kernel',
+    'Conv_1_bn/beta',
+    'predictions/kernel',
+  ):
+    assert f' {name} (for ' in str(error.value)
+
+
+# Bad input.
+
+
+def test_every_name_that_does_not_fit_is_listed():
+  arrays = dict(golden('resnet')[0])
+  del arrays['layer2.0.bn1.running_var'], arrays['fc.bias']
+  arrays['aux.weight'] = np.zeros(3, np.float32)
+  arrays['conv1.weight'] = np.zeros((3, 1, 3, 3), np.float32)
+  arrays['layer1.0.conv1.weight'] = np.zeros((3, 3), np.float32)
+  with pytest.raises(ValueError, match='do not fit') as error:
+    convert('resnet', arrays)
+  for part in (
+    'missing: ',
+    'layer2.0.bn1.running_var (for batch_stats/stage2_block1/norm1/var)',
+    'fc.bias (for params/head/bias)',
+    'left over: aux.weight.',
+    'of another shape: ',
+    'conv1.weight (3, 1, 3, 3) for params/stem/kernel (3, 3, 3, 3)',
+    'layer1.0.conv1.weight (3, 3) for params/stage1_block1/conv1/kernel',
+  ):
+    assert part in str(error.value)
+
+
+def test_names_of_another_network_are_missing():
+  like = shapes(models.LeNet5(), 1, 32, 32, 3)
+  with pytest.raises(ValueError, match=r'conv1/kernel \(no name is known\)'):
+    weights.from_torch({}, like, weights.torch_resnet)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)
+  with pytest.raises(ValueError, match=r'No name is known for params/conv1/b'):
+    weights.to_torch(zeros, weights.torch_resnet)
+
+
+def test_ignore_and_keep_say_what_may_differ():
+  arrays = {f'module.{name}': x for name, x in golden('resnet')[0].items()}
+  arrays['aux.weight'] = np.zeros(3, np.float32)
+  del arrays['module.fc.weight'], arrays['module.fc.bias']
+  like = jax.tree.map(
+    lambda x: np.full(x.shape, 7.0, x.dtype), shapes_of('resnet')
+  )
+  rules = {'ignore': ('aux.*',), 'keep': ('params/head/.*',)}
+  found = convert('resnet', arrays, like, **rules)
+  assert np.all(found['params']['head']['kernel'] == 7)
+  assert np.any(found['params']['stem']['kernel'] != 7)
+  with pytest.raises(TypeError, match="matches 'params/head/bias', of which"):
+    convert('resnet', arrays, **rules)
+  with pytest.raises(ValueError, match=r"No leaf matches 'heads\.\*'"):
+    convert('resnet', arrays, like, ignore=('aux.*',), keep=('heads.*',))
+
+
+def test_integers_are_no_weights():
+  arrays = golden('resnet')[0] | {'fc.bias': np.zeros(4, np.int32)}
+  with pytest.raises(
+    TypeError, match=r"'fc\.bias' must be of floats, got int32"
+  ):
+    convert('resnet', arrays)
+
+
+# Files.
+
+
+def safetensors(header, body):
+  header = json.dumps(header).encode()
+  return struct.pack('<Q', len(header)) + header + body
+
+
+def test_safetensors_are_read_by_their_definition(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  body = np.float32([1, 2, 3]).tobytes() + b'\x80\x3f\x00\xc0'
+  header = {
+    '__metadata__': {'format': 'pt'},
+    'a': {'dtype': 'F32', 'shape': [3, 1], 'data_offsets': [0, 12]},
+    'b': {'dtype': 'BF16', 'shape': [2], 'data_offsets': [12, 16]},
+    'c': {'dtype': 'F64', 'shape': [0, 4], 'data_offsets': [16, 16]},
+  }
+  path.write_bytes(safetensors(header, body))
+  found = weights.read(path)
+  np.testing.assert_array_equal(found['a'], [[1], [2], [3]])
+  assert found['b'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found['b'].astype(np.float32), [1, -2])
+  assert found['c'].shape == (0, 4)
+
+
+def test_what_the_library_of_safetensors_writes_is_read(tmp_path):
+  library = pytest.importorskip('safetensors.numpy')
+  arrays, _, _ = golden('bert')
+  library.save_file(arrays, tmp_path / 'a.safetensors')
+  found = weights.read(tmp_path / 'a.safetensors')
+  assert found.keys() == arrays.keys()
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(found[name], x)
+
+
+def test_npz_is_read(tmp_path):
+  np.savez(tmp_path / 'a.npz', **{'conv1.weight': np.arange(3.0)})
+  found = weights.read(tmp_path / 'a.npz')
+  np.testing.assert_array_equal(found['conv1.weight'], [0, 1, 2])
+
+
+ENTRY = {'dtype': 'F32', 'shape': [3], 'data_offsets': [0, 12]}
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.pth', b'', r'must end in \.npz or \.safetensors'),
+    ('a.npz', b'no zip', 'is no whole .npz file'),
+    ('a.safetensors', b'', 'is no whole .safetensors file'),
+    ('a.safetensors', b'\xff' * 8 + b'{}', 'is no whole .safetensors file'),
+    (
+      'a.safetensors',
+      struct.pack('<Q', 3) + b'{"a',
+      'has a damaged header',
+    ),
+    (
+      'a.safetensors',
+      safetensors({'a': ENTRY}, b'1234'),
+      "'a' in .* must have 12 bytes, its range is 0 to 12 of 4",
+    ),
+    (
+      'a.safetensors',
+      safetensors({'a': ENTRY | {'dtype': 'F4'}}, b'1' * 12),
+      "has the dtype 'F4'; known are BOOL, U8",
+    ),
+  ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as error:
+    weights.read(path)
+  assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  for name in ('a.npz', 'a.safetensors'):
+    with pytest.raises(FileNotFoundError, match='a'):
+      weights.read(tmp_path / name)
+
+
+CONFIG = {
+  'model_type': 'bert',
+  'vocab_size': 9,
+  'hidden_size': 4,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 8,
+  'max_position_embeddings': 6,
+  'type_vocab_size': 2,
+  'id2label': {'0': 'no', '1': 'maybe', '2': 'yes'},
+}
+
+
+def test_a_config_of_bert_builds_its_network():
+  model = models.BERT(**weights.bert_options(CONFIG))
+  assert model == NETWORKS['bert'][0]
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    ({'model_type': 'roberta'}, "must have model_type 'bert', got 'roberta'"),
+    ({'hidden_act': 'relu'}, "must have hidden_act 'gelu', got 'relu'"),
+  ],
+)
+def test_another_config_is_refused(config, message):
+  with pytest.raises(ValueError, match=message):
+    weights.bert_options(CONFIG | config)
+
+
+def test_a_config_without_a_key_is_refused():
+  config = {k: v for k, v in CONFIG.items() if not k.startswith('vocab')}
+  with pytest.raises(ValueError, match='of a BERT lacks vocab_size'):
+    weights.bert_options(config)
+
+
+# Real weights and data: JAXPRUNE_DATA names the folder that holds `pretrained`,
+# `tfds` and `tfds_lossless`.
+
+DATA = os.environ.get('JAXPRUNE_DATA', '')
+NO_DATA = not os.path.isdir(os.path.join(DATA, 'pretrained'))
+
+
+def needs_data(test):
+  """Marks a test that reads the folder, in which other libraries warn."""
+  why = 'JAXPRUNE_DATA names no folder with pretrained/'
+  test = pytest.mark.skipif(NO_DATA, reason=why)(pytest.mark.data(test))
+  return pytest.mark.filterwarnings('ignore')(test)
+
+
+def accuracy(model, variables, images, labels, batch):
+  """Returns top-1 and top-5 in percent."""
+  run = jax.jit(model.apply)
+  pairs = [
+    (run(variables, images[i : i + batch]), labels[i : i + batch])
+    for i in range(0, len(images), batch)
+  ]
+  logits = np.concatenate([np.asarray(x) for x, _ in pairs])
+  order = np.argsort(-logits, axis=1)[:, :5] == labels[:, None]
+  return 100 * order[:, 0].mean(), 100 * order.any(1).mean()
+
+
+@functools.cache
+def cifar10(folder):
+  """Returns the first 1,000 test images, normalised, and their labels."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder('cifar10', data_dir=os.path.join(DATA, folder))
+  source = builder.as_data_source(split='test')
+  rows = [source[i] for i in range(1000)]
+  x = np.stack([row['image'] for row in rows]) / np.float32(255)
+  mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+  labels = np.array([row['label'] for row in rows])
+  return (x - mean[None, None, None]) / std[None, None, None], labels
+
+
+def pretrained(model, file, convert, names, side):
+  arrays = weights.read(os.path.join(DATA, 'pretrained', file))
+  return convert(arrays, shapes(model, 1, side, side, 3), names)
+
+
+@needs_data
+@pytest.mark.parametrize(
+  ('name', 'lossless', 'jpeg'),
+  [
+    ('resnet20', 91.5, 81.0),
+    ('resnet32', 92.8, 83.4),
+    ('resnet44', 93.3, 82.8),
+    ('resnet56', 92.6, 83.4),
+  ],
+)
+def test_the_pretrained_resnets_reach_their_accuracy(name, lossless, jpeg):
+  model = getattr(models, name)()
+  file = f'{name}_cifar10.npz'
+  names = weights.cifar_resnet
+  variables = pretrained(model, file, weights.from_torch, names, 32)
+  top1, _ = accuracy(model, variables, *cifar10('tfds_lossless'), 100)
+  assert abs(top1 - lossless) < 0.15  # One image of a thousand.
+  # The pixels of a JPEG depend on its decoder.
+  top1, _ = accuracy(model, variables, *cifar10('tfds'), 100)
+  assert abs(top1 - jpeg) < 0.75
+
+
+@needs_data
+def test_the_pretrained_mobilenet_reaches_its_accuracy():
+  import tensorflow_datasets as tfds
+
+  folder = os.path.join(DATA, 'tfds', 'imagenet_sample', '1.0.0')
+  builder = tfds.builder_from_directory(folder)
+  source = builder.as_data_source(split='validation')
+  rows = [source[i] for i in range(1000)]
+  x = np.stack([row['image'] for row in rows]) / np.float32(127.5) - 1
+  labels = np.array([row['label'] for row in rows])
+  model = models.mobilenet_v1(0.25)
+  file = 'mobilenet_v1_025_224_imagenet.npz'
+  names = weights.keras_mobilenet_v1
+  variables = pretrained(model, file, weights.from_keras, names, 224)
+  assert tree.size(variables) == 475_544
+  top1, top5 = accuracy(model, variables, x, labels, 50)
+  assert abs(top1 - 57.8) < 0.25
+  assert abs(top5 - 80.9) < 0.25
