@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # and modules of its own layer so long as no two need each other.
 LAYERS = {
   'ground': ['tree'],
-  'maths': ['distributions', 'lookahead', 'masks', 'schedules', 'scores', 'select'],
+  'maths': [
+    'distributions', 'lookahead', 'masks', 'schedules', 'scores', 'select',
+  ],
   'training': [
     'drawing', 'dynamic', 'gates', 'reparam', 'soft', 'soft_training',
     'transforms',
