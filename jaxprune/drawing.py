@@ -1,0 +1,241 @@
+"""Which leaves to prune, in what units, by how much: and masks drawn so.
+
+What ``transforms`` and ``dynamic`` share. A :class:`Recipe` is decided and
+checked before any trace; :func:`draw` is the drawing itself.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import distributions as distributions_lib
+from jaxprune import masks as masks_lib
+from jaxprune import schedules, select
+from jaxprune import tree as tree_lib
+
+Score = Callable[[tree_lib.PyTree], tree_lib.PyTree]
+Sparsity = float | Callable[[jax.Array], jax.Array]
+Grain = masks_lib.Granularity
+Grains = Grain | Mapping[str, Grain | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The arguments of a transformation, checked."""
+
+  sparsity: Any  # One schedule, or a dict of rules to schedules.
+  distribution: distributions_lib.Distribution
+  granularity: Mapping[str, Grain | None]
+  which: tree_lib.Which
+  regrow: bool
+
+  @classmethod
+  def of(
+    cls,
+    sparsity: Sparsity | Mapping[str, Sparsity] | None,
+    distribution: distributions_lib.Distribution,
+    granularity: Grains,
+    which: tree_lib.Which,
+    regrow: bool,
+  ) -> 'Recipe':
+    """Checks and completes the arguments of a transformation."""
+    if granularity is None:
+      granularity = masks_lib.elements()
+    if sparsity is None:
+      if not isinstance(granularity, masks_lib.NByM):
+        raise ValueError('`sparsity` is needed unless all is n_by_m.')
+      sparsity = 1 - granularity.n / granularity.m
+    if isinstance(sparsity, Mapping):
+      if distribution is not distributions_lib.uniform:
+        raise ValueError(
+          'Rules for the sparsity leave nothing to distribute; give one '
+          'sparsity, or distribution=uniform.'
+        )
+      sparsity = {rule: _schedule(s) for rule, s in sparsity.items()}
+    else:
+      sparsity = _schedule(sparsity)
+    if not isinstance(granularity, Mapping):
+      granularity = {'.*': granularity}
+    return cls(sparsity, distribution, granularity, which, regrow)
+
+  def choose(self, scores: tree_lib.PyTree) -> tree_lib.PyTree:
+    """Returns scores with ``MaskedNode`` where a leaf is to stay dense."""
+    if self.which is not None:
+      scores = tree_lib.prunable(scores, self.which)
+    paths = list(tree_lib.leaves(scores))
+    grains = tree_lib.match(self.granularity, paths, None)
+    dense = {path for path, grain in grains.items() if grain is None}
+    if isinstance(self.sparsity, dict):
+      rules = tree_lib.match(dict.fromkeys(self.sparsity, True), paths, False)
+      dense |= {path for path, ruled in rules.items() if not ruled}
+    return tree_lib.map_with_path(
+      lambda path, x: optax.MaskedNode() if path in dense else x, scores
+    )
+
+  def grains(self, paths: Iterable[str]) -> dict[str, Grain | None]:
+    """Returns the granularity of each leaf."""
+    return _decide(self.granularity, paths, None)
+
+  def rules(self, paths: Iterable[str]) -> dict[str, str | None]:
+    """Returns the rule for the sparsity of each leaf, None for the only one."""
+    if not isinstance(self.sparsity, dict):
+      return dict.fromkeys(paths)
+    return _decide({rule: rule for rule in self.sparsity}, paths, None)
+
+
+def _schedule(sparsity: Sparsity) -> Callable[[jax.Array], jax.Array]:
+  if callable(sparsity):
+    return sparsity
+  if isinstance(sparsity, jax.Array):  # As optax.inject_hyperparams gives it.
+    return lambda step: jnp.asarray(sparsity, jnp.float32)
+  return schedules.constant(float(sparsity))
+
+
+def all_kept(
+  score: Score | None, params: tree_lib.PyTree, recipe: Recipe
+) -> tree_lib.PyTree:
+  """Checks that every leaf can be pruned as asked; returns masks of True."""
+  if not jax.tree.leaves(params):  # Optax asks with a placeholder.
+    return params
+  if score is None:
+    scores = tree_lib.prunable(params, recipe.which)
+  else:
+    scores = jax.eval_shape(score, params)
+  chosen = recipe.choose(scores)
+  shapes = {path: x.shape for path, x in tree_lib.leaves(chosen).items()}
+  if not shapes:
+    raise ValueError(
+      'No leaf is left to prune; the paths are: '
+      f'{", ".join(tree_lib.leaves(params))}.'
+    )
+  problems = []
+  rules = recipe.rules(shapes)
+  for path, grain in recipe.grains(shapes).items():
+    problem = _problem(path, grain, shapes[path])
+    levels = getattr(_pick(recipe.sparsity, rules[path]), 'levels', ())
+    if problem is None and isinstance(grain, masks_lib.NByM):
+      most = 1 - grain.n / grain.m
+      if levels and max(levels) > most + 1e-6:
+        problem = f'{grain.n}:{grain.m} prunes {most}, not {max(levels)}'
+    if problem:
+      problems.append(f'{path} ({problem})')
+  if problems:
+    raise ValueError(
+      f'Leaves that cannot be pruned in the granularity asked for: '
+      f'{"; ".join(problems)}. Give them another by a rule, or None to keep '
+      'them dense.'
+    )
+  if callable(recipe.distribution):
+    grains = recipe.grains(shapes)
+    shared = {
+      path: shape
+      for path, shape in shapes.items()
+      if isinstance(grains[path], masks_lib.Blocks)
+    }
+    for level in getattr(recipe.sparsity, 'levels', ()):
+      recipe.distribution(shared, max(level, 0.0))
+  ones = lambda w, x: (
+    x if masks_lib.is_dense(x) else jnp.ones_like(w, dtype=bool)
+  )
+  return jax.tree.map(ones, params, chosen)
+
+
+def _decide(rules: Mapping[str, Any], paths: Iterable[str], default: Any):
+  """Returns the value of each path; rules for other leaves may be idle."""
+  paths = list(paths)
+  live = {
+    rule: value
+    for rule, value in rules.items()
+    if any(re.fullmatch(rule, path) for path in paths)
+  }
+  return tree_lib.match(live, paths, default)
+
+
+def _problem(path, grain, shape) -> str | None:
+  if isinstance(grain, masks_lib.NByM):
+    return grain.problem(shape, path)
+  return grain.problem(shape)
+
+
+def _pick(levels: Any, rule: str | None) -> Any:
+  return levels if rule is None else levels[rule]
+
+
+def levels_at(recipe: Recipe, step: jax.Array) -> Any:
+  """Returns the sparsity at a step: a scalar, or a dict of them by rule."""
+  value = lambda fn: jnp.asarray(fn(step), jnp.float32)
+  return jax.tree.map(value, recipe.sparsity)
+
+
+def draw(
+  recipe: Recipe, scores: tree_lib.PyTree, old: tree_lib.PyTree, levels: Any
+) -> tree_lib.PyTree:
+  """Returns masks of the best entries at the given sparsities."""
+  scores = tree_lib.restrict(scores, old)
+  flat, previous = tree_lib.leaves(scores), tree_lib.leaves(old)
+  shapes = {path: x.shape for path, x in flat.items()}
+  grains, rules = recipe.grains(shapes), recipe.rules(shapes)
+  drawn, units = {}, {}
+  for path, x in flat.items():
+    grain = grains[path]
+    if isinstance(grain, masks_lib.NByM):
+      if not recipe.regrow:
+        x = jnp.where(previous[path], x, -jnp.inf)
+      s = _pick(levels, rules[path])
+      fewer = grain.m - jnp.round(s * grain.m).astype(jnp.int32)
+      n = jnp.maximum(fewer, grain.n)
+      axis = -2 if grain.axis is None else grain.axis
+      drawn[path] = masks_lib.n_by_m(x, n, grain.m, axis=axis)
+    else:
+      units[path] = masks_lib.block_means(x, grain.along(x.shape))
+  if units:
+    distribution = recipe.distribution
+    rescale = getattr(distribution, 'rescale', None)
+    if rescale is not None:
+      units = rescale(units)
+    if not recipe.regrow:
+      for path, x in units.items():
+        steps = grains[path].along(shapes[path])
+        kept = previous[path][tuple(slice(None, None, n) for n in steps)]
+        units[path] = jnp.where(kept, x, -jnp.inf)
+    keep = _budget(recipe, {path: shapes[path] for path in units}, levels)
+    for path, mask in select.top_masks(units, keep).items():
+      steps = grains[path].along(shapes[path])
+      drawn[path] = masks_lib.spread(mask, steps, shapes[path])
+  return tree_lib.map_with_path(lambda path, _: drawn[path], scores)
+
+
+def _budget(recipe: Recipe, shapes: distributions_lib.Shapes, levels: Any):
+  """Returns how many units to keep: one count if pooled, else one by path."""
+  grains, rules = recipe.grains(shapes), recipe.rules(shapes)
+  shapes = {
+    path: shape
+    for path, shape in shapes.items()
+    if isinstance(grains[path], masks_lib.Blocks)
+  }
+  units = {
+    path: math.prod(
+      -(-n // size)
+      for n, size in zip(shape, grains[path].along(shape), strict=True)
+    )
+    for path, shape in shapes.items()
+  }
+  exact = lambda rule: getattr(_pick(recipe.sparsity, rule), 'levels', ())
+  count = distributions_lib.uniform_count
+  if isinstance(recipe.distribution, distributions_lib.Pooled):
+    total = sum(units.values())
+    return count(total, levels, exact(None))
+  if isinstance(recipe.sparsity, dict):
+    return {
+      path: count(n, _pick(levels, rules[path]), exact(rules[path]))
+      for path, n in units.items()
+    }
+  return distributions_lib.counts(
+    recipe.distribution, shapes, units, levels, exact(None)
+  )

@@ -1,0 +1,188 @@
+"""Tests of counts, masks and granularities."""
+
+import fractions
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprune import masks
+
+kept_jit = {}
+
+
+def traced_kept(size, sparsity):
+  """Returns ``kept`` of a traced sparsity as a Python int."""
+  if size not in kept_jit:
+    kept_jit[size] = jax.jit(lambda s: masks.kept(size, s))
+  out = kept_jit[size](jnp.float32(sparsity))
+  if isinstance(out, tuple):
+    return (int(out[0]) << 16) + int(out[1])
+  return int(out)
+
+
+@pytest.mark.parametrize(
+  ('size', 'sparsity', 'expected'),
+  [(5, 0.5, 3), (7, 0.5, 3), (10, 0.9, 1), (3, 0.0, 3), (3, 1.0, 0)],
+)
+def test_kept_by_hand(size, sparsity, expected):
+  assert masks.kept(size, sparsity) == expected
+  assert traced_kept(size, sparsity) == expected
+
+
+SIZES = [1, 7, 2**24 + 1, 25_502_912, 2**31 + 5, 2**32 - 1, 2**33 + 3, 2**47]
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.sampled_from(SIZES), st.floats(0, 1, width=32))
+def test_traced_counts_are_those_of_exact_arithmetic(size, sparsity):
+  hypothesis.assume(sparsity == 0 or sparsity >= 1e-37)
+  exact = fractions.Fraction(sparsity) * size
+  assert traced_kept(size, sparsity) == size - round(exact)
+
+
+def test_traced_ties_round_to_even():
+  # 0.5 * (2**25 + 1) is a half that no float32 holds.
+  for size in (2**25 + 1, 2**25 + 3, 2**33 + 3):
+    half = fractions.Fraction(size, 2)
+    if size not in kept_jit:
+      kept_jit[size] = jax.jit(lambda s, n=size: masks.kept(n, s))
+    assert traced_kept(size, 0.5) == size - round(half)
+
+
+def test_top_by_hand_and_per_leaf():
+  scores = {
+    'a': jnp.array([[3.0, 1.0], [2.0, 2.0]]),
+    'b': optax.MaskedNode(),
+    'c': jnp.array([1.0, 2.0, 3.0]),
+  }
+  got = masks.top(scores, 0.5)
+  assert got['a'].tolist() == [[True, False], [True, False]]
+  assert got['b'] == optax.MaskedNode()
+  per_leaf = {'a': 0.25, 'b': optax.MaskedNode(), 'c': 2 / 3}
+  got = masks.top(scores, per_leaf)
+  assert got['a'].tolist() == [[True, False], [True, True]]
+  assert got['c'].tolist() == [False, False, True]
+
+
+def ranked(score, n, m, axis):
+  """N:M by a stable sort of each group."""
+  moved = np.moveaxis(np.asarray(score, np.float64), axis, -1)
+  groups = moved.reshape(*moved.shape[:-1], -1, m)
+  order = np.argsort(-groups, axis=-1, kind='stable')
+  rank = np.argsort(order, axis=-1, kind='stable')
+  return np.moveaxis((rank < n).reshape(moved.shape), -1, axis)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'n', 'm', 'axis'),
+  [
+    ((8, 3), 2, 4, -2),
+    ((2, 16), 1, 8, 1),
+    ((3, 3, 4, 5), 3, 4, 2),
+    ((6,), 0, 3, 0),
+  ],
+)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_n_by_m_equals_a_sort_of_each_group(shape, n, m, axis, dtype):
+  score = jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), dtype)
+  got = masks.n_by_m(score, n, m, axis=axis)
+  np.testing.assert_array_equal(got, ranked(score, n, m, axis))
+  traced = jax.jit(lambda x, n: masks.n_by_m(x, n, m, axis=axis))
+  np.testing.assert_array_equal(traced(score, n), got)
+
+
+def test_n_by_m_default_axis_is_the_input_of_linen():
+  score = jnp.array([[4.0, 1.0], [3.0, 2.0], [2.0, 3.0], [1.0, 4.0]])
+  expected = [[True, False], [True, False], [False, True], [False, True]]
+  assert masks.n_by_m(score, 2, 4).tolist() == expected
+
+
+def test_blocks_of_ragged_edges():
+  score = jnp.arange(15.0).reshape(3, 5)
+  grain = masks.blocks({0: 2, 1: 3})
+  sizes = grain.along(score.shape)
+  means = masks.block_means(score, sizes)
+  assert means.tolist() == [[3.5, 6.0], [11.0, 13.5]]
+  mask = masks.spread(means > 5.0, sizes, score.shape)
+  expected = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]
+  assert mask.astype(int).tolist() == expected
+
+
+def test_channels_are_whole():
+  score = jnp.arange(24.0).reshape(2, 3, 4)
+  for axis, kept in ((-1, [2, 3]), (1, [1, 2])):
+    sizes = masks.channels(axis).along(score.shape)
+    means = masks.block_means(score, sizes)
+    mask = masks.spread(
+      means >= jnp.sort(means.ravel())[-2], sizes, score.shape
+    )
+    others = tuple(i for i in range(3) if i != axis % 3)
+    assert np.flatnonzero(mask.all(others)).tolist() == kept
+    assert mask.all(others).sum() == mask.any(others).sum() == 2
+
+
+def test_apply_stops_what_is_not_finite():
+  params = {'w': jnp.array([jnp.inf, 2.0]), 'b': jnp.ones(1)}
+  tree = {'w': jnp.array([False, True]), 'b': optax.MaskedNode()}
+  got = masks.apply(tree, params)
+  assert got['w'].tolist() == [0.0, 2.0]
+  assert got['b'].tolist() == [1.0]
+
+
+def test_count_sparsity_and_pack():
+  tree = {'w': jnp.arange(11) % 3 == 0, 'b': optax.MaskedNode()}
+  params = {'w': jnp.zeros(11), 'b': jnp.zeros(2)}
+  assert masks.count(tree) == {'w': (4, 11)}
+  assert masks.sparsity(tree) == 7 / 11
+  packed = masks.pack(tree)
+  assert packed['w'].shape == (2,)
+  back = masks.unpack(packed, params)
+  np.testing.assert_array_equal(back['w'], tree['w'])
+  assert back['b'] == optax.MaskedNode()
+
+
+def test_errors():
+  with pytest.raises(
+    ValueError, match=r'sparsity must be in \[0, 1\], got 1.5'
+  ):
+    masks.kept(3, 1.5)
+  bad = {'a': jnp.array([jnp.nan]), 'b': jnp.ones(1), 'c': jnp.array([jnp.inf])}
+  with pytest.raises(ValueError, match='NaN or infinity in: a, c'):
+    masks.top(bad, 0.5)
+  with pytest.raises(ValueError, match='must divide axis 0 of shape'):
+    masks.n_by_m(jnp.ones((6, 2)), 2, 4)
+  with pytest.raises(ValueError, match='got n=5, m=4'):
+    masks.n_by_m(jnp.ones((4, 2)), 5, 4)
+  with pytest.raises(ValueError, match='has no axis 3'):
+    masks.n_by_m(jnp.ones((4, 2)), 2, 4, axis=3)
+  with pytest.raises(ValueError, match='N:M needs 1 <= n <= m, got n=0'):
+    masks.groups(0, 4)
+  with pytest.raises(ValueError, match='at least 1'):
+    masks.blocks({0: 0})
+  with pytest.raises(ValueError, match=r"mask of 'w' must have shape \(2,\)"):
+    masks.apply({'w': jnp.ones(3, bool)}, {'w': jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+  ('shape', 'path', 'axis', 'text'),
+  [
+    ((3, 3, 1, 8), 'kernel', None, 'depthwise'),
+    ((4, 2, 8), 'kernel', None, 'is not known; say the axis'),
+    ((8, 8), 'layer/weight', None, 'is not known; say the axis'),
+    ((6, 8), 'kernel', None, '4 does not divide axis -2'),
+    ((8, 8), 'kernel', 2, 'has no axis 2'),
+  ],
+)
+def test_layouts_that_groups_refuse(shape, path, axis, text):
+  assert text in masks.groups(2, 4, axis=axis).problem(shape, path)
+
+
+def test_layouts_that_groups_know():
+  assert masks.groups(2, 4).problem((8, 3), 'kernel') is None
+  assert masks.groups(2, 4).problem((3, 3, 8, 2), 'kernel') is None
+  assert masks.groups(2, 4, axis=1).problem((5, 8, 3), 'weight') is None
