@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.errors import InvalidRngError
 from jax import lax
 
@@ -74,7 +75,7 @@ def test_the_counter_of_multiply_adds_by_hand():
 #   the usual CIFAR implementation; multiply-adds 40.55e6 (20), 125.49e6 (56)
 #   and 252.89e6 (110) are those of the filter pruning papers.
 # - K: Keras' `model.summary()`, trainable parameters; multiply-adds in millions
-#   569, 325, 149, 41 are Howard et al. (2017), Table 6 and 7.
+#   569, 325, 149, 41 are Howard et al. (2017), Table 6.
 # - LAP: kernels counted in the code of Lee et al. (2020); see below.
 # - HF: `num_parameters()` of the checkpoints bert-base-uncased, bert-large-
 #   uncased with a classifier of two classes.
@@ -105,8 +106,10 @@ PUBLISHED = [
   ('resnet110', {}, 32, 1_727_962, 252_887_680),  # He
   # Option B has 2,752 more: 1 x 1 kernels of 16 x 32 and 32 x 64, two norms.
   ('resnet20', {'shortcut': 'projection'}, 32, 272_474, 40_813_184),
-  # Zagoruyko & Komodakis (2016), Table 5: 11.0e6.
+  # Zagoruyko & Komodakis (2016): 11.0e6.
   ('wrn_16_8', {}, 32, 10_961_370, 1_548_145_664),
+  # By hand: 150 + 6, 2,400 + 16, 48,000 + 120, 10,080 + 84, 840 + 10.
+  ('LeNet5', {'pad': 2}, 28, 61_706, 416_520),
   ('bert_base', {}, 128, 109_483_778, 11_174_217_216),  # HF
   ('bert_large', {}, 128, 335_143_938, 39_461_062_656),  # HF
 ]
@@ -119,7 +122,8 @@ def test_counts_are_the_published_ones(name, options, side, params, ops):
   if name.startswith('mobilenet'):
     options = {**options, 'grouped': True}
   model = getattr(models, name)(**options)
-  x = tokens(side) if name.startswith('bert') else images(side)
+  x = images(side, 1 if side == 28 else 3)
+  x = tokens(side) if name.startswith('bert') else x
   variables = shapes(model, x)
   assert tree.size(variables['params']) == params
   assert macs(model.apply, variables, x) == ops
@@ -476,6 +480,76 @@ def test_a_skipped_block_keeps_its_statistics_in_training():
   jax.tree.map(np.testing.assert_array_equal, after, before)
   after = on['batch_stats']['stage1_block2']
   assert np.any(after['norm1']['mean'] != before['norm1']['mean'])
+
+
+# Blocks by their formulas; whole networks against NumPy are in weights_test.
+
+
+def by_formula(block, x):
+  """Returns the block's output, and its convolutions, norms and their chain."""
+  variables = values(jax.eval_shape(lambda x: block.init(KEY, x, False), x))
+  params, stats = variables['params'], variables['batch_stats']
+
+  def conv(name, x, stride=1):
+    kernel = params[name]['kernel']
+    pad = [(kernel.shape[0] // 2,) * 2] * 2
+    names = ('NHWC', 'HWIO', 'NHWC')
+    return lax.conv_general_dilated(
+      x, kernel, (stride, stride), pad, dimension_numbers=names
+    )
+
+  def norm(name, x, epsilon=1e-5):
+    at = lambda tree, leaf: tree[name][leaf][None, None, None]
+    x = (x - at(stats, 'mean')) / np.sqrt(at(stats, 'var') + epsilon)
+    return x * at(params, 'scale') + at(params, 'bias')
+
+  return block.apply(variables, x, False), conv, norm
+
+
+def test_a_bottleneck_strides_in_its_3_x_3_convolution():
+  x = jax.random.normal(KEY, (2, 5, 5, 3))
+  block = models.resnet.Block((2, 4, 6), 2, 'projection')
+  found, conv, norm = by_formula(block, x)
+  y = nn.relu(norm('norm1', conv('conv1', x)))
+  y = nn.relu(norm('norm2', conv('conv2', y, 2)))
+  y = norm('norm3', conv('conv3', y))
+  y = nn.relu(y + norm('shortcut_norm', conv('shortcut', x, 2)))
+  np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('projects', [True, False])
+def test_a_pre_activation_block_normalises_first(projects):
+  x = jax.random.normal(KEY, (2, 5, 5, 4))
+  stride = 2 if projects else 1
+  block = models.resnet.PreActivationBlock((3, 4), stride, projects)
+  found, conv, norm = by_formula(block, x)
+  a = nn.relu(norm('norm1', x))
+  y = conv('conv2', nn.relu(norm('norm2', conv('conv1', a, stride))))
+  y = y + (conv('shortcut', a, stride) if projects else x)
+  np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_branches_of_inception_are_side_by_side():
+  x = jax.random.normal(KEY, (2, 4, 4, 3))
+  block = models.inception.Inception((2, 3, 4, 2, 5, 3), kernel=5)
+  found, conv, norm = by_formula(block, x)
+  unit = lambda name, x: nn.relu(norm(f'{name}_norm', conv(name, x), 1e-3))
+  padded = jnp.pad(
+    x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf
+  )
+  pooled = functools.reduce(
+    jnp.maximum,
+    [padded[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)],
+  )
+  branches = [
+    unit('branch1', x),
+    unit('branch2', unit('branch2_reduce', x)),
+    unit('branch3', unit('branch3_reduce', x)),
+    unit('branch4', pooled),
+  ]
+  expected = jnp.concatenate(branches, axis=-1)
+  assert expected.shape == (2, 4, 4, 14)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # Option A.

@@ -253,13 +253,13 @@ def shift_and_add(x: Array, kernel: Array, stride: int, padding: Pad) -> Array:
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   batch, height, width, channels = x.shape
   rows, columns = kernel.shape[:2]
-  high = (height - rows) // stride * stride + 1
-  wide = (width - columns) // stride * stride + 1
+  high, wide = height - rows + 1, width - columns + 1
 
   def part(i: int, j: int) -> Array:
     start, stop = (0, i, j, 0), (batch, i + high, j + wide, channels)
     part = lax.slice(x, start, stop, (1, stride, stride, 1))
-    return part.astype(jnp.float32) * kernel[i, j][None, None]
+    row = lax.slice(kernel, (i, j, 0, 0), (i + 1, j + 1, 1, channels))
+    return part.astype(jnp.float32) * row
 
   first, *rest = (part(i, j) for i in range(rows) for j in range(columns))
   return sum(rest, first).astype(x.dtype)
