@@ -16,6 +16,7 @@ by leaf in the order of the pytree; this costs a pass only where there are more
 of them than places. Counts are integers throughout.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -75,7 +76,7 @@ def top_mask(
   Raises:
     TypeError: if ``x`` is not floating.
     ValueError: if a static ``keep`` is out of range, or if histograms are
-      asked for with ``spec`` or for 2**32 entries and more.
+      asked for with ``spec`` or for 2**31 entries and more.
 
   Examples:
     >>> print(top_mask(jnp.array([1.0, 3.0, 3.0, 2.0, 3.0]), 2))
@@ -117,10 +118,7 @@ def top_masks(
     [True, True]
   """
   xs, treedef, counts, splits = _arguments(scores, keep, specs)
-  cuts = _cutoffs(xs, counts, splits, method)
-  masks = [
-    _kept(x, cut, split) for x, cut, split in zip(xs, cuts, splits, strict=True)
-  ]
+  masks, _ = _select(xs, counts, splits, method)
   return treedef.unflatten(masks)
 
 
@@ -146,8 +144,8 @@ def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
   if isinstance(k, int | np.integer) and k < 1:
     raise ValueError(f'k must be at least 1, got {k}.')
   xs, _, counts, splits = _arguments(x, k, None)
-  (cut,) = _cutoffs(xs, counts, splits, method)
-  return _value(cut.key, x.dtype)
+  _, keys = _select(xs, counts, splits, method)
+  return _value(keys[0], x.dtype)
 
 
 def boundaries(
@@ -264,27 +262,30 @@ def _split(x: jax.Array, spec: jax.sharding.PartitionSpec | None) -> _Split:
   return _Split(shape, tuple(axes))
 
 
-def _cutoffs(
+def _select(
   xs: Sequence[jax.Array],
   counts: Sequence[Keep],
   splits: Sequence[_Split],
   method: Method,
-) -> list[Cutoff]:
-  """Returns the cutoff of every leaf; one count is for all leaves together."""
+) -> tuple[list[jax.Array], jax.Array]:
+  """Returns the mask of every leaf, and the key of the last entry kept.
+
+  One count is for all leaves together, and then there is one key.
+  """
   if not xs:
-    return []
+    return [], jnp.zeros(0, jnp.uint32)
   dtype = jnp.result_type(*xs)
   xs = [x.astype(dtype) for x in xs]
   keep = _stack([limbs(count) for count in counts])
   sharded = any(split.names for split in splits)
-  fits = sum(split.size for split in splits) < 1 << 32
+  fits = sum(split.size for split in splits) < 1 << 31
   if method == 'histogram' and (sharded or not fits):
     raise ValueError(
-      'Histograms need whole arrays of fewer than 2**32 entries in all; use '
+      'Histograms need whole arrays of fewer than 2**31 entries in all; use '
       "method='bisection'."
     )
   bisect = lambda *args: _bisection(args[:-1], args[-1], splits)
-  count = lambda *args: _histogram(args[:-1], args[-1])
+  count = lambda *args: _histogram(args[:-1], args[-1], splits)
   if method == 'histogram':
     return count(*xs, keep)
   if method == 'bisection' or sharded or not fits or jax.device_count() > 1:
@@ -317,10 +318,9 @@ def _value(key: jax.Array, dtype: Any) -> jax.Array:
   return lax.bitcast_convert_type(bits, dtype)
 
 
-def _kept(x: jax.Array, cut: Cutoff, split: _Split) -> jax.Array:
-  dtype = {2: x.dtype, 4: jnp.float32, 8: jnp.float64}[cut.key.dtype.itemsize]
-  keys = _keys(x.astype(dtype))
-  return (keys > cut.key) | ((keys == cut.key) & _before(x, cut, split))
+def _kept(keys: jax.Array, cut: Cutoff, split: _Split) -> jax.Array:
+  tie = (keys == cut.key) & _before(keys, cut, split)
+  return (keys > cut.key) | tie
 
 
 def _before(x: jax.Array, cut: Cutoff, split: _Split) -> jax.Array:
@@ -386,52 +386,92 @@ def minus(a: Limbs, b: Limbs) -> Limbs:
 # Histograms: one CPU device.
 
 
-def _histogram(xs: Sequence[jax.Array], keep: Limbs) -> list[Cutoff]:
-  """Finds the cutoffs of whole arrays from histograms of 16-bit digits.
+def _histogram(
+  xs: Sequence[jax.Array], keep: Limbs, splits: Sequence[_Split]
+) -> tuple[list[jax.Array], jax.Array]:
+  """Selects in whole arrays, from histograms of 16-bit digits.
 
-  The keys of all leaves lie in one array of rows, so that one small program
-  serves any number of leaves: a loop over leaves, in it a loop over rows.
+  One small program serves any number of leaves: a loop over leaves, in it a
+  loop over rows of keys, which are made from the scores when they are read.
   """
   heights = [-(-x.size // _ROW) for x in xs]
   ends = np.cumsum(heights)
   starts = ends - heights
-  rows = jnp.concatenate(list(map(_rows, xs, heights)))
+  read = _reader(xs, starts, heights)
   pooled = keep[0].size == 1
   spans = (
     jnp.asarray(starts[:1] if pooled else starts, jnp.int32),
     jnp.asarray(ends[-1:] if pooled else ends, jnp.int32),
     (keep[0] << 16) | keep[1],
   )
-  key, row, column = lax.map(lambda span: _find(rows, *span), spans)
-  cuts = []
+  axes = _varying([*xs, *keep], [])
+  uint = _unsigned(xs[0].dtype)
+  find = lambda span: _find(read, uint, axes, *span)
+  key, row, column = lax.map(find, spans)
+  masks = []
   for i, x in enumerate(xs):
     # A cutoff before this leaf takes none of its ties, one beyond it all.
     g = 0 if pooled else i
-    past = jnp.clip(row[g] - np.int32(starts[i]), 0, heights[i])
-    place = past.astype(jnp.uint32) * np.uint32(_ROW)
-    here = (row[g] >= starts[i]) & (row[g] < ends[i])
-    place = place + jnp.where(here, column[g], 0)
-    place = jnp.minimum(place, np.uint32(x.size))
-    cuts.append(Cutoff(key[g], jnp.uint32(0), place))
-  return cuts
+    local = row[g] - np.int32(starts[i])
+    place = jnp.minimum(local * _ROW, max(x.size - _ROW, 0)) + column[g]
+    place = jnp.where(local < heights[i], place, x.size)
+    place = jnp.where(local < 0, 0, place).astype(jnp.uint32)
+    cut = Cutoff(key[g], jnp.uint32(0), place)
+    masks.append(_kept(_keys(x), cut, splits[i]))
+  return masks, key
 
 
-def _rows(x: jax.Array, height: int) -> jax.Array:
-  """Lays the keys of one leaf out in rows."""
-  keys = _keys(x).ravel()
-  return jnp.pad(keys, (0, height * _ROW - x.size)).reshape(height, _ROW)
+def _reader(
+  xs: Sequence[jax.Array], starts: np.ndarray, heights: Sequence[int]
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns a function from a row to its keys, in whichever leaf it lies.
+
+  Leaves are read where they are: the scores are the one large temporary. The
+  last row of a leaf begins early enough to be full, and what the row before
+  has shown is replaced by 0, as is the padding of a leaf shorter than a row:
+  below every key.
+  """
+  leaf_of = jnp.asarray(np.repeat(np.arange(len(xs)), heights), jnp.int32)
+  first = jnp.asarray(starts, jnp.int32)
+
+  def reader(x):
+    flat, width = x.ravel(), min(x.size, _ROW)
+
+    def read(row):
+      at = jnp.minimum(row * _ROW, flat.size - width)
+      keys = _keys(lax.dynamic_slice(flat, (at,), (width,)))
+      new = lax.iota(jnp.int32, width) >= row * _ROW - at
+      return jnp.pad(jnp.where(new, keys, 0), (0, _ROW - width))
+
+    return read
+
+  readers = [reader(x) for x in xs]
+  if len(readers) == 1:
+    return readers[0]
+
+  def read(row):
+    leaf = leaf_of[row]
+    return lax.switch(leaf, readers, row - first[leaf])
+
+  return read
 
 
 def _find(
-  rows: jax.Array, start: jax.Array, stop: jax.Array, keep: jax.Array
+  read: Callable[[jax.Array], jax.Array],
+  uint: Any,
+  axes: frozenset,
+  start: jax.Array,
+  stop: jax.Array,
+  keep: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns key, row and column of the cutoff of rows start..stop-1."""
-  axes = _varying([rows, keep], [])
-  key, ties = jnp.zeros([], rows.dtype), keep
-  for shift in range(8 * rows.dtype.itemsize - 16, -1, -16):
-    counts = _digit_counts(rows, start, stop, key, shift)
+  key, ties = jnp.zeros([], uint), keep
+  for shift in range(8 * uint.itemsize - 16, -1, -16):
+    add = functools.partial(_add_digits, read, key, shift)
+    counts = _vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
+    counts = lax.fori_loop(start, stop, add, counts)[:_BINS]
     digit, keep, ties = _descend(counts, keep)
-    key = key | (digit.astype(key.dtype) << shift)
+    key = key | (digit.astype(uint) << shift)
 
   # Rows are counted off until the places run out, where they do.
   def more(carry):
@@ -439,7 +479,7 @@ def _find(
 
   def count_row(carry):
     row, seen, _ = carry
-    equal = jnp.sum(rows[row] == key, dtype=jnp.uint32)
+    equal = jnp.sum(read(row) == key, dtype=jnp.uint32)
     return row + 1, seen + equal, seen
 
   surplus = ties > keep
@@ -447,32 +487,26 @@ def _find(
   carry = jax.tree.map(lambda x: _vary(x, axes), (start, none, none))
   row, _, seen = lax.while_loop(more, count_row, carry)
   row = jnp.maximum(row - 1, start)
-  taken = jnp.cumsum((rows[row] == key).astype(jnp.uint32))
+  taken = jnp.cumsum((read(row) == key).astype(jnp.uint32))
   column = jnp.sum(taken < keep - seen, dtype=jnp.uint32) + 1
   row = jnp.where(surplus, row, stop)
   return key, row, jnp.where(surplus, column, 0)
 
 
-def _digit_counts(
-  rows: jax.Array,
-  start: jax.Array,
-  stop: jax.Array,
+def _add_digits(
+  read: Callable[[jax.Array], jax.Array],
   prefix: jax.Array,
   shift: int,
+  row: jax.Array,
+  counts: jax.Array,
 ) -> jax.Array:
-  """Counts the digits at ``shift`` of the keys whose higher digits match."""
-  top = shift + 16 >= 8 * rows.dtype.itemsize
-
-  def add_row(i, counts):
-    digit = ((rows[i] >> shift) & 0xFFFF).astype(jnp.int32)
-    if not top:
-      same = (rows[i] >> (shift + 16)) == (prefix >> (shift + 16))
-      digit = jnp.where(same, digit, _BINS)
-    return counts.at[digit].add(1)
-
-  axes = _varying([rows, prefix], [])
-  counts = _vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
-  return lax.fori_loop(start, stop, add_row, counts)[:_BINS]
+  """Counts the digits at ``shift`` of keys whose higher digits match."""
+  keys = read(row)
+  digit = ((keys >> shift) & 0xFFFF).astype(jnp.int32)
+  if shift + 16 < 8 * keys.dtype.itemsize:
+    same = (keys >> (shift + 16)) == (prefix >> (shift + 16))
+    digit = jnp.where(same, digit, _BINS)
+  return counts.at[digit].add(1)
 
 
 def _descend(
@@ -500,8 +534,8 @@ def _bin(counts: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _bisection(
   xs: Sequence[jax.Array], keep: Limbs, splits: Sequence[_Split]
-) -> list[Cutoff]:
-  """Finds the cutoffs bit by bit, from sums over the leaves."""
+) -> tuple[list[jax.Array], jax.Array]:
+  """Selects by finding the key bit by bit, from sums over the leaves."""
   keys = [_keys(x) for x in xs]
   uint = keys[0].dtype
   width = 8 * uint.itemsize
@@ -554,7 +588,8 @@ def _bisection(
   trail = place(
     lambda i, at: _before(xs[i], Cutoff(key[group[i]], lead[i], at), splits[i])
   )
-  return [Cutoff(key[group[i]], lead[i], trail[i]) for i in leaves]
+  cuts = [Cutoff(key[group[i]], lead[i], trail[i]) for i in leaves]
+  return list(map(_kept, keys, cuts, splits)), key
 
 
 def _count(tests: Sequence[jax.Array], splits: Sequence[_Split]) -> Limbs:
