@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxprune import masks as masks_lib
 from jaxprune import select, tree
 
 NByM = tuple[int, int]  # Keep n of every m.
@@ -83,9 +84,10 @@ def pdp_init(
     A :class:`PDPState` with ramp 0: the identity, until it is raised.
 
   Raises:
-    ValueError: if a sparsity is outside [0, 1), if not exactly one of sparsity
-      and ``n_by_m`` is given, if n_by_m is not 0 < n < m, if tau or c is
-      negative or both are zero, or as :func:`jaxprune.tree.prunable`.
+    ValueError: if weights are not finite, if a sparsity is outside [0, 1), if
+      not exactly one of sparsity and ``n_by_m`` is given, if ``n_by_m`` is not
+      0 < n < m, if tau or c is negative or both are zero, or as
+      :func:`jaxprune.tree.prunable`.
 
   References:
     Cho, Adya and Naik (2023), arXiv:2305.11203. The global threshold, tau and
@@ -501,12 +503,7 @@ def _group_threshold(x: jax.Array, n: int, axis: int) -> jax.Array:
 def _top_of_group(x: jax.Array, n: int, axis: int) -> jax.Array:
   """Marks the n largest along the inner axis, the lower index first."""
   inner = _inner(axis) % x.ndim
-  index = lax.broadcasted_iota(jnp.int32, x.shape, inner)
-  rank = jnp.zeros(x.shape, jnp.int32)
-  for j in range(x.shape[inner]):
-    other = lax.slice_in_dim(x, j, j + 1, axis=inner)
-    rank += (other > x) | ((other == x) & (j < index))
-  return rank < n
+  return masks_lib.n_by_m(x, n, x.shape[inner], axis=inner)
 
 
 def _inner(axis: int) -> int:
@@ -550,14 +547,12 @@ def _check_n_by_m(n_by_m: NByM) -> NByM:
 def _global_counts(
   weights: tree.PyTree, sparsity: float | jax.Array
 ) -> tree.PyTree:
-  total = tree.size(weights)
-  if isinstance(sparsity, float | int):
-    if not 0 <= sparsity < 1:
-      raise ValueError(f'`sparsity` must be in [0, 1), got {sparsity}.')
-    keep = total - round(sparsity * total)
-  else:
-    keep = jnp.uint32(total) - jnp.round(sparsity * total).astype(jnp.uint32)
-  masks = select.top_masks(jax.tree.map(jnp.abs, weights), keep)
+  if isinstance(sparsity, float | int) and not 0 <= sparsity < 1:
+    raise ValueError(f'`sparsity` must be in [0, 1), got {sparsity}.')
+  scores = jax.tree.map(jnp.abs, weights)
+  masks_lib.check_finite(scores)
+  keep = masks_lib.kept(tree.size(weights), sparsity)
+  masks = select.top_masks(scores, keep)
   return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import soft, tree
@@ -421,6 +422,23 @@ def test_wrappers_agree_with_one_device(how):
     np.testing.assert_allclose(x, want, 1e-6)
 
 
+def test_an_nnx_state_goes_through():
+  layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(layer, nnx.Param)
+  state = full(soft.pdp_init(params, 0.5, tau=0.1))
+  gated = _jitted(params, state)
+  want = soft.pdp(
+    {'kernel': layer.kernel[...]},
+    full(soft.pdp_init({'kernel': layer.kernel[...]}, 0.5, tau=0.1)),
+  )
+  got = nnx.merge(graph, gated)
+  np.testing.assert_allclose(got.kernel[...], want['kernel'], 1e-6)
+  np.testing.assert_array_equal(got.bias[...], layer.bias[...])
+  hard = soft.harden(params, state)
+  final = nnx.merge(graph, soft.pdp(params, hard))
+  assert int((final.kernel[...] == 0).sum()) == 12
+
+
 def test_extreme_leaves_stay_finite():
   params = {
     'zeros': {'kernel': jnp.zeros((2, 3))},
@@ -453,6 +471,13 @@ def test_extreme_leaves_stay_finite():
 def test_init_refuses(options, text):
   with pytest.raises(ValueError, match=text):
     soft.pdp_init(weights(), **options)
+
+
+def test_weights_that_diverged_are_refused_by_name():
+  params = weights()
+  params['b']['kernel'] = params['b']['kernel'].at[0, 0].set(jnp.nan)
+  with pytest.raises(ValueError, match='finite; NaN or infinity in: b/kernel'):
+    soft.pdp_init(params, 0.5)
 
 
 def test_groups_that_do_not_fit_are_refused_by_name():

@@ -85,16 +85,23 @@ def test_a_chain_trains_softly_then_hard():
 
 
 def test_budgets_are_those_of_the_params_after_warm_up():
+  params = {'a': jnp.full((1, 4), 1.0), 'c': jnp.full((1, 4), 2.5)}
+  grow = {'a': jnp.ones((1, 4)), 'c': jnp.zeros((1, 4))}
+  which = lambda *_: True
+  tx = soft_training.track_pdp(0.5, begin=2, ramp=ramp, which=which)
+  state, seen = tx.init(params), []
+  for _ in range(4):
+    updates, state = tx.update(grow, state, params)
+    params = optax.apply_updates(params, updates)
+    seen.append([int(state.pdp.pruned[k]) for k in 'ac'])
+  # 'a' is 2, 3, 4 and 5 after the updates, and 'c' stays 2.5.
+  assert seen == [[4, 0], [0, 4], [0, 4], [0, 4]]
+
+
+def test_the_forward_pass_is_dense_in_warm_up():
   params, x, apply = problem()
-  tx = optax.chain(
-    optax.sgd(0.5), soft_training.track_pdp(0.5, begin=2, ramp=ramp)
-  )
-  opt_state = tx.init(params)
-  warm, (_, tracked) = train(tx, params, opt_state, x, apply, 2)
-  want = soft.pdp_init(warm, 0.5).pruned
-  jax.tree.map(np.testing.assert_array_equal, tracked.pdp.pruned, want)
-  # In warm-up the forward pass is dense.
-  got = soft_training.with_pdp(apply)(params, opt_state, x)
+  state = soft_training.track_pdp(0.5, begin=2, ramp=ramp).init(params)
+  got = soft_training.with_pdp(apply)(params, state, x)
   np.testing.assert_array_equal(got, apply(params, x))
 
 
