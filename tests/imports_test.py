@@ -26,7 +26,7 @@ LAYERS = {
   'structure': ['cost', 'plans', 'structure'],
   'search': ['joint', 'stagewise'],
   'edge': [
-    'augment', 'checkpoint', 'data', 'digits', 'export', 'report', 'text',
+    'augment', 'checkpoint', 'data', 'digits', 'export', 'plots', 'report', 'text',
     'weights',
   ],
 }  # fmt: skip
