@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import masks, select
+from jaxprune import counts as counts_lib
+from jaxprune import select
 from jaxprune import tree as tree_lib
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,7 +52,7 @@ def uniform(shapes: Shapes, sparsity: float) -> Kept:
     {'a': 5, 'b': 8}
   """
   sizes = _sizes(shapes)
-  return {path: masks.kept(n, sparsity) for path, n in sizes.items()}
+  return {path: counts_lib.kept(n, sparsity) for path, n in sizes.items()}
 
 
 def uniform_plus(
@@ -202,7 +203,7 @@ def share(
     {'a': 2, 'b': 4}
   """
   paths = list(sizes)
-  budget = masks.kept(sum(sizes.values()), sparsity)
+  budget = counts_lib.kept(sum(sizes.values()), sparsity)
   lowest = lowest or dict.fromkeys(paths, 0)
   if sum(lowest.values()) > budget:
     raise ValueError(
@@ -290,7 +291,7 @@ lamp = Pooled(_survival)
 
 
 def select_pooled(
-  scores: tree_lib.PyTree, keep: select.Keep, distribution: Pooled
+  scores: tree_lib.PyTree, keep: counts_lib.Keep, distribution: Pooled
 ) -> tree_lib.PyTree:
   """Returns masks of the best ``keep`` entries of all leaves together.
 
@@ -372,7 +373,7 @@ def table(
 
 def interpolate(
   grid: np.ndarray, pruned: np.ndarray, sparsity: jax.Array
-) -> select.Limbs:
+) -> counts_lib.Limbs:
   """Returns how many units of each leaf a traced sparsity prunes.
 
   On a row of the table the counts are the row's. Between two rows each leaf's
@@ -398,7 +399,7 @@ def interpolate(
   # The sum of the leaves is the last column, and goes the same way.
   counts = np.concatenate([pruned, pruned.sum(1, keepdims=True)], 1)
   steps = np.diff(counts, axis=0, append=counts[-1:])
-  split = jax.vmap(masks.scale, (0, None))
+  split = jax.vmap(counts_lib.scale, (0, None))
   limbs = [(np.abs(steps) >> shift) & 0xFFFF for shift in (0, 16, 32)]
   step = jnp.asarray(np.stack(limbs, -1), jnp.uint32)[row]
   high, low, half, rest = split(step, weight)
@@ -408,9 +409,9 @@ def interpolate(
   )
   part = half | rest
   falls = jnp.asarray(steps < 0)[row]  # Rounding can make a leaf lose a unit.
-  up = select.carry(base[0] + high, base[1] + low)
-  ceiling = select.carry(high, low + part.astype(jnp.uint32))
-  down = select.minus(base, ceiling)
+  up = counts_lib.carry(base[0] + high, base[1] + low)
+  ceiling = counts_lib.carry(high, low + part.astype(jnp.uint32))
+  down = counts_lib.minus(base, ceiling)
   whole = [jnp.where(falls, d, u) for d, u in zip(down, up, strict=True)]
   value = (whole[0] << 16) + whole[1]  # Modulo 2**32, as is the difference.
   odd = value[-1] & 1 == 1
@@ -419,7 +420,7 @@ def interpolate(
   rank = jnp.where(part[:-1], jnp.where(half[:-1] | falls[:-1], 0, 1), 2)
   place = jnp.argsort(jnp.argsort(rank, stable=True))
   extra = (place < missing).astype(jnp.uint32)
-  return select.carry(whole[0][:-1], whole[1][:-1] + extra)
+  return counts_lib.carry(whole[0][:-1], whole[1][:-1] + extra)
 
 
 def counts(
@@ -428,7 +429,7 @@ def counts(
   units: Mapping[str, int],
   sparsity: float | jax.Array,
   levels: Sequence[float] = (),
-) -> dict[str, select.Keep]:
+) -> dict[str, counts_lib.Keep]:
   """Returns how many units of each leaf to keep, exactly.
 
   Args:
@@ -467,14 +468,14 @@ def counts(
     }
   high, low = interpolate(*table(distribution, shapes, units, levels), sparsity)
   return {
-    path: select.minus(select.limbs(units[path]), (high[i], low[i]))
+    path: counts_lib.minus(counts_lib.limbs(units[path]), (high[i], low[i]))
     for i, path in enumerate(shapes)
   }
 
 
 def uniform_count(
   size: int, sparsity: jax.Array, levels: Sequence[float] = ()
-) -> select.Keep:
+) -> counts_lib.Keep:
   """Returns n - round(s n), in float64 where s equals a level's float32.
 
   Args:
@@ -488,11 +489,11 @@ def uniform_count(
     >>> int(uniform_count(10**9, jnp.float32(0.9), [0.9]))
     100000000
   """
-  keep = masks.kept(size, sparsity)
+  keep = counts_lib.kept(size, sparsity)
   for level in levels:
-    exact = masks.kept(size, float(level))
+    exact = counts_lib.kept(size, float(level))
     if isinstance(keep, tuple):
-      exact = select.limbs(exact)
+      exact = counts_lib.limbs(exact)
     here = sparsity == np.float32(level)
     pick = lambda a, b: jnp.where(here, jnp.asarray(a, jnp.uint32), b)  # noqa: B023
     keep = jax.tree.map(pick, exact, keep)

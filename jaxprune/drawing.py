@@ -181,7 +181,7 @@ def draw(
   flat, previous = tree_lib.leaves(scores), tree_lib.leaves(old)
   shapes = {path: x.shape for path, x in flat.items()}
   grains, rules = recipe.grains(shapes), recipe.rules(shapes)
-  drawn, units = {}, {}
+  drawn, units, sizes = {}, {}, {}
   for path, x in flat.items():
     grain = grains[path]
     if isinstance(grain, masks_lib.NByM):
@@ -193,7 +193,8 @@ def draw(
       axis = -2 if grain.axis is None else grain.axis
       drawn[path] = masks_lib.n_by_m(x, n, grain.m, axis=axis)
     else:
-      units[path] = masks_lib.block_means(x, grain.along(x.shape))
+      sizes[path] = grain.along(x.shape) if grain else (1,) * x.ndim
+      units[path] = masks_lib.block_means(x, sizes[path])
   if units:
     distribution = recipe.distribution
     rescale = getattr(distribution, 'rescale', None)
@@ -201,31 +202,25 @@ def draw(
       units = rescale(units)
     if not recipe.regrow:
       for path, x in units.items():
-        steps = grains[path].along(shapes[path])
-        kept = previous[path][tuple(slice(None, None, n) for n in steps)]
+        steps = tuple(slice(None, None, n) for n in sizes[path])
+        kept = previous[path][steps]
         units[path] = jnp.where(kept, x, -jnp.inf)
     keep = _budget(recipe, {path: shapes[path] for path in units}, levels)
     for path, mask in select.top_masks(units, keep).items():
-      steps = grains[path].along(shapes[path])
-      drawn[path] = masks_lib.spread(mask, steps, shapes[path])
+      drawn[path] = masks_lib.spread(mask, sizes[path], shapes[path])
   return tree_lib.map_with_path(lambda path, _: drawn[path], scores)
 
 
 def _budget(recipe: Recipe, shapes: distributions_lib.Shapes, levels: Any):
   """Returns how many units to keep: one count if pooled, else one by path."""
   grains, rules = recipe.grains(shapes), recipe.rules(shapes)
-  shapes = {
-    path: shape
-    for path, shape in shapes.items()
-    if isinstance(grains[path], masks_lib.Blocks)
-  }
-  units = {
-    path: math.prod(
-      -(-n // size)
-      for n, size in zip(shape, grains[path].along(shape), strict=True)
-    )
-    for path, shape in shapes.items()
-  }
+  units = {}
+  for path, shape in shapes.items():
+    grain = grains[path]
+    if isinstance(grain, masks_lib.Blocks):
+      lengths = zip(shape, grain.along(shape), strict=True)
+      units[path] = math.prod(-(-n // size) for n, size in lengths)
+  shapes = {path: shapes[path] for path in units}
   exact = lambda rule: getattr(_pick(recipe.sparsity, rule), 'levels', ())
   count = distributions_lib.uniform_count
   if isinstance(recipe.distribution, distributions_lib.Pooled):

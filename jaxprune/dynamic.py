@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import select, transforms
@@ -21,7 +22,7 @@ from jaxprune import tree as tree_lib
 class DynamicState(NamedTuple):
   """State of :func:`rigl` and :func:`set_`."""
 
-  count: jax.Array  # Updates seen so far; int32, shape [].
+  step: jax.Array  # Updates seen so far; int32, shape [].
   masks: tree_lib.PyTree  # Like params; bool.
   inner_state: optax.OptState
 
@@ -183,7 +184,7 @@ def _moving(
   def update_fn(updates, state, params=None, **extra):
     if params is None:
       raise ValueError('Moving masks need `params`; pass it to update.')
-    step, masks = state.count, state.masks
+    step, masks = state.step, state.masks
     updates_in = masks_lib.apply(masks, updates)
     out, inner_state = inner.update(
       updates_in, state.inner_state, params, **extra
@@ -193,7 +194,7 @@ def _moving(
       part = fraction / 2 * (1 + jnp.cos(jnp.pi * step / max(end, 1)))
       weights = tree_lib.restrict(transforms.applied(params, out), masks)
       kept = counts(weights)
-      stay = {k: masks_lib.kept(n, part) for k, n in kept.items()}
+      stay = {k: counts_lib.kept(n, part) for k, n in kept.items()}
       flat, old = tree_lib.leaves(weights), tree_lib.leaves(masks)
       gradients = tree_lib.leaves(tree_lib.restrict(updates, masks))
       sizes = {
@@ -221,9 +222,8 @@ def _moving(
     due = (step >= begin) & (step < end) & ((step - begin) % every == 0)
     stay = lambda: (masks, masks, inner_state)
     masks, held, inner_state = jax.lax.cond(due, move, stay)
-    count = optax.safe_increment(step)
     out = transforms.project(out, params, held)
-    return out, DynamicState(count, masks, inner_state)
+    return out, DynamicState(transforms.next_step(step), masks, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import core
 
 from jaxprune import select
 from jaxprune import tree as tree_lib
+from jaxprune.counts import kept
 
 
 def top(
@@ -41,93 +43,10 @@ def top(
     [False, True, True, False]
   """
   check_finite(scores)
-  if isinstance(sparsity, float | int | jax.Array | np.ndarray | np.generic):
-    counts = jax.tree.map(lambda x: kept(x.size, sparsity), scores)
-  else:
-    counts = jax.tree.map(lambda x, s: kept(x.size, s), scores, sparsity)
+  if jax.tree_util.all_leaves([sparsity]):
+    sparsity = jax.tree.map(lambda _: sparsity, scores)
+  counts = jax.tree.map(lambda x, s: kept(x.size, s), scores, sparsity)
   return select.top_masks(scores, counts)
-
-
-def kept(size: int, sparsity: float | jax.Array) -> select.Keep:
-  """Returns how many of ``size`` weights a sparsity keeps, exactly.
-
-  kept = n - round(s n), half to even.
-
-  Args:
-    size: n, static, below 2**48.
-    sparsity: s in [0, 1]. A Python float is multiplied in float64. A traced
-      float32 counts as the number m 2**-q it stands for: n m is formed in
-      integers of 72 bits and shifted by q, so that no weight is lost to the
-      24 bits of a float32 product.
-
-  Returns:
-    A Python int for a static s; else uint32 of shape [], or from 2**32 on the
-    pair (high, low) of uint32 that :func:`select.top_mask` takes.
-
-  Raises:
-    ValueError: if a static s is not in [0, 1].
-
-  Examples:
-    >>> kept(5, 0.5), kept(7, 0.5), kept(10**9, 0.9)
-    (3, 3, 100000000)
-    >>> int(kept(2**25 + 1, jnp.float32(2**-25)))
-    33554432
-  """
-  if isinstance(sparsity, float | int | np.floating):
-    if not 0 <= sparsity <= 1:
-      raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
-    return size - round(float(sparsity) * size)
-  high, low, half, rest = scale(split(size), jnp.asarray(sparsity))
-  up = half & (rest | (low & 1 == 1))
-  pruned = select.carry(high, low + up.astype(jnp.uint32))
-  high, low = select.minus(select.limbs(size), pruned)
-  return (high, low) if size >= 1 << 32 else (high << 16) | low
-
-
-def split(count: int) -> jax.Array:
-  """Returns a count below 2**48 as three limbs of 16 bits, lowest first."""
-  return jnp.array(
-    [(count >> shift) & 0xFFFF for shift in (0, 16, 32)], 'uint32'
-  )
-
-
-def scale(
-  limbs: jax.Array, fraction: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Multiplies a count by a float32 in [0, 1], exactly.
-
-  Args:
-    limbs: the count, uint32 of shape [3], as :func:`split` gives it.
-    fraction: float32 of shape [].
-
-  Returns:
-    The integer part as high * 2**16 + low, whether the first bit after the
-    point is set, and whether any later bit is.
-  """
-  bits = jax.lax.bitcast_convert_type(
-    jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0), jnp.uint32
-  )
-  exponent = jnp.maximum(bits >> 23, 1).astype(jnp.int32)
-  mantissa = jnp.where(bits >> 23 > 0, 1 << 23, 0) | (bits & 0x7FFFFF)
-  mantissa = mantissa.astype(jnp.uint32)
-  # n m in limbs of 16 bits; none of the sums of halves overflows.
-  low, high = limbs * (mantissa & 0xFFFF), limbs * (mantissa >> 16)
-  product = jnp.zeros(16, jnp.uint32)
-  product = product.at[:3].add(low & 0xFFFF).at[1:4].add(low >> 16)
-  product = product.at[1:4].add(high & 0xFFFF).at[2:5].add(high >> 16)
-  for i in range(5):
-    product = product.at[i + 1].add(product[i] >> 16)
-    product = product.at[i].set(product[i] & 0xFFFF)
-  # fraction = mantissa 2**-shift, with 23 <= shift <= 149.
-  shift = 150 - exponent
-  limb, bit = shift // 16, (shift % 16).astype(jnp.uint32)
-  window = jax.lax.dynamic_slice(jnp.pad(product, (0, 4)), (limb,), (4,))
-  whole = ((window[:3] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
-  limb, bit = (shift - 1) // 16, ((shift - 1) % 16).astype(jnp.uint32)
-  half = (product[limb] >> bit) & 1 == 1
-  below = jnp.where(jnp.arange(16) < limb, product, 0)
-  rest = jnp.any(below > 0) | (product[limb] & ((np.uint32(1) << bit) - 1) > 0)
-  return whole[1] + (whole[2] << 16), whole[0], half, rest
 
 
 def check_finite(scores: tree_lib.PyTree) -> None:
@@ -140,7 +59,7 @@ def check_finite(scores: tree_lib.PyTree) -> None:
     ValueError: naming every leaf that holds NaN or infinity.
   """
   leaves = tree_lib.leaves(scores)
-  if any(isinstance(x, jax.core.Tracer) for x in leaves.values()):
+  if any(isinstance(x, core.Tracer) for x in leaves.values()):
     return
   finite = jax.device_get({k: jnp.isfinite(x).all() for k, x in leaves.items()})
   bad = [path for path, fine in finite.items() if not fine]
@@ -213,12 +132,15 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     sizes: length of a block along each axis; those of ``score`` at most count.
 
   Returns:
-    Array of ceil(shape / sizes), in float32 or wider.
+    Array of ceil(shape / sizes), in float32 or wider; ``score`` itself for
+    blocks of one entry.
 
   Examples:
     >>> block_means(jnp.array([1.0, 3.0, 5.0]), (2,)).tolist()
     [2.0, 5.0]
   """
+  if all(size == 1 for size in sizes):
+    return score
   score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
   counts = 1
   for axis, size in enumerate(sizes):

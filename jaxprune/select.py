@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
 
 Method = Literal['auto', 'histogram', 'bisection']
-Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
-Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
+Keep = counts_lib.Keep
+Limbs = counts_lib.Limbs
 
 _ROW = 4096  # Keys per histogram block: 16 KiB, half of a first-level cache.
 _BINS = 1 << 16
@@ -203,10 +204,7 @@ class _Split(NamedTuple):
   @property
   def lead(self) -> int:
     """How many leading axes to count apart for indices to fit uint32."""
-    lead = 0
-    while math.prod(self.shape[lead:]) >= 1 << 32:
-      lead += 1
-    return lead
+    return counts_lib.leading(self.shape)
 
 
 def _arguments(scores: Any, keep: Any, specs: Any):
@@ -276,7 +274,7 @@ def _select(
     return [], jnp.zeros(0, jnp.uint32)
   dtype = jnp.result_type(*xs)
   xs = [x.astype(dtype) for x in xs]
-  keep = _stack([limbs(count) for count in counts])
+  keep = counts_lib.stack([counts_lib.limbs(count) for count in counts])
   sharded = any(split.names for split in splits)
   fits = sum(split.size for split in splits) < 1 << 31
   if method == 'histogram' and (sharded or not fits):
@@ -344,43 +342,6 @@ def _positions(x: jax.Array, split: _Split, start: int, stop: int) -> jax.Array:
       index = index + shard * np.uint32(x.shape[axis])
     positions = positions + index * np.uint32(stride)
   return positions
-
-
-# Counts past 2**32: two limbs, high * 2**16 + low.
-
-
-def limbs(count: Keep) -> Limbs:
-  """Returns a count as (high, low), count = high * 2**16 + low, low < 2**16."""
-  if isinstance(count, tuple):
-    return carry(*count)
-  if isinstance(count, int | np.integer):
-    high, low = divmod(int(count), 1 << 16)
-    return jnp.uint32(high), jnp.uint32(low)
-  count = jnp.asarray(count).astype(jnp.uint32)
-  return count >> 16, count & 0xFFFF
-
-
-def carry(high: jax.Array, low: jax.Array) -> Limbs:
-  """Brings the low limb below 2**16."""
-  return high + (low >> 16), low & 0xFFFF
-
-
-def _stack(limbs: Sequence[Limbs]) -> Limbs:
-  return jnp.stack([high for high, _ in limbs]), jnp.stack(
-    [low for _, low in limbs]
-  )
-
-
-def _at_least(a: Limbs, b: Limbs) -> jax.Array:
-  return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
-
-
-def minus(a: Limbs, b: Limbs) -> Limbs:
-  """Returns max(a - b, 0)."""
-  borrow = (a[1] < b[1]).astype(jnp.uint32)
-  high, low = a[0] - b[0] - borrow, a[1] + (borrow << 16) - b[1]
-  some = _at_least(a, b)
-  return jnp.where(some, high, 0), jnp.where(some, low, 0)
 
 
 # Histograms: one CPU device.
@@ -550,24 +511,26 @@ def _bisection(
   def total(counts: Limbs) -> Limbs:
     if not pooled:
       return counts
-    return carry(*(jnp.sum(x, keepdims=True, dtype=x.dtype) for x in counts))
+    return counts_lib.carry(
+      *(jnp.sum(x, keepdims=True, dtype=x.dtype) for x in counts)
+    )
 
   def refine(i, key):
     trial = key | (uint.type(1) << (width - 1 - i).astype(uint))
     reach = total(count(lambda i: keys[i] >= trial[group[i]]))
-    return jnp.where(_at_least(reach, keep), trial, key)
+    return jnp.where(counts_lib.at_least(reach, keep), trial, key)
 
   key = _vary(jnp.zeros(keep[0].shape, uint), axes)
   key = lax.fori_loop(0, width, refine, key)
   equal = [keys[i] == key[group[i]] for i in leaves]
   above = total(count(lambda i: keys[i] > key[group[i]]))
   ties = count(lambda i: equal[i])
-  places = minus(keep, above)
+  places = counts_lib.minus(keep, above)
   if pooled:  # Earlier leaves come first.
     low = jnp.cumsum(ties[1], dtype=jnp.uint32) - ties[1]
     high = jnp.cumsum(ties[0], dtype=jnp.uint32) - ties[0]
-    places = minus(places, carry(high, low))
-  surplus = ~_at_least(places, ties)
+    places = counts_lib.minus(places, counts_lib.carry(high, low))
+  surplus = ~counts_lib.at_least(places, ties)
 
   def place(test: Callable[[int, jax.Array], jax.Array]) -> jax.Array:
     """Returns the last index before which no more ties lie than places."""
@@ -575,7 +538,7 @@ def _bisection(
     def refine(i, index):
       trial = index | (np.uint32(1) << (31 - i).astype(jnp.uint32))
       reach = count(lambda i: equal[i] & test(i, trial[i]))
-      return jnp.where(_at_least(places, reach), trial, index)
+      return jnp.where(counts_lib.at_least(places, reach), trial, index)
 
     start = jnp.where(surplus, np.uint32(0), np.uint32(0xFFFFFFFF))
     passes = jnp.where(jnp.any(surplus), 32, 0)
@@ -594,7 +557,7 @@ def _bisection(
 
 def _count(tests: Sequence[jax.Array], splits: Sequence[_Split]) -> Limbs:
   """Counts what is true of each whole leaf; one all-reduce for like leaves."""
-  counts = [jnp.stack(_true(test)) for test in tests]
+  counts = [jnp.stack(counts_lib.true(test)) for test in tests]
   together: dict[tuple[str, ...], list[int]] = {}
   for i, split in enumerate(splits):
     together.setdefault(split.names, []).append(i)
@@ -604,21 +567,7 @@ def _count(tests: Sequence[jax.Array], splits: Sequence[_Split]) -> Limbs:
       for i, count in zip(members, sums, strict=True):
         counts[i] = count
   high, low = jnp.stack(counts, axis=1)
-  return carry(high, low)
-
-
-def _true(test: jax.Array) -> Limbs:
-  """Counts what is true of an array of any size."""
-  lead = _Split(test.shape, ((),) * test.ndim).lead
-  counts = jnp.sum(test, axis=tuple(range(lead, test.ndim)), dtype=jnp.uint32)
-  if not lead:
-    return counts >> 16, counts & 0xFFFF
-  add = lambda x: jnp.sum(x, dtype=jnp.uint32)
-  # The sum of the low limbs in two parts, for up to 2**24 of them.
-  upper, lower = add((counts >> 8) & 0xFF), add(counts & 0xFF)
-  upper = upper + (lower >> 8)
-  high = add(counts >> 16) + (upper >> 8)
-  return high, ((upper & 0xFF) << 8) | (lower & 0xFF)
+  return counts_lib.carry(high, low)
 
 
 # Inside shard_map a loop's carry must vary over the axes its result varies on.

@@ -33,7 +33,7 @@ from jaxprune import tree as tree_lib
 class SparsifyState(NamedTuple):
   """State of :func:`sparsify`."""
 
-  count: jax.Array  # Updates seen so far; int32, shape [].
+  step: jax.Array  # Updates seen so far; int32, shape [].
   mask_sparsity: Any  # Of the last drawing; float32, shape [], or a dict of
   # them by rule. Not `sparsity`, which optax.inject_hyperparams may hold.
   masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
@@ -116,7 +116,7 @@ def sparsify(
   def init_fn(params):
     masks = drawing.all_kept(score, params, recipe)
     return SparsifyState(
-      count=jnp.zeros([], jnp.int32),
+      step=jnp.zeros([], jnp.int32),
       mask_sparsity=jax.tree.map(lambda _: jnp.float32(0), recipe.sparsity),
       masks=masks_lib.pack(masks) if packed else masks,
     )
@@ -128,7 +128,9 @@ def sparsify(
     due, levels = _due(recipe, state, every)
 
     def redraw():
-      fresh = score(applied(params, updates)) if scores is None else scores
+      fresh = scores
+      if score is not None and scores is None:
+        fresh = score(applied(params, updates))
       return drawing.draw(recipe, fresh, old, levels)
 
     masks = jax.lax.cond(due, redraw, lambda: old)
@@ -136,7 +138,7 @@ def sparsify(
       lambda level, s: jnp.where(due, level, s), levels, state.mask_sparsity
     )
     new = SparsifyState(
-      count=optax.safe_increment(state.count),
+      step=next_step(state.step),
       mask_sparsity=last,
       masks=masks_lib.pack(masks) if packed else masks,
     )
@@ -208,7 +210,7 @@ def soft_shrinkage(
 
   def init_fn(params):
     return SparsifyState(
-      count=jnp.zeros([], jnp.int32),
+      step=jnp.zeros([], jnp.int32),
       mask_sparsity=jax.tree.map(lambda _: jnp.float32(0), recipe.sparsity),
       masks=drawing.all_kept(score, params, recipe),
     )
@@ -216,12 +218,14 @@ def soft_shrinkage(
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
-    soft = state.count < end
-    due = state.count <= end
-    levels = drawing.levels_at(recipe, jnp.minimum(state.count, end))
+    soft = state.step < end
+    due = state.step <= end
+    levels = drawing.levels_at(recipe, jnp.minimum(state.step, end))
 
     def redraw():
-      fresh = score(applied(params, updates)) if scores is None else scores
+      fresh = scores
+      if score is not None and scores is None:
+        fresh = score(applied(params, updates))
       return drawing.draw(recipe, fresh, state.masks, levels)
 
     def shrink(w, u, mask):
@@ -231,7 +235,7 @@ def soft_shrinkage(
       return jnp.where(mask, u, part * u + (part - 1) * w.astype(u.dtype))
 
     masks = jax.lax.cond(due, redraw, lambda: state.masks)
-    new = SparsifyState(optax.safe_increment(state.count), levels, masks)
+    new = SparsifyState(next_step(state.step), levels, masks)
     return jax.tree.map(shrink, params, updates, masks), new
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -450,9 +454,9 @@ def _due(
   recipe: drawing.Recipe, state: SparsifyState, every: int
 ) -> tuple[jax.Array, Any]:
   """Returns whether masks are drawn at this step, and for which sparsities."""
-  levels = drawing.levels_at(recipe, state.count)
-  after = drawing.levels_at(recipe, state.count + 1)
-  tick = state.count % every == 0
+  levels = drawing.levels_at(recipe, state.step)
+  after = drawing.levels_at(recipe, state.step + 1)
+  tick = state.step % every == 0
   due = jax.tree.map(
     lambda s, after, last: (s != last) & (tick | (after == s)),
     levels,
@@ -466,3 +470,8 @@ def applied(params, updates) -> tree_lib.PyTree:
   """Returns the params as the updates would leave them."""
   add = lambda w, u: w if u is None else (w + u).astype(w.dtype)
   return jax.tree.map(add, params, updates)
+
+
+def next_step(step: jax.Array) -> jax.Array:
+  """Returns step + 1, at most the largest int32."""
+  return jnp.asarray(optax.safe_increment(step))

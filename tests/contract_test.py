@@ -327,7 +327,7 @@ def test_multi_steps_around_a_chain_counts_real_steps():
     )
     if isinstance(s, transforms.SparsifyState)
   ]
-  assert int(inner[0].count) == 2
+  assert int(inner[0].step) == 2
 
 
 def test_if_finite_outside_skips_a_nan_whole():

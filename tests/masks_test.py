@@ -1,9 +1,5 @@
 """Tests of counts, masks and granularities."""
 
-import fractions
-
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,47 +7,6 @@ import optax
 import pytest
 
 from jaxprune import masks
-
-kept_jit = {}
-
-
-def traced_kept(size, sparsity):
-  """Returns ``kept`` of a traced sparsity as a Python int."""
-  if size not in kept_jit:
-    kept_jit[size] = jax.jit(lambda s: masks.kept(size, s))
-  out = kept_jit[size](jnp.float32(sparsity))
-  if isinstance(out, tuple):
-    return (int(out[0]) << 16) + int(out[1])
-  return int(out)
-
-
-@pytest.mark.parametrize(
-  ('size', 'sparsity', 'expected'),
-  [(5, 0.5, 3), (7, 0.5, 3), (10, 0.9, 1), (3, 0.0, 3), (3, 1.0, 0)],
-)
-def test_kept_by_hand(size, sparsity, expected):
-  assert masks.kept(size, sparsity) == expected
-  assert traced_kept(size, sparsity) == expected
-
-
-SIZES = [1, 7, 2**24 + 1, 25_502_912, 2**31 + 5, 2**32 - 1, 2**33 + 3, 2**47]
-
-
-@hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(st.sampled_from(SIZES), st.floats(0, 1, width=32))
-def test_traced_counts_are_those_of_exact_arithmetic(size, sparsity):
-  hypothesis.assume(sparsity == 0 or sparsity >= 1e-37)
-  exact = fractions.Fraction(sparsity) * size
-  assert traced_kept(size, sparsity) == size - round(exact)
-
-
-def test_traced_ties_round_to_even():
-  # 0.5 * (2**25 + 1) is a half that no float32 holds.
-  for size in (2**25 + 1, 2**25 + 3, 2**33 + 3):
-    half = fractions.Fraction(size, 2)
-    if size not in kept_jit:
-      kept_jit[size] = jax.jit(lambda s, n=size: masks.kept(n, s))
-    assert traced_kept(size, 0.5) == size - round(half)
 
 
 def test_top_by_hand_and_per_leaf():

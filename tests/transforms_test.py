@@ -49,7 +49,7 @@ def test_by_hand():
   # Ranked by |w + u| = 6, 4, 2, 0.5.
   assert optax.apply_updates(w, out).tolist() == [6.0, -4.0, 0.0, 0.0]
   assert state.masks.tolist() == [True, True, False, False]
-  assert (int(state.count), float(state.mask_sparsity)) == (1, 0.5)
+  assert (int(state.step), float(state.mask_sparsity)) == (1, 0.5)
 
 
 @pytest.mark.parametrize('every', [1, 3, 4, 7])

@@ -1,0 +1,165 @@
+"""Exact counts of weights, beyond what an int32 or a float32 holds.
+
+A count that is only known under jit is a pair of uint32, its *limbs*: (high,
+low) stands for high * 2**16 + low, which reaches 2**48 and whose sums over up
+to 2**16 leaves cannot overflow.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
+Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
+
+
+def kept(size: int, sparsity: float | jax.Array) -> Keep:
+  """Returns how many of ``size`` weights a sparsity keeps, exactly.
+
+  kept = n - round(s n), half to even.
+
+  Args:
+    size: n, static, below 2**48.
+    sparsity: s in [0, 1]. A Python float is multiplied in float64. A traced
+      float32 counts as the number m 2**-q it stands for: n m is formed in
+      integers of 72 bits and shifted by q, so that no weight is lost to the
+      24 bits of a float32 product.
+
+  Returns:
+    A Python int for a static s; else uint32 of shape [], or from 2**32 on the
+    pair (high, low) of uint32 that :func:`jaxprune.select.top_mask` takes.
+
+  Raises:
+    ValueError: if a static s is not in [0, 1].
+
+  Examples:
+    >>> kept(5, 0.5), kept(7, 0.5), kept(10**9, 0.9)
+    (3, 3, 100000000)
+    >>> int(kept(2**25 + 1, jnp.float32(2**-25)))
+    33554432
+  """
+  if isinstance(sparsity, float | int | np.floating):
+    if not 0 <= sparsity <= 1:
+      raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
+    return size - round(float(sparsity) * size)
+  high, low, half, rest = scale(split(size), jnp.asarray(sparsity))
+  up = half & (rest | (low & 1 == 1))
+  pruned = carry(high, low + up.astype(jnp.uint32))
+  high, low = minus(limbs(size), pruned)
+  return (high, low) if size >= 1 << 32 else (high << 16) | low
+
+
+def split(count: int) -> jax.Array:
+  """Returns a count below 2**48 as three limbs of 16 bits, lowest first."""
+  return jnp.array(
+    [(count >> shift) & 0xFFFF for shift in (0, 16, 32)], 'uint32'
+  )
+
+
+def scale(
+  limbs: jax.Array, fraction: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Multiplies a count by a float32 in [0, 1], exactly.
+
+  Args:
+    limbs: the count, uint32 of shape [3], as :func:`split` gives it.
+    fraction: float32 of shape [].
+
+  Returns:
+    The integer part as high * 2**16 + low, whether the first bit after the
+    point is set, and whether any later bit is.
+  """
+  bits = jax.lax.bitcast_convert_type(
+    jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0), jnp.uint32
+  )
+  exponent = jnp.maximum(bits >> 23, 1).astype(jnp.int32)
+  mantissa = jnp.where(bits >> 23 > 0, 1 << 23, 0) | (bits & 0x7FFFFF)
+  mantissa = mantissa.astype(jnp.uint32)
+  # n m in limbs of 16 bits; none of the sums of halves overflows.
+  low, high = limbs * (mantissa & 0xFFFF), limbs * (mantissa >> 16)
+  product = jnp.zeros(16, jnp.uint32)
+  product = product.at[:3].add(low & 0xFFFF).at[1:4].add(low >> 16)
+  product = product.at[1:4].add(high & 0xFFFF).at[2:5].add(high >> 16)
+  for i in range(5):
+    product = product.at[i + 1].add(product[i] >> 16)
+    product = product.at[i].set(product[i] & 0xFFFF)
+  # fraction = mantissa 2**-shift, with 23 <= shift <= 149.
+  shift = 150 - exponent
+  limb, bit = shift // 16, (shift % 16).astype(jnp.uint32)
+  window = jax.lax.dynamic_slice(jnp.pad(product, (0, 4)), (limb,), (4,))
+  whole = ((window[:3] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
+  limb, bit = (shift - 1) // 16, ((shift - 1) % 16).astype(jnp.uint32)
+  half = (product[limb] >> bit) & 1 == 1
+  below = jnp.where(jnp.arange(16) < limb, product, 0)
+  rest = jnp.any(below > 0) | (product[limb] & ((np.uint32(1) << bit) - 1) > 0)
+  return whole[1] + (whole[2] << 16), whole[0], half, rest
+
+
+def limbs(count: Keep) -> Limbs:
+  """Returns a count as (high, low), count = high * 2**16 + low, low < 2**16."""
+  if isinstance(count, tuple):
+    return carry(*count)
+  if isinstance(count, int | np.integer):
+    high, low = divmod(int(count), 1 << 16)
+    return jnp.uint32(high), jnp.uint32(low)
+  count = jnp.asarray(count).astype(jnp.uint32)
+  return count >> 16, count & 0xFFFF
+
+
+def carry(high: jax.Array, low: jax.Array) -> Limbs:
+  """Brings the low limb below 2**16."""
+  return high + (low >> 16), low & 0xFFFF
+
+
+def stack(limbs: Sequence[Limbs]) -> Limbs:
+  """Returns several counts as one pair of arrays."""
+  return jnp.stack([high for high, _ in limbs]), jnp.stack(
+    [low for _, low in limbs]
+  )
+
+
+def at_least(a: Limbs, b: Limbs) -> jax.Array:
+  """Returns whether a >= b."""
+  return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def minus(a: Limbs, b: Limbs) -> Limbs:
+  """Returns max(a - b, 0)."""
+  borrow = (a[1] < b[1]).astype(jnp.uint32)
+  high, low = a[0] - b[0] - borrow, a[1] + (borrow << 16) - b[1]
+  some = at_least(a, b)
+  return jnp.where(some, high, 0), jnp.where(some, low, 0)
+
+
+def leading(shape: tuple[int, ...]) -> int:
+  """Returns how many leading axes to count apart for the rest to fit uint32.
+
+  Args:
+    shape: shape of an array.
+
+  Examples:
+    >>> leading((80, 8192, 8192)), leading((3, 4))
+    (1, 0)
+  """
+  lead = 0
+  while math.prod(shape[lead:]) >= 1 << 32:
+    lead += 1
+  return lead
+
+
+def true(test: jax.Array) -> Limbs:
+  """Counts what is true of an array of any size."""
+  lead = leading(test.shape)
+  counts = jnp.sum(test, axis=tuple(range(lead, test.ndim)), dtype=jnp.uint32)
+  if not lead:
+    return counts >> 16, counts & 0xFFFF
+  add = lambda x: jnp.sum(x, dtype=jnp.uint32)
+  # The sum of the low limbs in two parts, for up to 2**24 of them.
+  upper, lower = add((counts >> 8) & 0xFF), add(counts & 0xFF)
+  upper = upper + (lower >> 8)
+  high = add(counts >> 16) + (upper >> 8)
+  return high, ((upper & 0xFF) << 8) | (lower & 0xFF)
