@@ -15,7 +15,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,21 +96,61 @@ def load(
   return Dataset(images, labels, classes, builder.name, version)
 
 
+def records(
+  name: str,
+  split: str = 'train',
+  data_dir: str | os.PathLike | None = None,
+  features: Sequence[str] = ('image', 'label'),
+) -> tuple[list[tuple[Any, ...]], tuple[str, ...], str]:
+  """Reads chosen features of one split of any set, whole, without a check.
+
+  Args:
+    name: as in :func:`load`; the folder of a configuration is ``'glue/mnli'``.
+    split: as in :func:`load`.
+    data_dir: as in :func:`load`.
+    features: their names; the last one is the label.
+
+  Returns:
+    (rows, classes, version): a tuple of features for each record, as TFDS
+    decodes them, and the names of the labels.
+
+  Raises:
+    DataError: if the set, its folder, the split or a feature is missing, if
+      the last feature has no classes, or if a record is damaged.
+  """
+  builder = _builder(name, data_dir)
+  source = _source(builder, split)
+  classes = _classes(builder, features)
+  rows = []
+  for start in range(0, len(source), 1024):
+    indices = list(range(start, min(start + 1024, len(source))))
+    with _quiet():
+      examples = _read(source, builder, split, indices)
+    rows += [tuple(example[key] for key in features) for example in examples]
+  return rows, classes, str(builder.info.version)
+
+
 def _features(builder: Any) -> tuple[str, str, tuple[str, ...]]:
   """Returns the names of image, label and classes of a set."""
   image, label = builder.info.supervised_keys or ('image', 'label')
-  for key in (image, label):
-    if key not in builder.info.features:
-      raise DataError(
-        f'{builder.name} is no image classification set: it has no feature '
-        f'{key!r}, but {", ".join(sorted(builder.info.features))}.'
-      )
-  names = getattr(builder.info.features[label], 'names', None)
+  return image, label, _classes(builder, (image, label))
+
+
+def _classes(builder: Any, features: Sequence[str]) -> tuple[str, ...]:
+  """Returns the names of the labels, the last of the features of a set."""
+  missing = [key for key in features if key not in builder.info.features]
+  if missing:
+    raise DataError(
+      f'{builder.name} has no feature {", ".join(map(repr, missing))}, but '
+      f'{", ".join(sorted(builder.info.features))}.'
+    )
+  names = getattr(builder.info.features[features[-1]], 'names', None)
   if not names:
     raise DataError(
-      f'{builder.name} is no classification set: its {label!r} has no classes.'
+      f'{builder.name} is no classification set: its {features[-1]!r} has no '
+      f'classes.'
     )
-  return image, label, tuple(names)
+  return tuple(names)
 
 
 def _check_label(target: int, classes: tuple, index: int, where: str) -> None:

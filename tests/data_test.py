@@ -218,7 +218,7 @@ def test_no_image_classification_set(copy):
   inner['photo'] = inner.pop('image')
   file.write_text(json.dumps(features))
   text = error('sizes', 'train', copy)
-  assert "it has no feature 'image', but label, photo." in text
+  assert "sizes has no feature 'image', but label, photo." in text
 
 
 def test_empty_split(root):
