@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxprune import counts, select, tree
 from jaxprune import masks as masks_lib
-from jaxprune import select, tree
 
 NByM = tuple[int, int]  # Keep n of every m.
 
@@ -551,7 +551,7 @@ def _global_counts(
     raise ValueError(f'`sparsity` must be in [0, 1), got {sparsity}.')
   scores = jax.tree.map(jnp.abs, weights)
   masks_lib.check_finite(scores)
-  keep = masks_lib.kept(tree.size(weights), sparsity)
+  keep = counts.kept(tree.size(weights), sparsity)
   masks = select.top_masks(scores, keep)
   return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
 
@@ -565,9 +565,9 @@ def _given_counts(
   if odd:
     raise ValueError(f'A sparsity must be in [0, 1), got {", ".join(odd)}.')
   quotas = {path: r * named[path].size for path, r in given.items()}
-  counts = {path: int(quota) for path, quota in quotas.items()}
-  missing = round(sum(quotas.values())) - sum(counts.values())
-  by_remainder = sorted(counts, key=lambda path: counts[path] - quotas[path])
+  pruned = {path: int(quota) for path, quota in quotas.items()}
+  missing = round(sum(quotas.values())) - sum(pruned.values())
+  by_remainder = sorted(pruned, key=lambda path: pruned[path] - quotas[path])
   for path in by_remainder[:missing]:
-    counts[path] += 1
-  return tree.map_with_path(lambda path, _: jnp.uint32(counts[path]), weights)
+    pruned[path] += 1
+  return tree.map_with_path(lambda path, _: jnp.uint32(pruned[path]), weights)
