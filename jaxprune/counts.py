@@ -46,18 +46,37 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
     if not 0 <= sparsity <= 1:
       raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
     return size - round(float(sparsity) * size)
-  high, low, half, rest = scale(split(size), jnp.asarray(sparsity))
-  up = half & (rest | (low & 1 == 1))
-  pruned = carry(high, low + up.astype(jnp.uint32))
-  high, low = minus(limbs(size), pruned)
+  high, low = kept_limbs([size], jnp.asarray(sparsity)[None])
+  high, low = high[0], low[0]
   return (high, low) if size >= 1 << 32 else (high << 16) | low
 
 
-def split(count: int) -> jax.Array:
+def kept_limbs(sizes: Sequence[int], sparsity: jax.Array) -> Limbs:
+  """Returns :func:`kept` of several leaves, for traced sparsities.
+
+  Args:
+    sizes: n of each leaf, static, below 2**48.
+    sparsity: float32 of shape [leaves], traced.
+
+  Returns:
+    Limbs, uint32 of shape [leaves].
+
+  Examples:
+    >>> high, low = kept_limbs([10, 2**20], jnp.array([0.5, 0.0]))
+    >>> high.tolist(), low.tolist()
+    ([0, 16], [5, 0])
+  """
+  limbs_of = jnp.asarray(np.stack([split(size) for size in sizes]))
+  high, low, half, rest = jax.vmap(scale)(limbs_of, sparsity)
+  up = half & (rest | (low & 1 == 1))
+  pruned = carry(high, low + up.astype(jnp.uint32))
+  whole = (limbs_of[:, 1] + (limbs_of[:, 2] << 16), limbs_of[:, 0])
+  return minus(whole, pruned)
+
+
+def split(count: int) -> np.ndarray:
   """Returns a count below 2**48 as three limbs of 16 bits, lowest first."""
-  return jnp.array(
-    [(count >> shift) & 0xFFFF for shift in (0, 16, 32)], 'uint32'
-  )
+  return np.array([(count >> i) & 0xFFFF for i in (0, 16, 32)], np.uint32)
 
 
 def scale(

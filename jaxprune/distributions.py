@@ -429,7 +429,7 @@ def counts(
   units: Mapping[str, int],
   sparsity: float | jax.Array,
   levels: Sequence[float] = (),
-) -> dict[str, counts_lib.Keep]:
+) -> Kept | counts_lib.Limbs:
   """Returns how many units of each leaf to keep, exactly.
 
   Args:
@@ -442,8 +442,8 @@ def counts(
       their float32.
 
   Returns:
-    path -> count: a Python int for a static sparsity, else uint32 or a pair of
-    limbs.
+    For a static sparsity, path -> count; else limbs of shape [leaves], as
+    :func:`jaxprune.select.top_masks` takes them.
 
   Raises:
     ValueError: from the distribution.
@@ -452,51 +452,60 @@ def counts(
     >>> shapes, units = {'a': (10, 10), 'b': (30, 30)}, {'a': 100, 'b': 900}
     >>> counts(erk, shapes, units, 0.9)
     {'a': 25, 'b': 75}
-    >>> kept = counts(erk, shapes, units, jnp.float32(0.9), (0.9,))
-    >>> [int(high * 2**16 + low) for high, low in kept.values()]
-    [25, 75]
+    >>> high, low = counts(erk, shapes, units, jnp.float32(0.9), (0.9,))
+    >>> high.tolist(), low.tolist()
+    ([0, 0], [25, 75])
   """
-  if not shapes:
-    return {}
   if isinstance(sparsity, float | int):
     _, pruned = table(distribution, shapes, units, [sparsity], grid=False)
     pairs = zip(shapes, pruned[0], strict=True)
     return {path: units[path] - int(count) for path, count in pairs}
+  sizes = list(units.values())
   if distribution is uniform:
-    return {
-      path: uniform_count(n, sparsity, levels) for path, n in units.items()
-    }
-  high, low = interpolate(*table(distribution, shapes, units, levels), sparsity)
-  return {
-    path: counts_lib.minus(counts_lib.limbs(units[path]), (high[i], low[i]))
-    for i, path in enumerate(shapes)
-  }
+    each = jnp.broadcast_to(sparsity, (len(sizes),))
+    return uniform_counts(sizes, each, [levels] * len(sizes))
+  pruned = interpolate(*table(distribution, shapes, units, levels), sparsity)
+  whole = counts_lib.stack([counts_lib.limbs(size) for size in sizes])
+  return counts_lib.minus(whole, pruned)
 
 
-def uniform_count(
-  size: int, sparsity: jax.Array, levels: Sequence[float] = ()
-) -> counts_lib.Keep:
-  """Returns n - round(s n), in float64 where s equals a level's float32.
+def uniform_counts(
+  sizes: Sequence[int],
+  sparsity: jax.Array,
+  levels: Sequence[Sequence[float]],
+) -> counts_lib.Limbs:
+  """Returns n - round(s n) of each leaf, in float64 where s is a level.
 
   Args:
-    size: n, static.
-    sparsity: s in [0, 1], float32, shape [], traced.
-    levels: static sparsities.
+    sizes: n of each leaf, static.
+    sparsity: s of each leaf in [0, 1], float32, shape [leaves], traced.
+    levels: for each leaf the static sparsities that s stands for wherever it
+      equals their float32.
+
+  Returns:
+    Limbs, uint32 of shape [leaves].
 
   Examples:
-    >>> int(uniform_count(10**9, jnp.float32(0.9)))
+    >>> s = jnp.full(1, 0.9)
+    >>> high, low = uniform_counts([10**9], s, [()])
+    >>> int(high[0]) * 2**16 + int(low[0])
     100000024
-    >>> int(uniform_count(10**9, jnp.float32(0.9), [0.9]))
+    >>> high, low = uniform_counts([10**9], s, [(0.9,)])
+    >>> int(high[0]) * 2**16 + int(low[0])
     100000000
   """
-  keep = counts_lib.kept(size, sparsity)
-  for level in levels:
-    exact = counts_lib.kept(size, float(level))
-    if isinstance(keep, tuple):
-      exact = counts_lib.limbs(exact)
-    here = sparsity == np.float32(level)
-    pick = lambda a, b: jnp.where(here, jnp.asarray(a, jnp.uint32), b)  # noqa: B023
-    keep = jax.tree.map(pick, exact, keep)
+  keep = counts_lib.kept_limbs(sizes, sparsity)
+  for i in range(max(map(len, levels), default=0)):
+    column = [row[min(i, len(row) - 1)] if row else None for row in levels]
+    exact = [
+      0 if level is None else counts_lib.kept(size, float(level))
+      for size, level in zip(sizes, column, strict=True)
+    ]
+    nan = [np.nan if level is None else level for level in column]
+    here = sparsity == np.array(nan, np.float32)
+    high = np.array([count >> 16 for count in exact], np.uint32)
+    low = np.array([count & 0xFFFF for count in exact], np.uint32)
+    keep = jnp.where(here, high, keep[0]), jnp.where(here, low, keep[1])
   return keep
 
 

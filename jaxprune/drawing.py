@@ -222,15 +222,14 @@ def _budget(recipe: Recipe, shapes: distributions_lib.Shapes, levels: Any):
       units[path] = math.prod(-(-n // size) for n, size in lengths)
   shapes = {path: shapes[path] for path in units}
   exact = lambda rule: getattr(_pick(recipe.sparsity, rule), 'levels', ())
-  count = distributions_lib.uniform_count
   if isinstance(recipe.distribution, distributions_lib.Pooled):
-    total = sum(units.values())
-    return count(total, levels, exact(None))
+    total, s = [sum(units.values())], jnp.asarray(levels)[None]
+    pooled = distributions_lib.uniform_counts(total, s, [exact(None)])
+    return pooled[0][0], pooled[1][0]
   if isinstance(recipe.sparsity, dict):
-    return {
-      path: count(n, _pick(levels, rules[path]), exact(rules[path]))
-      for path, n in units.items()
-    }
+    s = jnp.stack([_pick(levels, rules[path]) for path in units])
+    known = [exact(rules[path]) for path in units]
+    return distributions_lib.uniform_counts(list(units.values()), s, known)
   return distributions_lib.counts(
     recipe.distribution, shapes, units, levels, exact(None)
   )

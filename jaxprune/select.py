@@ -98,8 +98,9 @@ def top_masks(
   Args:
     scores: pytree of scores, as :func:`top_mask` takes them. A leaf that is
       not pruned is ``optax.MaskedNode()`` and stays so.
-    keep: a pytree of counts, one per leaf, or one count for all leaves
-      together (then equal scores are taken in the order of the leaves).
+    keep: a pytree of counts, one per leaf (or limbs of shape [leaves]), or one
+      count for all leaves together (then equal scores are taken in the order
+      of the leaves).
     specs: inside ``jax.shard_map``, a pytree of PartitionSpecs like
       ``scores``.
     method: see :func:`top_mask`.
@@ -118,8 +119,8 @@ def top_masks(
     >>> top_masks(scores, 3)['b'].tolist()
     [True, True]
   """
-  xs, treedef, counts, splits = _arguments(scores, keep, specs)
-  masks, _ = _select(xs, counts, splits, method)
+  xs, treedef, limbs, splits = _arguments(scores, keep, specs)
+  masks, _ = _select(xs, limbs, splits, method)
   return treedef.unflatten(masks)
 
 
@@ -144,8 +145,8 @@ def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
   """
   if isinstance(k, int | np.integer) and k < 1:
     raise ValueError(f'k must be at least 1, got {k}.')
-  xs, _, counts, splits = _arguments(x, k, None)
-  _, keys = _select(xs, counts, splits, method)
+  xs, _, keep, splits = _arguments(x, k, None)
+  _, keys = _select(xs, keep, splits, method)
   return _value(keys[0], x.dtype)
 
 
@@ -208,7 +209,7 @@ class _Split(NamedTuple):
 
 
 def _arguments(scores: Any, keep: Any, specs: Any):
-  """Checks and flattens: leaves, treedef, one count or one each, splits."""
+  """Checks and flattens: leaves, treedef, counts as limbs, splits."""
   named = tree_lib.leaves(scores)
   treedef = jax.tree.structure(scores)
   for path, x in named.items():
@@ -224,6 +225,13 @@ def _arguments(scores: Any, keep: Any, specs: Any):
     specs = jax.tree.leaves(specs, is_leaf=is_spec)
   splits = [_split(x, spec) for x, spec in zip(xs, specs, strict=True)]
   limits = {n: s.size for n, s in zip(named, splits, strict=True)}
+  if _is_count(keep) and jnp.ndim(jax.tree.leaves(keep)[0]) == 1:
+    if len(keep[0]) != len(xs):
+      raise ValueError(
+        f'`keep` must have a count for each of the {len(xs)} leaves of the '
+        f'scores; got {len(keep[0])}.'
+      )
+    return xs, treedef, keep, splits
   if _is_count(keep):
     counts = [keep]
     limits = {'the whole pytree': sum(limits.values())}
@@ -239,7 +247,8 @@ def _arguments(scores: Any, keep: Any, specs: Any):
       raise ValueError(
         f'`keep` of {name!r} must be between 0 and {limit}, got {count}.'
       )
-  return xs, treedef, counts, splits
+  limbs = counts_lib.stack([counts_lib.limbs(c) for c in counts])
+  return xs, treedef, limbs, splits
 
 
 def _is_count(keep: Any) -> bool:
@@ -262,7 +271,7 @@ def _split(x: jax.Array, spec: jax.sharding.PartitionSpec | None) -> _Split:
 
 def _select(
   xs: Sequence[jax.Array],
-  counts: Sequence[Keep],
+  keep: Limbs,
   splits: Sequence[_Split],
   method: Method,
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -274,7 +283,6 @@ def _select(
     return [], jnp.zeros(0, jnp.uint32)
   dtype = jnp.result_type(*xs)
   xs = [x.astype(dtype) for x in xs]
-  keep = counts_lib.stack([counts_lib.limbs(count) for count in counts])
   sharded = any(split.names for split in splits)
   fits = sum(split.size for split in splits) < 1 << 31
   if method == 'histogram' and (sharded or not fits):
@@ -426,48 +434,54 @@ def _find(
   keep: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns key, row and column of the cutoff of rows start..stop-1."""
-  key, ties = jnp.zeros([], uint), keep
-  for shift in range(8 * uint.itemsize - 16, -1, -16):
+  width = 8 * uint.itemsize
+
+  def next_digit(i, carry):
+    key, keep, _ = carry
+    shift = (width - 16 - 16 * i).astype(uint)
     add = functools.partial(_add_digits, read, key, shift)
     counts = _vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
     counts = lax.fori_loop(start, stop, add, counts)[:_BINS]
     digit, keep, ties = _descend(counts, keep)
-    key = key | (digit.astype(uint) << shift)
+    return key | (digit.astype(uint) << shift), keep, ties
+
+  vary = lambda tree: jax.tree.map(lambda x: _vary(x, axes), tree)
+  carry = vary((jnp.zeros([], uint), keep, keep))
+  key, keep, ties = lax.fori_loop(0, width // 16, next_digit, carry)
 
   # Rows are counted off until the places run out, where they do.
   def more(carry):
-    return carry[1] < keep
+    _, seen, _, _ = carry
+    return seen < keep
 
   def count_row(carry):
-    row, seen, _ = carry
-    equal = jnp.sum(read(row) == key, dtype=jnp.uint32)
-    return row + 1, seen + equal, seen
+    row, seen, _, _ = carry
+    equal = read(row) == key
+    return row + 1, seen + jnp.sum(equal, dtype=jnp.uint32), seen, equal
 
   surplus = ties > keep
   none = jnp.where(surplus, 0, keep)
-  carry = jax.tree.map(lambda x: _vary(x, axes), (start, none, none))
-  row, _, seen = lax.while_loop(more, count_row, carry)
-  row = jnp.maximum(row - 1, start)
-  taken = jnp.cumsum((read(row) == key).astype(jnp.uint32))
-  column = jnp.sum(taken < keep - seen, dtype=jnp.uint32) + 1
-  row = jnp.where(surplus, row, stop)
+  carry = vary((start, none, none, jnp.zeros(_ROW, bool)))
+  row, _, seen, equal = lax.while_loop(more, count_row, carry)
+  taken = jnp.cumsum(equal.astype(jnp.uint32))
+  column = jnp.sum(taken < keep - seen, dtype=jnp.int32) + 1
+  row = jnp.where(surplus, jnp.maximum(row - 1, start), stop)
   return key, row, jnp.where(surplus, column, 0)
 
 
 def _add_digits(
   read: Callable[[jax.Array], jax.Array],
   prefix: jax.Array,
-  shift: int,
+  shift: jax.Array,
   row: jax.Array,
   counts: jax.Array,
 ) -> jax.Array:
   """Counts the digits at ``shift`` of keys whose higher digits match."""
   keys = read(row)
   digit = ((keys >> shift) & 0xFFFF).astype(jnp.int32)
-  if shift + 16 < 8 * keys.dtype.itemsize:
-    same = (keys >> (shift + 16)) == (prefix >> (shift + 16))
-    digit = jnp.where(same, digit, _BINS)
-  return counts.at[digit].add(1)
+  # In two shifts, as one by all bits of a key is not defined.
+  same = (keys ^ prefix) >> shift >> np.array(15, keys.dtype) < 2
+  return counts.at[jnp.where(same, digit, _BINS)].add(1)
 
 
 def _descend(

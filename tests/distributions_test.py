@@ -98,10 +98,9 @@ def test_traced_counts(name):
   )
 
   def traced(s):
-    pick = lambda x: (
-      int(x[0]) * 65536 + int(x[1]) if type(x) is tuple else int(x)
-    )
-    return {path: pick(x) for path, x in fn(jnp.float32(s)).items()}
+    high, low = fn(jnp.float32(s))
+    both = (np.asarray(high, np.int64) << 16) + np.asarray(low)
+    return dict(zip(SHAPES, both.tolist(), strict=True))
 
   for level in levels:  # To the weight on a level.
     assert traced(level) == distribution(SHAPES, level)
@@ -122,10 +121,14 @@ def test_interpolation_sums_to_the_rounded_line():
   assert low.tolist() == [2, 2, 1, 5]  # 9.5 in all: ten, two of them added.
 
 
-def test_traced_counts_past_float32():
-  size = 3 * 10**9
-  fn = lambda s: distributions.uniform_count(size, s, (0.9,))
-  assert int(jax.jit(fn)(jnp.float32(0.9))) == size - round(0.9 * size)
+def test_traced_counts_past_float32_and_by_leaf():
+  sizes = [3 * 10**9, 3 * 10**9, 10]
+  levels = [(0.9,), (), (0.0, 0.9)]
+  fn = lambda s: distributions.uniform_counts(sizes, s, levels)
+  high, low = jax.jit(fn)(jnp.full(3, 0.9, jnp.float32))
+  got = (np.asarray(high, np.int64) << 16) + np.asarray(low)
+  rough = 3 * 10**9 - round(float(np.float32(0.9)) * 3 * 10**9)
+  assert got.tolist() == [3 * 10**8, rough, 1]
 
 
 def test_units_keep_the_same_part():

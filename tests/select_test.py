@@ -205,6 +205,9 @@ def test_errors():
     select.top_masks({'a': jnp.ones(3), 'b': jnp.ones(2)}, 6)
   with pytest.raises(ValueError, match='one for each of the 2 leaves'):
     select.top_masks([jnp.ones(3), jnp.ones(2)], [1])
+  limbs = (jnp.zeros(3, jnp.uint32), jnp.ones(3, jnp.uint32))
+  with pytest.raises(ValueError, match=r'each of the 2 leaves of the .* got 3'):
+    select.top_masks([jnp.ones(3), jnp.ones(2)], limbs)
   with pytest.raises(ValueError, match='k must be at least 1, got 0'):
     select.kth_largest(jnp.ones(3), 0)
   huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32)
