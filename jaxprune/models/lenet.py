@@ -59,7 +59,7 @@ class MLP(nn.Module):
     """
     del train
     stop = layers.check_stages(start, stop, self.num_stages)
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)
     for i, width in list(enumerate(self.hidden, 1))[start:stop]:
       width = self.widths.get(f'hidden{i}', width)
       x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'hidden{i}')(x))

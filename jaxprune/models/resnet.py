@@ -162,7 +162,7 @@ class ResNet(nn.Module):
       run = block(sizes, stride, kind, pad, self.dtype, name=name)
       x = layers.bypass(run, x, train, keep=keep.get(name, True))
     if stop == self.num_stages:
-      x = layers.pool(x) if self.head == 'pool' else x.reshape(len(x), -1)
+      x = layers.pool(x) if self.head == 'pool' else x.reshape(x.shape[0], -1)
       classes = self.widths.get('head', self.num_classes)
       x = nn.Dense(classes, dtype=self.dtype, name='head')(x)
       x = x.astype(jnp.float32)

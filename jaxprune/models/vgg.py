@@ -99,7 +99,7 @@ class VGG(nn.Module):
         x = nn.relu(x)
       x = layers.max_pool(x, 2, 2, 'VALID')
     if stop == self.num_stages:
-      x = layers.pool(x) if self.head == 'pool' else x.reshape(len(x), -1)
+      x = layers.pool(x) if self.head == 'pool' else x.reshape(x.shape[0], -1)
       for i, width in enumerate(self.hidden, 1):
         width = self.widths.get(f'hidden{i}', width)
         x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'hidden{i}')(x))
