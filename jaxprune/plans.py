@@ -1,0 +1,693 @@
+"""Plans: what is kept of a network, as plain data, and what follows from it.
+
+A :class:`Plan` names groups of a :class:`jaxprune.structure.Graph` and the
+indices kept of each. It is data: JSON, hashable, comparable. From it follow the
+masks of the full network, the smaller pytree (:func:`shrink`), the smaller
+function (:func:`specialise`) and the proof that the two compute what the masked
+network computes (:func:`check`).
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+
+from jaxprune import tree
+from jaxprune.structure.graph import Graph, like, locate, runner
+from jaxprune.structure.program import Run
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is kept of each group that loses units.
+
+  Attributes:
+    graph: the fingerprint of the graph it was made for.
+    kept: (group, ascending indices that stay), sorted by group; a group that
+      is absent is kept whole.
+    version: of the format.
+  """
+
+  graph: str
+  kept: tuple[tuple[str, tuple[int, ...]], ...]
+  version: int = FORMAT
+
+
+class CheckError(ValueError):
+  """The smaller function does not compute what the masked network does."""
+
+
+class Proof(NamedTuple):
+  """What :func:`check` measured; errors are relative to the largest entry.
+
+  Attributes:
+    values: max |shrunk - masked| of the outputs.
+    gradients: the same of the gradients of the params.
+    parameters: max |shrunk - f(masked params)| with the user's own function;
+      None where a reduction runs over a removed axis, which makes it differ.
+    sensitivity: change of the output when the input changes; not near 0.
+    mutation: error after one deliberately wrong index; above the tolerance.
+    removed: units that the plan removes.
+  """
+
+  values: float
+  gradients: float
+  parameters: float | None
+  sensitivity: float
+  mutation: float
+  removed: int
+
+
+def from_kept(graph: Graph, kept: Mapping[str, Sequence[int]]) -> Plan:
+  """Returns the plan that keeps these indices of these groups.
+
+  Args:
+    graph: the graph.
+    kept: group -> indices to keep, in any order; at least one.
+
+  Raises:
+    ValueError: if a group is unknown, or its indices are none, double or out of
+      range.
+
+  Examples:
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 2))}
+    >>> mlp = lambda p, x: x @ p['a'] @ p['b']
+    >>> graph = trace(mlp, params, jnp.ones((1, 2)))
+    >>> from_kept(graph, {'a': [2, 0]}).kept
+    (('a', (0, 2)),)
+  """
+  entries = []
+  for name, index in sorted(kept.items()):
+    size = _group(graph, name).size
+    chosen = sorted({int(i) for i in index})
+    if not chosen or len(chosen) != len(index):
+      raise ValueError(
+        f'Group {name!r} must keep one or more indices, each once, got '
+        f'{list(index)}.'
+      )
+    if chosen[0] < 0 or chosen[-1] >= size:
+      raise ValueError(
+        f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
+      )
+    if len(chosen) < size:
+      entries.append((name, tuple(chosen)))
+  return Plan(graph.fingerprint, tuple(entries))
+
+
+def from_masks(graph: Graph, masks: Mapping[str, Any]) -> Plan:
+  """Returns the plan that keeps what masks of groups keep.
+
+  Args:
+    graph: the graph.
+    masks: group -> bool[size], True = kept.
+
+  Raises:
+    ValueError: as :func:`from_kept`, or if a mask has another shape.
+  """
+  kept = {}
+  for name, mask in masks.items():
+    group = _group(graph, name)
+    if np.shape(mask) != (group.size,):
+      raise ValueError(
+        f'The mask of group {name!r} must have shape ({group.size},), got '
+        f'{np.shape(mask)}.'
+      )
+    kept[name] = np.flatnonzero(np.asarray(mask))
+  return from_kept(graph, kept)
+
+
+def from_widths(
+  graph: Graph,
+  widths: Mapping[str, int],
+  scores: Mapping[str, Any] | None = None,
+) -> Plan:
+  """Returns the plan that keeps so many units, the best or the first.
+
+  Args:
+    graph: the graph.
+    widths: group -> units to keep, from 1 to its size.
+    scores: group -> score of each unit, larger = keep, ties to the lower
+      index; without them (or a group in them) the first units stay.
+
+  Raises:
+    ValueError: if a group is unknown or a width out of range.
+  """
+  kept = {}
+  for name, width in widths.items():
+    group = _group(graph, name)
+    if not 1 <= width <= group.size:
+      raise ValueError(
+        f'Group {name!r} can keep 1 to {group.size} units, got {width}.'
+      )
+    order = np.arange(group.size)
+    if scores is not None and name in scores:
+      order = np.argsort(-np.asarray(scores[name]), kind='stable')
+    kept[name] = order[:width]
+  return from_kept(graph, kept)
+
+
+def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
+  """Returns the units of every group, (before, after)."""
+  kept = _kept(graph, plan)
+  return {
+    name: (group.size, len(kept.get(name, range(group.size))))
+    for name, group in graph.groups.items()
+  }
+
+
+def to_json(plan: Plan) -> str:
+  """Returns a plan as JSON, one group a line, the same bytes each time.
+
+  Examples:
+    >>> print(to_json(Plan('c0ffee', (('conv1', (0, 2)),))))
+    {
+     "version": 1,
+     "graph": "c0ffee",
+     "kept": {
+      "conv1": [0, 2]
+     }
+    }
+  """
+  lines = [
+    f'  {json.dumps(name)}: {json.dumps(list(index))}'
+    for name, index in plan.kept
+  ]
+  kept = '{\n' + ',\n'.join(lines) + '\n }' if lines else '{}'
+  return (
+    f'{{\n "version": {plan.version},\n "graph": {json.dumps(plan.graph)},\n'
+    f' "kept": {kept}\n}}'
+  )
+
+
+def from_json(text: str) -> Plan:
+  """Returns the plan that :func:`to_json` wrote.
+
+  Raises:
+    ValueError: if the text is no plan, or of a format this version does not
+      know.
+
+  Examples:
+    >>> plan = Plan('c0ffee', (('conv1', (0, 2)),))
+    >>> from_json(to_json(plan)) == plan
+    True
+  """
+  try:
+    data = json.loads(text)
+    version = data['version']
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(
+      'This is no plan: a JSON object with "version", "graph" and "kept" is.'
+    ) from None
+  if version != FORMAT:
+    raise ValueError(
+      f'The plan has format {version}, this version of jaxprune reads format '
+      f'{FORMAT}; install the version that wrote it.'
+    )
+  try:
+    kept = tuple(
+      (str(name), tuple(int(i) for i in index))
+      for name, index in sorted(data['kept'].items())
+    )
+    return Plan(str(data['graph']), kept)
+  except (KeyError, TypeError, AttributeError):
+    raise ValueError(
+      'The plan is damaged: "graph" must be a string and "kept" map each group '
+      'to a list of indices.'
+    ) from None
+
+
+def masks(graph: Graph, plan: Plan, params: tree.PyTree) -> tree.PyTree:
+  """Returns the mask of each leaf: what the plan keeps at full size.
+
+  With these masks on its params the full network computes what the small one
+  will, unless a reduction runs over a removed axis (see :func:`check`).
+
+  Args:
+    graph: the graph.
+    plan: a plan of it.
+    params: a pytree like the params, or a sub-tree of them.
+
+  Returns:
+    A pytree like ``params``: bool arrays, True = kept, where the plan touches
+    a leaf, ``optax.MaskedNode()`` elsewhere.
+  """
+  named = _leaf_masks(graph, plan)
+  located = {
+    path: named[name]
+    for path in tree.leaves(params)
+    if (name := locate(graph.leaves, path)) in named
+  }
+  return like(params, located)
+
+
+def _leaf_masks(graph: Graph, plan: Plan) -> dict[str, np.ndarray]:
+  run = runner(graph, _kept(graph, plan))
+  found = {}
+  for path, leaf in graph.leaves.items():
+    full = None
+    for k, axis in enumerate(leaf.axes):
+      mask = run.mask(axis)
+      if mask is not None:
+        mask = mask.reshape(
+          [-1 if j == k else 1 for j in range(len(leaf.axes))]
+        )
+        full = mask if full is None else full & mask
+    if full is not None:
+      found[path] = np.broadcast_to(full, leaf.shape)
+  return found
+
+
+def shrink(graph: Graph, plan: Plan, values: tree.PyTree) -> tree.PyTree:
+  """Returns a pytree with what the plan removes cut out of its leaves.
+
+  Works alike on params, gradients, batch statistics, averages and the state of
+  an optimizer: a leaf is known by the end of its path. Leaves that are no slice
+  of a param (counts, keys, learning rates) pass if they hold a single number.
+
+  Args:
+    graph: the graph.
+    plan: a plan of it.
+    values: the pytree; arrays of the full shapes, traced or not.
+
+  Returns:
+    A pytree of the same structure, each array a new one.
+
+  Raises:
+    ValueError: if the plan is of another graph, or a leaf is neither a param
+      nor a single number, or has another shape than its param (a factored or
+      preconditioner state).
+  """
+  run = runner(graph, _kept(graph, plan))
+  return _map_leaves(graph, values, lambda array, axes: _cut(run, array, axes))
+
+
+def grow(graph: Graph, plan: Plan, values: tree.PyTree) -> tree.PyTree:
+  """Returns a shrunk pytree at the full shapes, zero where it was cut.
+
+  The inverse of :func:`shrink` on what the plan keeps.
+
+  Args:
+    graph: the graph.
+    plan: a plan of it.
+    values: a pytree that :func:`shrink` returned, or one like it.
+
+  Raises:
+    ValueError: as :func:`shrink`.
+
+  Examples:
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((1, 3)), 'b': jnp.ones((3, 1))}
+    >>> mlp = lambda p, x: x @ p['a'] @ p['b']
+    >>> graph = trace(mlp, params, jnp.ones((1, 1)))
+    >>> plan = from_kept(graph, {'a': [0, 2]})
+    >>> print(grow(graph, plan, shrink(graph, plan, params))['a'])
+    [[1. 0. 1.]]
+  """
+  run = runner(graph, _kept(graph, plan))
+
+  def embed(array: Any, axes: Any) -> Any:
+    for k, axis in enumerate(axes):
+      mask = run.mask(axis)
+      if mask is not None:
+        shape = [*array.shape[:k], mask.size, *array.shape[k + 1 :]]
+        place = (slice(None),) * k + (np.flatnonzero(mask),)
+        array = jnp.zeros(shape, array.dtype).at[place].set(array)
+    return array
+
+  return _map_leaves(graph, values, embed, small=run)
+
+
+def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
+  """Returns the smaller function: the traced one at the sizes that are left.
+
+  Args:
+    graph: the graph of ``fn(params, *args)``.
+    plan: a plan of it.
+
+  Returns:
+    ``small(params, *args)`` of shrunk params; a pure function for ``jit``,
+    ``grad``, ``vmap``, ``scan``, ``jax.export``. Other shapes of args (another
+    batch, a symbolic one) are traced again, once each.
+
+  Raises:
+    ValueError: if the plan is of another graph; when called, if params have
+      not the shapes that :func:`shrink` gives, or if at the shapes of args
+      the function has other groups.
+  """
+  kept = _kept(graph, plan)
+  return functools.partial(_call, graph, kept, False)
+
+
+def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
+  """Returns the function at its full size with the removed units absent.
+
+  Every intermediate array is zero where a removed unit would be, and every
+  reduction passes over it: what :func:`specialise` must compute, at the full
+  shapes. The arguments are as there, params of the full shapes.
+  """
+  kept = _kept(graph, plan)
+  return functools.partial(_call, graph, kept, True)
+
+
+def _call(
+  graph: Graph,
+  kept: Mapping[str, Sequence[int]],
+  is_masked: bool,
+  params: tree.PyTree,
+  *args: Any,
+) -> Any:
+  traced = graph.retrace(*args)
+  if traced.fingerprint != graph.fingerprint:
+    shapes = [np.shape(x) for x in jax.tree.leaves(args)]
+    raise ValueError(
+      f'At arguments of shapes {shapes} the function has other groups than '
+      f'where it was traced; trace it there and plan again.'
+    )
+  run = runner(traced, kept, is_masked)
+  leaves, wrong = _like_leaves(traced, params), []
+  for path, leaf in traced.leaves.items():
+    shape = (
+      leaf.shape if is_masked else tuple(run.size(axis) for axis in leaf.axes)
+    )
+    if np.shape(leaves[path]) != shape:
+      wrong.append(
+        f'{path!r} must have shape {shape}, got {np.shape(leaves[path])}'
+      )
+  if wrong:
+    raise ValueError(
+      f'{"; ".join(wrong)}. Shrink the params with the same plan.'
+    )
+  values = [leaves[path] for path in traced.leaves]
+  if is_masked:
+    values = [
+      run.take(value, leaf.axes)
+      for value, leaf in zip(values, traced.leaves.values(), strict=True)
+    ]
+  outs = run(traced.program, [*values, *jax.tree.leaves(args)])
+  return jax.tree.unflatten(traced.out_tree, outs)
+
+
+def check(
+  graph: Graph,
+  plan: Plan,
+  params: tree.PyTree,
+  *args: Any,
+  tolerance: float = 1e-5,
+) -> Proof:
+  """Proves on data that the smaller function computes what the masked one does.
+
+  Compares values and gradients of :func:`specialise` with those of
+  :func:`masked`, and, where no reduction runs over a removed axis, values with
+  the user's own function on masked params. Two controls keep it honest: the
+  output must depend on the input, and one deliberately wrong index must show.
+
+  Args:
+    graph: the graph.
+    plan: a plan of it that removes something.
+    params: the full params.
+    *args: the other arguments, with real data.
+    tolerance: of each error, relative to the largest entry of what it is
+      compared with.
+
+  Returns:
+    The :class:`Proof`.
+
+  Raises:
+    CheckError: if an error is above the tolerance, naming the first operation
+      that differs, or if a control fails.
+    ValueError: if the plan removes nothing or is of another graph.
+  """
+  before_after = widths(graph, plan).values()
+  removed = sum(before - after for before, after in before_after)
+  if not removed:
+    raise ValueError('The plan removes nothing, so that there is no check.')
+  small_params = shrink(graph, plan, params)
+  cut = lambda outs: _map_outputs(graph, plan, args, outs)
+  key = jax.random.key(0)
+  small = jax.jit(_with_gradients(specialise(graph, plan)))
+  full = jax.jit(_with_gradients(masked(graph, plan)))
+  cotangents = _cotangents(key, jax.eval_shape(graph.fn, params, *args))
+  small_outs, small_grads = small(small_params, cut(cotangents), *args)
+  outs, grads = full(params, cotangents, *args)
+  values = _error(small_outs, cut(outs))
+  gradients = _error(small_grads, shrink(graph, plan, grads))
+  if not max(values, gradients) <= tolerance:
+    raise CheckError(
+      f'The smaller function differs from the masked one: values by '
+      f'{values:.1e}, gradients by {gradients:.1e} (relative); first at '
+      f'{_first_difference(graph, plan, params, args, tolerance)}.'
+    )
+  own = None
+  kept = _kept(graph, plan)
+  if not any(graph.groups[name].reduced for name in kept):
+    hidden = _apply(_leaf_masks(graph, plan), params)
+    own = _error(small_outs, cut(jax.jit(graph.fn)(hidden, *args)))
+    if not own <= tolerance:
+      raise CheckError(
+        f'The smaller function differs from the original one on masked params '
+        f'by {own:.1e} (relative).'
+      )
+  moved = [
+    x + 1 if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
+    for x in jax.tree.leaves(args)
+  ]
+  moved_args = jax.tree.unflatten(jax.tree.structure(args), moved)
+  other, _ = small(small_params, cut(cotangents), *moved_args)
+  sensitivity = _error(other, small_outs)
+  if not sensitivity > 100 * tolerance:
+    raise CheckError(
+      f'The output changes by {sensitivity:.1e} (relative) when every input '
+      f'moves by 1: a check on it proves nothing. Use trained or rescaled '
+      f'params.'
+    )
+  mutation = 0.0
+  for wrong in _mutations(graph, plan, params, small_params):
+    outs, _ = small(wrong, cut(cotangents), *args)
+    mutation = max(mutation, _error(outs, small_outs))
+    if mutation > 10 * tolerance:
+      break
+  else:
+    raise CheckError(
+      f'A deliberately wrong index changes the output by {mutation:.1e} '
+      f'(relative) at most: a check on it proves nothing.'
+    )
+  return Proof(values, gradients, own, sensitivity, mutation, removed)
+
+
+def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """fn with the gradient of <cotangents, outputs> by its float params."""
+
+  def call(params: Any, cotangents: Any, *args: Any) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+    floats = [
+      k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+
+    def on_floats(*xs: Any) -> Any:
+      full = list(leaves)
+      for k, x in zip(floats, xs, strict=True):
+        full[k] = x
+      outs = fn(jax.tree.unflatten(structure, full), *args)
+      dots = [
+        jnp.vdot(c, out)
+        for c, out in zip(
+          jax.tree.leaves(cotangents), jax.tree.leaves(outs), strict=True
+        )
+        if jnp.issubdtype(out.dtype, jnp.floating)
+      ]
+      return sum(dots), outs
+
+    grad = jax.grad(on_floats, tuple(range(len(floats))), has_aux=True)
+    grads, outs = grad(*(leaves[k] for k in floats))
+    full = [jnp.zeros(np.shape(x)) for x in leaves]
+    for k, g in zip(floats, grads, strict=True):
+      full[k] = g
+    return outs, jax.tree.unflatten(structure, full)
+
+  return call
+
+
+def _cotangents(key: jax.Array, specs: Any) -> Any:
+  leaves, structure = jax.tree.flatten(specs)
+  draws = [
+    jax.random.normal(jax.random.fold_in(key, k), spec.shape, jnp.float32)
+    for k, spec in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, draws)
+
+
+def _error(a: Any, b: Any) -> float:
+  """Largest |a - b| of any leaf, relative to the largest |b| of that leaf."""
+  worst = 0.0
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if y.size:
+      scale = np.max(np.abs(y)) or 1.0
+      worst = max(worst, float(np.max(np.abs(x - y)) / scale))
+      if not np.all(np.isfinite(x - y)):
+        return float('inf')
+  return worst
+
+
+def _apply(named: Mapping[str, np.ndarray], params: Any) -> Any:
+  return tree.map_with_path(
+    lambda path, x: jnp.where(named[path], x, 0) if path in named else x, params
+  )
+
+
+def _map_outputs(graph: Graph, plan: Plan, args: Any, outs: Any) -> Any:
+  """Cuts outputs at full size: statistics that a step hands back are small."""
+  traced = graph.retrace(*args)
+  run = runner(traced, _kept(graph, plan))
+  leaves = [
+    run.take(out, value.axes)
+    for out, value in zip(
+      jax.tree.leaves(outs), traced.program.outputs, strict=True
+    )
+  ]
+  return jax.tree.unflatten(traced.out_tree, leaves)
+
+
+def _mutations(graph: Graph, plan: Plan, params: Any, small: Any) -> Any:
+  """Shrunk params with the indices of one slice shifted by one."""
+  full, shrunk = _like_leaves(graph, params), _like_leaves(graph, small)
+  for name, index in plan.kept:
+    group = graph.groups[name]
+    wrong = np.sort((np.asarray(index) + 1) % group.size)
+    members = [m for m in group.members if len(graph.leaves[m.path].shape) > 1]
+    for member in members[:2]:
+      kept = dict(plan.kept)
+      right, off = runner(graph, kept), runner(graph, {**kept, name: wrong})
+      axes = graph.leaves[member.path].axes
+      array = full[member.path]
+      for k, axis in enumerate(axes):
+        mask = (off if k == member.axis else right).mask(axis)
+        if mask is not None:
+          array = jnp.take(array, np.flatnonzero(mask), k)
+      changed = {**shrunk, member.path: array}
+      yield jax.tree.unflatten(
+        jax.tree.structure(small), [changed[path] for path in graph.leaves]
+      )
+
+
+def _first_difference(
+  graph: Graph, plan: Plan, params: Any, args: Any, tolerance: float
+) -> str:
+  """Runs both functions operation by operation; names the first to differ."""
+  traced = graph.retrace(*args)
+  kept = _kept(graph, plan)
+  small, full = runner(traced, kept), runner(traced, kept, masked=True)
+  flat = jax.tree.leaves(args)
+  named = _like_leaves(traced, params)
+  start = lambda run: [
+    *(run.take(named[p], leaf.axes) for p, leaf in traced.leaves.items()),
+    *flat,
+  ]
+  env = [
+    dict(zip(traced.program.inputs, start(run), strict=True))
+    for run in (small, full)
+  ]
+  for eqn in traced.program.equations:
+    for run, known in zip((small, full), env, strict=True):
+      values = [
+        known[v] if v in known else run.take(v.constant, v.axes)
+        for v in eqn.inputs
+      ]
+      known.update(zip(eqn.outputs, run.apply(eqn, values), strict=True))
+    for value in eqn.outputs:
+      a, b = env[0][value], small.take(env[1][value], value.axes)
+      if np.shape(a) != np.shape(b) or _error([a], [b]) > tolerance:
+        return eqn.why
+  return 'no operation of the forward pass: the gradients differ'
+
+
+def _group(graph: Graph, name: str) -> Any:
+  if name not in graph.groups:
+    raise ValueError(
+      f'There is no group {name!r}; the groups are: '
+      f'{", ".join(graph.groups) or "none"}.'
+    )
+  return graph.groups[name]
+
+
+def _kept(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:
+  """The kept indices, once the plan is known to be of this graph."""
+  if plan.graph != graph.fingerprint:
+    raise ValueError(
+      f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
+      f'trace the function and params that it was made for.'
+    )
+  for name, index in plan.kept:
+    if index and max(index) >= _group(graph, name).size:
+      raise ValueError(
+        f'Group {name!r} has units 0 to {graph.groups[name].size - 1}, the '
+        f'plan keeps {max(index)}.'
+      )
+  return dict(plan.kept)
+
+
+def _like_leaves(graph: Graph, params: Any) -> dict[str, Any]:
+  named = tree.leaves(params)
+  if named.keys() != graph.leaves.keys():
+    missing = [path for path in graph.leaves if path not in named]
+    extra = [path for path in named if path not in graph.leaves]
+    raise ValueError(
+      f'The params must have the leaves that were traced; missing: {missing}, '
+      f'left over: {extra}.'
+    )
+  return named
+
+
+def _map_leaves(
+  graph: Graph,
+  values: Any,
+  fn: Callable[[Any, Any], Any],
+  small: Run | None = None,
+) -> Any:
+  """Maps fn(array, axes) over what belongs to params; numbers pass."""
+  wrong = []
+
+  def one(path: str, value: Any) -> Any:
+    name = locate(graph.leaves, path)
+    shape = np.shape(value)
+    if name is None:
+      if int(np.prod(shape, dtype=int)) > 1:
+        wrong.append(f'{path!r} of shape {shape} is no slice of a param')
+      return value
+    leaf = graph.leaves[name]
+    wanted = leaf.shape
+    if small is not None:
+      wanted = tuple(small.size(axis) for axis in leaf.axes)
+    if shape != wanted:
+      wrong.append(
+        f'{path!r} must have the shape {wanted} of its param {name!r}, got '
+        f'{shape}'
+      )
+      return value
+    return fn(value, leaf.axes)
+
+  mapped = tree.map_with_path(one, values)
+  if wrong:
+    raise ValueError(
+      f'{"; ".join(wrong)}. A factored or preconditioner state cannot be cut: '
+      f'initialise the optimizer anew for the smaller params.'
+    )
+  return mapped
+
+
+def _cut(run: Run, array: Any, axes: Any) -> Any:
+  """Cuts a concrete array on the host: a compilation per shape costs more."""
+  if isinstance(array, core.Tracer) or not isinstance(array, jax.Array):
+    return run.take(array, axes)
+  if all(run.mask(axis) is None for axis in axes):
+    return array
+  return jnp.asarray(run.take(np.asarray(array), axes))

@@ -1,0 +1,7 @@
+"""Structure: which parameter slices of any JAX function go together."""
+
+from jaxprune.structure.graph import Graph as Graph
+from jaxprune.structure.graph import Group as Group
+from jaxprune.structure.graph import Leaf as Leaf
+from jaxprune.structure.graph import Member as Member
+from jaxprune.structure.graph import trace as trace

@@ -1,0 +1,569 @@
+"""The groups of a function: what can only be removed together, and why not.
+
+``trace`` runs a function on shapes alone, types every axis and returns a
+:class:`Graph`: the groups (atoms that nothing locked), the slices of leaves
+that belong to each, and for every other axis the operation that protects it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import tree
+from jaxprune.structure import axes as ax
+from jaxprune.structure.axes import Axis
+from jaxprune.structure.program import (
+  Program,
+  Run,
+  all_equations,
+  build,
+  eliminate_dead_code,
+)
+from jaxprune.structure.rules import Value
+
+Reductions = Literal['protect', 'keep']
+Norm = Literal['l1', 'l2', 'max', 'mean']
+Combine = Literal['mean', 'sum', 'max', 'first']
+
+
+class Member(NamedTuple):
+  """A slice of a leaf that belongs to a group.
+
+  Unit i of the group sits at ``offset + i * stride`` of the leaf's axis, and
+  at every other entry of that axis which a product or a repetition adds.
+  """
+
+  path: str
+  axis: int
+  offset: int
+  stride: int
+
+
+class Group(NamedTuple):
+  """Slices of leaves that can only be removed together, unit by unit."""
+
+  name: str
+  size: int
+  members: tuple[Member, ...]
+  reduced: tuple[str, ...]  # Operations that reduce over it; see trace.
+
+
+class Leaf(NamedTuple):
+  """A leaf of the params with the type of each of its axes."""
+
+  shape: tuple[int, ...]
+  dtype: Any
+  axes: tuple[Axis, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+  """What the trace of a function says of its params; made by :func:`trace`.
+
+  Attributes:
+    groups: name -> :class:`Group`, in the order of the forward pass.
+    leaves: path -> :class:`Leaf`.
+    protected: 'path:axis' -> why no entry of this axis can be removed.
+    fingerprint: hash of leaf shapes and member slices, of nothing else: the
+      same for every version of Python and JAX.
+    program: the typed program of the function at the traced shapes.
+    atoms: name of a group -> its axis type.
+    fn: the function.
+    retrace: the graph of the same function at other arguments.
+    out_tree: the structure of what the function returns.
+  """
+
+  groups: dict[str, Group]
+  leaves: dict[str, Leaf]
+  protected: dict[str, str]
+  fingerprint: str
+  program: Program
+  atoms: dict[str, Axis]
+  fn: Callable[..., Any]
+  retrace: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+  out_tree: Any = dataclasses.field(repr=False)
+
+  def reduce(
+    self, scores: tree.PyTree, *, norm: Norm = 'l2', combine: Combine = 'mean'
+  ) -> dict[str, jax.Array]:
+    """Returns the score of each unit of each group from scores of leaves.
+
+    The score of unit i is ``combine`` over the members of ``norm`` over all
+    entries of the member that unit i owns. A leaf without scores (absent, or
+    ``optax.MaskedNode``) has no say.
+
+    Args:
+      scores: a pytree of arrays like the params, or like a sub-tree of them;
+        traced or not.
+      norm: how the entries of one member become one number.
+      combine: how the members become one; 'first' takes the first with scores.
+
+    Returns:
+      group -> float32[size]; groups in which no member has scores are absent.
+
+    Raises:
+      ValueError: if a leaf is unknown or has another shape than its param.
+    """
+    named = align(self.leaves, scores)
+    units: dict[str, list[jax.Array]] = {name: [] for name in self.groups}
+    names = {atom: name for name, atom in self.atoms.items()}
+    for path, leaf in self.leaves.items():
+      if path not in named:
+        continue
+      score = jnp.abs(jnp.asarray(named[path], jnp.float32))
+      for k, axis in enumerate(leaf.axes):
+        found = [
+          (names[atom], labels)
+          for atom, labels in occurrences(axis)
+          if atom in names
+        ]
+        for name, labels in found:
+          size = self.groups[name].size
+          units[name].append(_reduce_leaf(score, k, labels, size, norm))
+    return {
+      name: _combine(found, combine) for name, found in units.items() if found
+    }
+
+  def expand(self, masks: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the mask of each leaf from masks of groups.
+
+    An entry of a leaf is kept if every unit that owns it is kept: a mask of a
+    group reaches the kernels that write it, their biases and norms, and the
+    rows of all that read it.
+
+    Args:
+      masks: group -> bool[size], traced or not; absent groups are kept whole.
+
+    Returns:
+      path -> bool array, for every leaf that one of the groups touches.
+
+    Raises:
+      ValueError: if a group is unknown or a mask has another shape.
+    """
+    for name, mask in masks.items():
+      if name not in self.groups:
+        raise ValueError(
+          f'There is no group {name!r}; the groups are: '
+          f'{", ".join(self.groups) or "none"}.'
+        )
+      if np.shape(mask) != (self.groups[name].size,):
+        raise ValueError(
+          f'The mask of group {name!r} must have shape '
+          f'({self.groups[name].size},), got {np.shape(mask)}.'
+        )
+    names = {self.atoms[name]: name for name in masks}
+    expanded = {}
+    for path, leaf in self.leaves.items():
+      full = None
+      for k, axis in enumerate(leaf.axes):
+        for atom, labels in occurrences(axis):
+          if atom not in names:
+            continue
+          mask = jnp.asarray(masks[names[atom]], bool)
+          entries = jnp.where(labels >= 0, mask[np.maximum(labels, 0)], True)
+          entries = entries.reshape(
+            [-1 if j == k else 1 for j in range(len(leaf.shape))]
+          )
+          full = entries if full is None else full & entries
+      if full is not None:
+        expanded[path] = jnp.broadcast_to(full, leaf.shape)
+    return expanded
+
+  def explain(self, path: str, axis: int) -> str:
+    """Returns the group of a leaf's axis, or what protects it and where.
+
+    Args:
+      path: the path of a leaf.
+      axis: one of its axes; negative counts from the end.
+
+    Raises:
+      ValueError: if there is no such leaf or axis.
+    """
+    if path not in self.leaves:
+      raise ValueError(
+        f'There is no leaf {path!r}; the leaves are: {", ".join(self.leaves)}.'
+      )
+    leaf = self.leaves[path]
+    if not -len(leaf.shape) <= axis < len(leaf.shape):
+      raise ValueError(f'{path!r} has {len(leaf.shape)} axes, got axis {axis}.')
+    names = {atom: name for name, atom in self.atoms.items()}
+    lines = []
+    for atom in dict.fromkeys(ax.atoms(leaf.axes[axis])):
+      if atom in names:
+        lines.append(f'group {names[atom]} ({atom.size} units)')
+      elif atom.size > 1:
+        lines.append(f'protected ({atom.size}): {atom.locked}')
+    return '; '.join(lines) or 'protected: it has a single entry'
+
+  def __str__(self) -> str:
+    """Returns a table of the groups and of what is protected."""
+    rows = [('group', 'units', 'members')]
+    for group in self.groups.values():
+      members = ', '.join(f'{m.path}:{m.axis}' for m in group.members[:4])
+      more = len(group.members) - 4
+      members += f' and {more} more' if more > 0 else ''
+      rows.append((group.name, str(group.size), members))
+    wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
+    lines = [
+      f'{a:<{wide[0]}}  {b:>{wide[1]}}  {c}'.rstrip() for a, b, c in rows
+    ]
+    whole: dict[tuple[str, str], list[str]] = {}
+    for where, why in self.protected.items():
+      path, _, axis = where.rpartition(':')
+      whole.setdefault((path, why), []).append(axis)
+    if whole:
+      places = [f'{path}:{",".join(k)}' for (path, _), k in whole.items()]
+      wide_place = max(map(len, places))
+      lines += ['', 'protected']
+      lines += [
+        f'{place:<{wide_place}}  {why}'
+        for place, (_, why) in zip(places, whole, strict=True)
+      ]
+    return '\n'.join(lines)
+
+
+def trace(
+  fn: Callable[..., Any],
+  params: tree.PyTree,
+  *args: Any,
+  reductions: Reductions = 'protect',
+) -> Graph:
+  """Returns the groups of a function by tracing it on shapes alone.
+
+  Nothing is computed and no memory taken: params and args may be
+  ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
+  but for an output that has the path and shape of a leaf of the params (a
+  statistic that a training step hands back), which is that leaf. A leaf that
+  the function does not use stays whole.
+
+  Args:
+    fn: a pure function ``fn(params, *args)`` of arrays to a pytree of arrays.
+    params: a pytree of arrays or shapes; ``{'params': ..., 'batch_stats':
+      ...}`` is one.
+    *args: the other arguments, arrays or shapes (of which a symbolic batch).
+    reductions: what becomes of an axis that a reduction runs over, as the
+      statistics of a LayerNorm or a softmax do: 'protect' keeps it whole,
+      'keep' offers it, and the smaller function computes what the network
+      with those units absent does, the divisors of its means unchanged.
+
+  Returns:
+    The :class:`Graph`.
+
+  Raises:
+    TypeError: if ``params`` holds a leaf that is no array.
+    ValueError: if ``reductions`` is neither of the two.
+
+  Examples:
+    >>> params = {'a': jnp.ones((2, 8)), 'b': jnp.ones((8, 3))}
+    >>> mlp = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+    >>> print(trace(mlp, params, jnp.ones((1, 2))).groups['a'].members)
+    (Member(path='a', axis=1, offset=0, stride=1), \
+Member(path='b', axis=0, offset=0, stride=1))
+  """
+  if reductions not in ('protect', 'keep'):
+    raise ValueError(
+      f"`reductions` must be 'protect' or 'keep', got {reductions!r}."
+    )
+  for path, leaf in tree.leaves(params).items():
+    if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
+      raise TypeError(
+        f'Leaf {path!r} of params must be an array, got {leaf!r}.'
+      )
+  specs = jax.tree.map(_spec, params)
+
+  @functools.cache
+  def traced(arg_tree: Any, arg_specs: tuple[Any, ...]) -> Graph:
+    args = jax.tree.unflatten(arg_tree, arg_specs)
+    return _trace(fn, specs, args, reductions, retrace)
+
+  def retrace(*args: Any) -> Graph:
+    leaves, arg_tree = jax.tree.flatten(args)
+    return traced(arg_tree, tuple(_spec(leaf) for leaf in leaves))
+
+  return retrace(*args)
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+  if not hasattr(x, 'dtype'):
+    x = np.asarray(x)
+  return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def _trace(
+  fn: Callable[..., Any],
+  specs: tree.PyTree,
+  args: Sequence[Any],
+  reductions: Reductions,
+  retrace: Callable[..., Graph],
+) -> Graph:
+  closed, out_spec = jax.make_jaxpr(fn, return_shape=True)(specs, *args)
+  used, jaxpr = eliminate_dead_code(closed.jaxpr)
+  named = tree.leaves(specs)
+  leaves = {
+    path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
+    for path, spec in named.items()
+  }
+  values = [
+    Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
+    for path, leaf in leaves.items()
+  ]
+  for path, is_used in zip(leaves, used, strict=False):
+    if not is_used:
+      for axis in leaves[path].axes:
+        ax.lock(axis, 'the function does not use this leaf')
+  inputs = [
+    Value(
+      spec.shape,
+      spec.dtype,
+      [ax.atom(n, 'it is an input of the function') for n in spec.shape],
+      has_data=True,
+    )
+    for spec in jax.tree.leaves(args)
+  ]
+  program = build(jaxpr, closed.consts, [*values, *inputs])
+  outputs = tree.leaves(out_spec)
+  for path, value in zip(outputs, program.outputs, strict=True):
+    mirrored = _mirrored(path, value, leaves)
+    for k, axis in enumerate(value.axes):
+      if mirrored is None:
+        ax.lock(axis, 'it is an output of the function')
+      else:
+        ax.unify(axis, leaves[mirrored].axes[k], 'an output of the function')
+  reduced: dict[Axis, list[str]] = {}
+  for eqn, _ in all_equations(program):
+    for axis in eqn.reductions:
+      for atom in ax.atoms(axis):
+        if not atom.locked:
+          reduced.setdefault(atom, []).append(eqn.why)
+  if reductions == 'protect':
+    for atom, why in reduced.items():
+      ax.lock(atom, f'{why[0]} reduces over it')
+  return _graph(
+    program, leaves, reduced, fn, retrace, jax.tree.structure(out_spec)
+  )
+
+
+def _mirrored(
+  path: str, value: Value, leaves: Mapping[str, Leaf]
+) -> str | None:
+  """The leaf that an output hands back: same path at its end, same shape."""
+  for name, leaf in leaves.items():
+    ends = path == name or path.endswith('/' + name)
+    numbered = all(part.isdigit() for part in name.split('/'))
+    if ends and not numbered and leaf.shape == value.shape:
+      return name
+  return None
+
+
+def _graph(
+  program: Program,
+  leaves: dict[str, Leaf],
+  reduced: Mapping[Axis, Sequence[str]],
+  fn: Callable[..., Any],
+  retrace: Callable[..., Graph],
+  out_tree: Any,
+) -> Graph:
+  """Collects the groups: atoms of leaves that nothing locked."""
+  members: dict[Axis, list[Member]] = {}
+  protected = {}
+  for path, leaf in leaves.items():
+    for k, axis in enumerate(leaf.axes):
+      for atom, labels in occurrences(axis):
+        if not atom.locked:
+          members.setdefault(atom, []).append(_member(path, k, labels))
+      why = [a.locked for a in ax.atoms(axis) if a.locked and a.size > 1]
+      if why and leaf.shape[k] > 1:
+        protected[f'{path}:{k}'] = str(why[0])
+  names = _names(program, members)
+  groups = {
+    name: Group(
+      name, atom.size, tuple(members[atom]), tuple(reduced.get(atom, ()))
+    )
+    for atom, name in names.items()
+  }
+  description = {
+    path: [list(leaf.shape), [_describe(axis, names) for axis in leaf.axes]]
+    for path, leaf in leaves.items()
+  }
+  text = json.dumps(description, sort_keys=True)
+  return Graph(
+    groups=groups,
+    leaves=leaves,
+    protected=protected,
+    fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+    program=program,
+    atoms={name: atom for atom, name in names.items()},
+    fn=fn,
+    retrace=retrace,
+    out_tree=out_tree,
+  )
+
+
+def _names(
+  program: Program, members: Mapping[Axis, Sequence[Member]]
+) -> dict[Axis, str]:
+  """Names a group after the first kernel that writes it, in program order."""
+  first: dict[Axis, str] = {}
+  for eqn, _ in all_equations(program):
+    if eqn.products is None:
+      continue
+    kernels = [v for v in eqn.inputs if not v.has_data and len(v.sources) == 1]
+    for value in kernels:
+      (path,) = value.sources
+      for axis in eqn.outputs[0].axes:
+        for atom in ax.atoms(axis):
+          if any(m.path == path for m in members.get(atom, ())):
+            first.setdefault(atom, path)
+  for atom, slices in members.items():
+    first.setdefault(atom, slices[0].path)
+  names: dict[Axis, str] = {}
+  for atom, path in first.items():
+    stem = path.removeprefix('params/')
+    for ending in ('/kernel', '/weight', '/w', '/embedding'):
+      stem = stem.removesuffix(ending)
+    taken = sum(path == other for a, other in first.items() if a in names)
+    names[atom] = stem if not taken else f'{stem}.{taken}'
+  return names
+
+
+def occurrences(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
+  """Returns where each atom of an axis occurs in it.
+
+  Returns:
+    A list of (atom, labels): labels is int[size of the axis], the index
+    within the atom of each entry, -1 where the entry is not of this atom.
+  """
+  axis = ax.find(axis)
+  if axis.kind == 'atom':
+    return [(axis, np.arange(axis.size))]
+  found = []
+  for k, part in enumerate(axis.parts):
+    sizes = [ax.find(p).size for p in axis.parts]
+    for atom, labels in occurrences(part):
+      if axis.kind == 'sum':
+        before, after = sum(sizes[:k]), sum(sizes[k + 1 :])
+        labels = np.pad(labels, (before, after), constant_values=-1)
+      else:
+        outer = int(np.prod(sizes[:k], dtype=int))
+        inner = int(np.prod(sizes[k + 1 :], dtype=int))
+        labels = np.tile(np.repeat(labels, inner), outer)
+      found.append((atom, labels))
+  return found
+
+
+def _member(path: str, axis: int, labels: np.ndarray) -> Member:
+  offset = int(np.flatnonzero(labels == 0)[0])
+  second = np.flatnonzero(labels == 1)
+  stride = int(second[0]) - offset if second.size else 1
+  return Member(path, axis, offset, stride)
+
+
+def _describe(axis: Axis, names: Mapping[Axis, str]) -> Any:
+  """An axis type as plain data: what a plan needs to know of it."""
+  axis = ax.find(axis)
+  if axis in names:
+    return names[axis]
+  if ax.is_locked(axis):
+    return axis.size
+  return [axis.kind, [_describe(part, names) for part in axis.parts]]
+
+
+def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:
+  """Returns the leaves of a pytree by the paths that they have in a graph.
+
+  A leaf is known by the longest path of a param, with or without the first
+  name (that of a collection), in which its own path ends: the moments of an
+  optimizer, an average of the params and the gradients all find theirs.
+
+  Args:
+    leaves: the leaves of a graph.
+    values: a pytree of arrays; ``optax.MaskedNode`` has no leaves.
+
+  Raises:
+    ValueError: if a leaf is no leaf of the graph or has another shape.
+  """
+  named, wrong = {}, []
+  for path, value in tree.leaves(values).items():
+    name = locate(leaves, path)
+    if name is None:
+      wrong.append(f'{path!r} is no leaf of the graph')
+    elif np.shape(value) != leaves[name].shape:
+      wrong.append(
+        f'{path!r} must have shape {leaves[name].shape}, got {np.shape(value)}'
+      )
+    else:
+      named[name] = value
+  if wrong:
+    raise ValueError(
+      f'{"; ".join(wrong)}. The leaves are: {", ".join(leaves)}.'
+    )
+  return named
+
+
+def locate(leaves: Mapping[str, Leaf], path: str) -> str | None:
+  """Returns the leaf of a graph in whose path another path ends, or None."""
+  parts = path.split('/')
+  for start in range(len(parts)):
+    end = '/'.join(parts[start:])
+    if end in leaves:
+      return end
+    found = [name for name in leaves if name.partition('/')[2] == end]
+    if len(found) == 1:
+      return found[0]
+  return None
+
+
+def _reduce_leaf(
+  score: jax.Array, axis: int, labels: np.ndarray, size: int, norm: Norm
+) -> jax.Array:
+  """One number for each unit of one member."""
+  others = tuple(k for k in range(score.ndim) if k != axis)
+  units = np.where(labels < 0, size, labels)
+  count = np.bincount(labels[labels >= 0], minlength=size)
+  count = count * (score.size // score.shape[axis])
+  empty = jnp.zeros(size, jnp.float32)
+  if norm == 'max':
+    return empty.at[units].max(jnp.max(score, others), mode='drop')
+  powers = score * score if norm == 'l2' else score
+  total = empty.at[units].add(jnp.sum(powers, others), mode='drop')
+  if norm == 'l2':
+    return jnp.sqrt(total)
+  if norm == 'mean':
+    return total / count
+  if norm == 'l1':
+    return total
+  raise ValueError(f"`norm` must be 'l1', 'l2', 'max' or 'mean', got {norm!r}.")
+
+
+def _combine(found: Sequence[jax.Array], combine: Combine) -> jax.Array:
+  if combine == 'first':
+    return found[0]
+  ways = {'mean': jnp.mean, 'sum': jnp.sum, 'max': jnp.max}
+  if combine not in ways:
+    raise ValueError(
+      f"`combine` must be 'mean', 'sum', 'max' or 'first', got {combine!r}."
+    )
+  return ways[combine](jnp.stack(found), axis=0)
+
+
+def like(params: tree.PyTree, named: Mapping[str, Any]) -> tree.PyTree:
+  """Returns a pytree like params from leaves by path; MaskedNode elsewhere."""
+  return tree.map_with_path(
+    lambda path, _: named.get(path, optax.MaskedNode()), params
+  )
+
+
+def runner(graph: Graph, kept: Mapping[str, Any], masked: bool = False) -> Run:
+  """Returns the evaluation of a graph for the kept indices of its groups."""
+  return Run(
+    {graph.atoms[name]: np.asarray(index) for name, index in kept.items()},
+    masked,
+  )

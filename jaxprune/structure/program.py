@@ -1,0 +1,591 @@
+"""The typed program: a jaxpr, flat, every axis typed, and how to run it small.
+
+``build`` walks a jaxpr once, inlines calls and types every equation by its
+rule; control flow and custom derivatives keep typed bodies of their own.
+``Run`` evaluates the program again for what is kept of each atom, either small
+(the sizes recomputed, constants cut) or masked (the original sizes, every
+removed entry absent): the two compute the same, which is what a check checks.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import source_info_util
+from jax.interpreters import partial_eval
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure import rules
+from jaxprune.structure.axes import Axis
+from jaxprune.structure.rules import Equation, Value
+
+Kept = Mapping[Axis, np.ndarray]  # Atom -> indices that are kept, ascending.
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Program:
+  """A flat list of typed equations from inputs to outputs.
+
+  Attributes:
+    inputs: what it reads.
+    plain: whether it is a derivative, in which custom derivatives are inlined:
+      they are kept to the first order.
+    equations: its operations in order.
+    outputs: what it returns.
+  """
+
+  inputs: list[Value]
+  plain: bool = False
+  equations: list[Equation] = dataclasses.field(default_factory=list)
+  outputs: list[Value] = dataclasses.field(default_factory=list)
+
+
+def build(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  inputs: list[Value],
+  plain: bool = False,
+) -> Program:
+  """Types a jaxpr.
+
+  Args:
+    jaxpr: a ``jax.extend.core.Jaxpr``.
+    consts: the values of its constvars.
+    inputs: typed values, one for each of its invars.
+    plain: whether to inline custom derivatives.
+
+  Returns:
+    The program; its values share their axis types with ``inputs``.
+  """
+  program = Program(list(inputs), plain)
+  program.outputs = _walk(jaxpr, consts, inputs, program)
+  return program
+
+
+def eliminate_dead_code(jaxpr: Any) -> tuple[list[bool], Any]:
+  """Returns which inputs a jaxpr uses, and the jaxpr without dead equations.
+
+  Args:
+    jaxpr: a ``jax.extend.core.Jaxpr``.
+
+  Returns:
+    One bool for each of its invars, and a jaxpr with the same invars.
+  """
+  live, used = partial_eval.dce_jaxpr(
+    jaxpr, [True] * len(jaxpr.outvars), instantiate=True
+  )
+  outputs = {v for v in live.outvars if not isinstance(v, jex.Literal)}
+  read = {
+    v for eqn in live.eqns for v in eqn.invars if not isinstance(v, jex.Literal)
+  }
+  del used  # With `instantiate`, all of them.
+  return [v in read or v in outputs for v in live.invars], live
+
+
+def all_equations(program: Program) -> list[tuple[Equation, int]]:
+  """Returns every equation, those of bodies too, with how often it runs."""
+  found = []
+  for eqn in program.equations:
+    found.append((eqn, 1))
+    times = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
+    for body in eqn.programs:
+      found += [(inner, n * times) for inner, n in all_equations(body)]
+  return found
+
+
+class Run:
+  """An evaluation of programs for what is kept of each atom.
+
+  Attributes:
+    kept: atom -> kept indices; an atom that is absent is kept whole.
+    masked: whether to run at the original sizes, with removed entries zero.
+  """
+
+  def __init__(self, kept: Kept, masked: bool = False):
+    self.kept = kept
+    self.masked = masked
+    self._masks: dict[Axis, np.ndarray | None] = {}
+
+  def size(self, axis: Axis) -> ax.Size:
+    """Entries of an axis that are left."""
+    mask = self.mask(axis)
+    return ax.find(axis).size if mask is None else int(mask.sum())
+
+  def mask(self, axis: Axis) -> np.ndarray | None:
+    """Which entries of an axis are left, bool[size]; None if all are."""
+    axis = ax.find(axis)
+    if axis not in self._masks:
+      self._masks[axis] = self._compute_mask(axis)
+    return self._masks[axis]
+
+  def _compute_mask(self, axis: Axis) -> np.ndarray | None:
+    if axis.kind == 'atom':
+      if axis not in self.kept:
+        return None
+      mask = np.zeros(axis.size, bool)
+      mask[self.kept[axis]] = True
+      return mask
+    masks = [self.mask(part) for part in axis.parts]
+    if all(mask is None for mask in masks):
+      return None
+    full = [
+      np.ones(ax.find(part).size, bool) if mask is None else mask
+      for part, mask in zip(axis.parts, masks, strict=True)
+    ]
+    if axis.kind == 'sum':
+      return np.concatenate(full)
+    mask = full[0]
+    for factor in full[1:]:
+      mask = np.logical_and.outer(mask, factor).reshape(-1)
+    return mask
+
+  def take(self, array: Any, axes: Sequence[Axis]) -> Any:
+    """Returns an array with what is left of it: cut, or masked."""
+    if self.masked:
+      return self.fill(array, axes, 0)
+    on_host = not isinstance(array, jax.Array)
+    for k, axis in enumerate(axes):
+      mask = self.mask(axis)
+      if mask is not None:
+        index = np.flatnonzero(mask)
+        array = (
+          np.take(array, index, k) if on_host else jnp.take(array, index, k)
+        )
+    return array
+
+  def fill(self, array: Any, axes: Sequence[Axis], value: Any) -> Any:
+    """Returns an array with ``value`` where an entry is removed."""
+    shape = np.shape(array)
+    for k, axis in enumerate(axes):
+      mask = self.mask(axis)
+      if mask is not None:
+        mask = mask.reshape([-1 if j == k else 1 for j in range(len(shape))])
+        fill = jnp.asarray(value, jnp.asarray(array).dtype)
+        array = jnp.where(np.broadcast_to(mask, shape), array, fill)
+    return array
+
+  def bind(self, primitive: Any, values: Sequence[Any], params: Any) -> Any:
+    """Applies a primitive, as every JAX version wants it."""
+    prepared = primitive.get_bind_params(dict(params))
+    if isinstance(prepared, tuple):
+      functions, params = prepared
+      return primitive.bind(*functions, *values, **params)
+    return primitive.bind(*values, **prepared)
+
+  def __call__(self, program: Program, inputs: Sequence[Any]) -> list[Any]:
+    """Runs a program on inputs that are already cut (or masked)."""
+    env: dict[Value, Any] = dict(zip(program.inputs, inputs, strict=True))
+
+    def read(value: Value) -> Any:
+      if value not in env:
+        env[value] = self.take(value.constant, value.axes)
+      return env[value]
+
+    for eqn in program.equations:
+      values = [read(value) for value in eqn.inputs]
+      for value, out in zip(eqn.outputs, self.apply(eqn, values), strict=True):
+        env[value] = out
+    return [read(value) for value in program.outputs]
+
+  def apply(self, eqn: Equation, values: list[Any]) -> list[Any]:
+    """Runs one equation."""
+    if eqn.evaluate is not None:
+      return eqn.evaluate(self, values)
+    params = eqn.params
+    if self.masked:
+      values = self._absent(eqn, values)
+    elif eqn.resize is not None:
+      params = {**params, **eqn.resize(self.size)}
+    outs = self.bind(eqn.primitive, values, params)
+    outs = list(outs) if eqn.primitive.multiple_results else [outs]
+    if self.masked:
+      outs = [
+        self.take(out, value.axes)
+        if jnp.issubdtype(value.dtype, jnp.inexact)
+        else out
+        for out, value in zip(outs, eqn.outputs, strict=True)
+      ]
+    return outs
+
+  def _absent(self, eqn: Equation, values: list[Any]) -> list[Any]:
+    """Gives removed entries the value that a reduction ignores."""
+    neutral = _NEUTRAL.get(eqn.primitive.name)
+    if neutral is None:
+      return values
+    (value,), x = values, eqn.inputs[0]
+    return [self.fill(value, x.axes, neutral(value.dtype))]
+
+
+_NEUTRAL: dict[str, Callable[[Any], Any]] = {
+  'reduce_max': lambda dtype: _extreme(dtype, -1),
+  'reduce_min': lambda dtype: _extreme(dtype, 1),
+  'reduce_prod': lambda dtype: 1,
+  'reduce_and': lambda dtype: True,
+  'reduce_or': lambda dtype: False,
+}
+
+
+def _extreme(dtype: Any, sign: int) -> Any:
+  if np.dtype(dtype) == np.bool_:
+    return sign > 0
+  if jnp.issubdtype(dtype, jnp.inexact):
+    return sign * np.inf
+  info = jnp.iinfo(dtype)
+  return info.max if sign > 0 else info.min
+
+
+_INLINED = frozenset(
+  ['jit', 'pjit', 'closed_call', 'core_call', 'core_closed_call', 'xla_call']
+)
+
+
+def _walk(
+  jaxpr: Any, consts: Sequence[Any], inputs: list[Value], program: Program
+) -> list[Value]:
+  """Adds the equations of a jaxpr to a program; returns its outputs."""
+  env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+  for var, const in zip(jaxpr.constvars, consts, strict=True):
+    env[var] = _constant(var.aval, const)
+
+  def read(var: Any) -> Value:
+    if isinstance(var, jex.Literal):
+      aval: Any = var.aval
+      return _constant(aval, np.asarray(var.val, aval.dtype))
+    return env[var]
+
+  for jaxpr_eqn in jaxpr.eqns:
+    name = jaxpr_eqn.primitive.name
+    operands = [read(var) for var in jaxpr_eqn.invars]
+    if name in _INLINED or (program.plain and name in _CUSTOM):
+      body, body_consts = _body(jaxpr_eqn.params)
+      outs = _walk(body, body_consts, operands, program)
+    else:
+      eqn = _equation(jaxpr_eqn, operands)
+      if name in _CONTROL:
+        _CONTROL[name](eqn, program.plain)
+      else:
+        rules.infer(eqn)
+      program.equations.append(eqn)
+      outs = eqn.outputs
+    env.update(zip(jaxpr_eqn.outvars, outs, strict=True))
+  return [read(var) for var in jaxpr.outvars]
+
+
+def _constant(aval: Any, value: Any) -> Value:
+  shape = tuple(aval.shape)
+  dtype = getattr(aval, 'dtype', None)
+  return Value(shape, dtype, [ax.atom(n) for n in shape], value)
+
+
+def _equation(jaxpr_eqn: Any, operands: list[Value]) -> Equation:
+  sources = frozenset().union(*(value.sources for value in operands))
+  has_data = any(value.has_data for value in operands)
+  outputs = [
+    Value(
+      tuple(var.aval.shape),
+      getattr(var.aval, 'dtype', None),
+      sources=frozenset() if has_data else sources,
+      has_data=has_data,
+    )
+    for var in jaxpr_eqn.outvars
+  ]
+  why = f'{jaxpr_eqn.primitive.name} at {_where(jaxpr_eqn.source_info)}'
+  return Equation(
+    jaxpr_eqn.primitive, dict(jaxpr_eqn.params), operands, outputs, why
+  )
+
+
+def _where(source_info: Any) -> str:
+  """The innermost line outside of libraries, else the innermost line at all."""
+  back = source_info.traceback
+  found = back.as_python_traceback() if back is not None else None
+  lines = []
+  while found is not None:
+    code = found.tb_frame.f_code
+    lines.append((code.co_filename, found.tb_lineno))
+    found = found.tb_next
+  own = [
+    (name, line)
+    for name, line in lines
+    if not any(part in name for part in ('site-packages', 'jaxprune/structure'))
+  ]
+  if not own:
+    return source_info_util.summarize(source_info)
+  name, line = own[-1]
+  return f'{pathlib.PurePath(name).name}:{line}'
+
+
+def _body(params: Mapping[str, Any], *names: str) -> tuple[Any, Sequence[Any]]:
+  """Returns a body and its constants, closed or open, of any JAX version."""
+  for name in names or ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
+    body = params.get(name)
+    if body is not None:
+      if hasattr(body, 'jaxpr') and hasattr(body, 'consts'):
+        return body.jaxpr, body.consts
+      return body, getattr(body, 'consts', ())
+  raise AssertionError(f'No body among {sorted(params)}.')
+
+
+def _copy(value: Value, drop_first: bool = False) -> Value:
+  """A value of its own for a body, of the same types."""
+  skip = 1 if drop_first else 0
+  return Value(
+    value.shape[skip:],
+    value.dtype,
+    list(value.axes[skip:]),
+    sources=value.sources,
+    has_data=value.has_data,
+  )
+
+
+def _unify_values(a: Value, b: Value, why: str) -> None:
+  for x, y in zip(a.axes, b.axes, strict=True):
+    ax.unify(x, y, why)
+
+
+def _type_outputs(eqn: Equation, values: Sequence[Value]) -> None:
+  for out, value in zip(eqn.outputs, values, strict=True):
+    out.axes = list(value.axes)
+
+
+def _scan(eqn: Equation, plain: bool) -> None:
+  """Carries keep their types; the scanned axis stays whole."""
+  params = eqn.params
+  if 'num_consts' in params:
+    consts, carries = params['num_consts'], params['num_carry']
+  else:
+    const_tree, carry_tree, _ = params['ft_in'].unpack()
+    consts, carries = len(const_tree), len(carry_tree)
+  split = consts + carries
+  for value in eqn.inputs[split:]:
+    ax.lock(value.axes[0], f'{eqn.why} steps along it')
+  inputs = [_copy(v, k >= split) for k, v in enumerate(eqn.inputs)]
+  body = build(*_body(params), inputs, plain)
+  for out, carry in zip(
+    body.outputs[:carries], inputs[consts:split], strict=True
+  ):
+    _unify_values(out, carry, eqn.why)
+  eqn.programs = (body,)
+  for k, (out, value) in enumerate(zip(eqn.outputs, body.outputs, strict=True)):
+    step = [ax.atom(out.shape[0], f'{eqn.why} steps along it')]
+    out.axes = [*([] if k < carries else step), *value.axes]
+
+  def evaluate(run: Run, values: list[Any]) -> list[Any]:
+    fixed = values[:consts]
+
+    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+      outs = run(body, [*fixed, *carry, *xs])
+      carry = [
+        lax.convert_element_type(out, c.dtype)
+        for out, c in zip(outs[:carries], carry, strict=True)
+      ]
+      return tuple(carry), tuple(outs[carries:])
+
+    carry, outs = lax.scan(
+      step,
+      tuple(jnp.asarray(v) for v in values[consts:split]),
+      tuple(values[split:]),
+      length=params['length'],
+      reverse=params['reverse'],
+      unroll=params['unroll'],
+    )
+    return [*carry, *outs]
+
+  eqn.evaluate = evaluate
+
+
+def _while(eqn: Equation, plain: bool) -> None:
+  params = eqn.params
+  n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
+  cond_consts = eqn.inputs[:n_cond]
+  body_consts = eqn.inputs[n_cond : n_cond + n_body]
+  carry = eqn.inputs[n_cond + n_body :]
+  cond = build(
+    *_body(params, 'cond_jaxpr'),
+    [_copy(v) for v in (*cond_consts, *carry)],
+    plain,
+  )
+  body = build(
+    *_body(params, 'body_jaxpr'),
+    [_copy(v) for v in (*body_consts, *carry)],
+    plain,
+  )
+  for out, value in zip(body.outputs, carry, strict=True):
+    _unify_values(out, value, eqn.why)
+  eqn.programs = (cond, body)
+  _type_outputs(eqn, carry)
+
+  def evaluate(run: Run, values: list[Any]) -> list[Any]:
+    fixed, inner = values[:n_cond], values[n_cond : n_cond + n_body]
+    init = tuple(jnp.asarray(v) for v in values[n_cond + n_body :])
+    out = lax.while_loop(
+      lambda state: run(cond, [*fixed, *state])[0],
+      lambda state: tuple(run(body, [*inner, *state])),
+      init,
+    )
+    return list(out)
+
+  eqn.evaluate = evaluate
+
+
+def _cond(eqn: Equation, plain: bool) -> None:
+  index, *operands = eqn.inputs
+  del index
+  branches = [
+    build(*_body({'jaxpr': branch}), [_copy(v) for v in operands], plain)
+    for branch in eqn.params['branches']
+  ]
+  for branch in branches[1:]:
+    for a, b in zip(branch.outputs, branches[0].outputs, strict=True):
+      _unify_values(a, b, eqn.why)
+  eqn.programs = tuple(branches)
+  _type_outputs(eqn, branches[0].outputs)
+
+  def evaluate(run: Run, values: list[Any]) -> list[Any]:
+    which, *rest = values
+    calls = [
+      lambda *xs, branch=branch: tuple(run(branch, xs)) for branch in branches
+    ]
+    return list(lax.switch(which.astype(jnp.int32), calls, *rest))
+
+  eqn.evaluate = evaluate
+
+
+def _remat(eqn: Equation, plain: bool) -> None:
+  body = build(*_body(eqn.params), [_copy(v) for v in eqn.inputs], plain)
+  eqn.programs = (body,)
+  _type_outputs(eqn, body.outputs)
+  options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
+
+  def evaluate(run: Run, values: list[Any]) -> list[Any]:
+    call = lambda *xs: tuple(run(body, xs))
+    return list(jax.checkpoint(call, **options)(*values))
+
+  eqn.evaluate = evaluate
+
+
+def _is_float(value: Any) -> bool:
+  return value.dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _original(eqn: Equation) -> Callable[..., Any]:
+  """The equation as a function, with the derivative its author gave it."""
+  empty = Run({})
+  return lambda *xs: tuple(empty.bind(eqn.primitive, xs, eqn.params))
+
+
+def _specs(values: Sequence[Value]) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
+
+
+def _custom_derivative(eqn: Equation, forward: bool) -> None:
+  """Types a function jointly with its custom derivative, and keeps both.
+
+  The derivative is traced by JAX at the original sizes, typed with the types of
+  the function's inputs and outputs, and attached again at the new sizes.
+  """
+  body = build(*_body(eqn.params), [_copy(v) for v in eqn.inputs])
+  _type_outputs(eqn, body.outputs)
+  floats = [k for k, v in enumerate(eqn.inputs) if _is_float(v)]
+  eqn.programs = (body,)
+  call = lambda run, values: run(body, values)
+  if not floats or not all(_is_float(out) for out in eqn.outputs):
+    eqn.evaluate = call
+    return
+  fn = _original(eqn)
+
+  def on_floats(primals: Sequence[Any]) -> Callable[..., Any]:
+    def partial(*xs: Any) -> Any:
+      full = list(primals)
+      for k, x in zip(floats, xs, strict=True):
+        full[k] = x
+      return fn(*full)
+
+    return partial
+
+  def push(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    xs = [primals[k] for k in floats]
+    return jax.jvp(on_floats(primals), xs, list(tangents))
+
+  def pull(primals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+    xs = [primals[k] for k in floats]
+    return jax.vjp(on_floats(primals), *xs)[1](tuple(cotangents))
+
+  inner = [eqn.inputs[k] for k in floats] if forward else eqn.outputs
+  closed = jax.make_jaxpr(push if forward else pull)(
+    _specs(eqn.inputs), _specs(inner)
+  )
+  derivative = build(
+    closed.jaxpr,
+    closed.consts,
+    [_copy(v) for v in (*eqn.inputs, *inner)],
+    plain=True,
+  )
+  wanted = (
+    [*eqn.outputs, *eqn.outputs] if forward else [eqn.inputs[k] for k in floats]
+  )
+  for out, value in zip(derivative.outputs, wanted, strict=True):
+    _unify_values(out, value, eqn.why)
+
+  def evaluate_jvp(run: Run, values: list[Any]) -> list[Any]:
+    @jax.custom_jvp
+    def call(*xs: Any) -> tuple[Any, ...]:
+      return tuple(run(body, xs))
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+      outs = run(derivative, [*primals, *(tangents[k] for k in floats)])
+      half = len(outs) // 2
+      return tuple(outs[:half]), tuple(outs[half:])
+
+    return list(call(*values))
+
+  def evaluate_vjp(run: Run, values: list[Any]) -> list[Any]:
+    @jax.custom_vjp
+    def call(*xs: Any) -> tuple[Any, ...]:
+      return tuple(run(body, xs))
+
+    def backward(xs: Any, cotangents: Any) -> tuple[Any, ...]:
+      grads = [np.zeros(np.shape(x), jax.dtypes.float0) for x in xs]
+      for k, grad in zip(
+        floats, run(derivative, [*xs, *cotangents]), strict=True
+      ):
+        grads[k] = grad
+      return tuple(grads)
+
+    call.defvjp(lambda *xs: (call(*xs), xs), backward)
+    return list(call(*values))
+
+  eqn.evaluate = evaluate_jvp if forward else evaluate_vjp
+
+
+def _custom_jvp(eqn: Equation, plain: bool) -> None:
+  del plain  # Inlined there.
+  _custom_derivative(eqn, forward=True)
+
+
+def _custom_vjp(eqn: Equation, plain: bool) -> None:
+  del plain  # Inlined there.
+  _custom_derivative(eqn, forward=False)
+
+
+_CUSTOM = {
+  'custom_jvp_call': _custom_jvp,
+  'custom_vjp_call': _custom_vjp,
+  'custom_vjp_call_jaxpr': _custom_vjp,
+}
+_CONTROL: dict[str, Callable[[Equation, bool], None]] = {
+  'scan': _scan,
+  'while': _while,
+  'cond': _cond,
+  'remat': _remat,
+  'remat2': _remat,
+  'checkpoint': _remat,
+  **_CUSTOM,
+}
