@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -72,12 +73,14 @@ class Checkpointer:
     self._damaged: set[int] = set()
     self._unsealed: set[int] = set()  # Saved, perhaps still being written.
     self._background = background
+    if jax.process_index() == 0:  # Orbax itself passes over an empty one.
+      for left in self.directory.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(left, ignore_errors=True)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         enable_async_checkpointing=background,
-        cleanup_tmp_directories=True,
       ),
     )
 

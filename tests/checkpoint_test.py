@@ -224,6 +224,14 @@ def test_saving_a_small_state_is_quick(tmp_path):
   assert min(times) < 0.3
 
 
+def test_what_killed_saves_left_is_removed(tmp_path):
+  left = tmp_path / '2.orbax-checkpoint-tmp'
+  (left / 'state').mkdir(parents=True)
+  with checkpoint.Checkpointer(tmp_path) as checkpoints:
+    assert checkpoints.steps() == ()
+  assert not left.exists()
+
+
 @pytest.mark.slow
 def test_a_kill_during_a_save_never_loses_the_last_step(tmp_path):
   code = textwrap.dedent("""

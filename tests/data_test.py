@@ -381,6 +381,6 @@ def test_prepared_sets_have_their_published_statistics(name, shape, tolerance):
     pytest.skip('JAXPRUNE_DATA names no folder')
   train = data.load(name)
   assert train.images.shape == shape
-  np.testing.assert_array_equal(np.bincount(train.labels) > 5000, [1] * 10)
+  assert np.bincount(train.labels).min() >= 5000
   statistics = augment.pixel_statistics(train.images)
   np.testing.assert_allclose(statistics, augment.PIXELS[name], tolerance)
