@@ -1,0 +1,101 @@
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+from jaxprune import export, models
+
+
+@pytest.fixture(scope='module')
+def network():
+  """A small convolutional network as a function of its images alone."""
+  module = models.resnet.ResNet(
+    channels=(4, 8), blocks=(1, 1), num_classes=3, stem='small', head='flatten'
+  )
+  x = jax.random.normal(jax.random.key(1), (5, 6, 6, 1))
+  variables = jax.jit(module.init)(jax.random.key(0), x)
+  return (lambda x: module.apply(variables, x)), x
+
+
+@pytest.fixture(scope='module')
+def artifact(network, tmp_path_factory):
+  path = tmp_path_factory.mktemp('export') / 'network.stablehlo'
+  fn, x = network
+  assert export.save(path, fn, x[:1]) == path.stat().st_size
+  return path
+
+
+def test_the_same_values_at_other_batch_sizes(network, artifact):
+  fn, x = network
+  loaded = export.load(artifact)
+  for n in (1, 5):
+    expected = np.asarray(jax.jit(fn)(x[:n]))
+    np.testing.assert_allclose(loaded(x[:n]), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+      jax.jit(loaded)(x[:n]), expected, rtol=1e-6, atol=1e-6
+    )
+  assert len(np.unique(np.asarray(loaded(x)))) == 15  # It reads its input.
+
+
+def test_one_file_serves_several_platforms_through_plain_jax(artifact):
+  exported = jax_export.deserialize(bytearray(artifact.read_bytes()))
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  assert str(exported.in_avals[0].shape[0]) == 'batch'
+  assert [a.shape[1:] for a in exported.in_avals] == [(6, 6, 1)]
+
+
+def test_reloads_without_the_python_of_the_model(network, artifact, tmp_path):
+  fn, x = network
+  np.save(tmp_path / 'x.npy', x)
+  script = textwrap.dedent(f"""
+    import sys
+    for name in ('flax', 'jaxprune.models', 'optax'):
+      sys.modules[name] = None  # An import of it raises.
+    import numpy as np
+    from jax import export
+    content = open({str(artifact)!r}, 'rb').read()
+    fn = export.deserialize(bytearray(content)).call
+    np.save({str(tmp_path / 'y.npy')!r}, fn(np.load({str(tmp_path / 'x.npy')!r})))
+  """)
+  subprocess.run([sys.executable, '-c', script], check=True)
+  expected = np.asarray(jax.jit(fn)(x))
+  found = np.load(tmp_path / 'y.npy')
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_fixed_shapes_and_several_arguments(tmp_path):
+  fn = lambda a, b: a['w'] @ b
+  args = ({'w': jnp.ones((2, 3))}, jnp.ones(3))
+  export.save(tmp_path / 'fn', fn, *args, batch=None, platforms=['cpu'])
+  loaded = export.load(tmp_path / 'fn')
+  np.testing.assert_array_equal(loaded(*args), [3.0, 3.0])
+  with pytest.raises(ValueError, match='shape'):
+    loaded({'w': jnp.ones((4, 3))}, jnp.ones(3))
+
+
+def test_a_damaged_file_is_refused(artifact, tmp_path):
+  content = bytearray(artifact.read_bytes())
+  content[len(content) // 2] ^= 1
+  damaged = tmp_path / 'damaged'
+  for bad in (bytes(content), artifact.read_bytes()[:-40], b''):
+    damaged.write_bytes(bad)
+    with pytest.raises(ValueError, match=r'damaged.*damaged, or not written'):
+      export.load(damaged)
+  with pytest.raises(FileNotFoundError):
+    export.load(tmp_path / 'nothing')
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+  path = tmp_path / 'fn'
+  with pytest.raises(ValueError, match='got 0 of shape ().*batch=None'):
+    export.save(path, lambda x: x, jnp.float32(1))
+  with pytest.raises(ValueError, match='got no array'):
+    export.save(path, lambda: jnp.ones(2))
+  with pytest.raises(ValueError, match='cpu, cuda, tpu, rocm, got abacus'):
+    export.save(path, lambda x: x, jnp.ones(2), platforms=['abacus'])
+  assert not path.exists()
