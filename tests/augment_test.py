@@ -131,3 +131,24 @@ def test_random_resized_crop(size, channels):
   assert a.dtype == np.uint8
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+def test_augmentation_is_the_same_on_any_number_of_devices(images, devices):
+  @jax.jit
+  def augmented(key, images):
+    keys = jax.random.split(key, 3)
+    images = augment.random_flip(keys[0], images)
+    images = augment.random_crop(keys[1], images, padding=1)
+    return augment.cutout(keys[2], images, side=2)
+
+  mesh = jax.make_mesh(
+    (devices,),
+    ('data',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  one = augmented(jax.random.key(0), images)
+  many = augmented(jax.random.key(0), jax.device_put(images, rows))
+  np.testing.assert_array_equal(one, many)

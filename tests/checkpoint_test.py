@@ -1,3 +1,5 @@
+import collections
+import json
 import os
 import shutil
 import signal
@@ -178,6 +180,16 @@ def test_other_values_are_found_and_the_leaf_named(tmp_path):
       assert checkpoints.restore(state).step == 1
     with pytest.raises(ValueError, match=r'No checkpoint in .* can be read: '):
       checkpoints.restore(state, step=2)
+  file = tmp_path / '1' / 'record' / 'metadata'
+  record = json.loads(file.read_text())
+  file.write_text(json.dumps(record | {'metadata': {'stage': 'other'}}))
+  (tmp_path / '1' / 'files.json').unlink()
+  text = 'the sha256 of its record differs'
+  with (
+    checkpoint.Checkpointer(tmp_path) as checkpoints,
+    pytest.raises(ValueError, match=text),
+  ):
+    checkpoints.restore(state, step=1)
 
 
 def test_a_template_that_does_not_fit_names_every_leaf(tmp_path):
@@ -305,7 +317,7 @@ def test_same_arrays_same_bytes(tmp_path, monkeypatch):
   tree = weights()
   checkpoint.save_arrays(a, tree)
   monkeypatch.setattr(time, 'time', lambda: 2e9)
-  backwards = dict(reversed(tree.items()))
+  backwards = collections.OrderedDict(reversed(tree.items()))
   backwards['f'] = np.ascontiguousarray(tree['f'])
   checkpoint.save_arrays(b, backwards)
   assert a.read_bytes() == b.read_bytes()

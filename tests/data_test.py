@@ -168,6 +168,9 @@ def test_damaged_record_is_named(copy):
   number = int(text.split()[1])
   assert f'Record {number} of digits' in text
   assert f'record {number + 5} of {file}, is damaged (' in text
+  text = error('digits', 'train[7:10]+test', copy)  # Of two files.
+  assert text.startswith(f'Record {number + 8} of digits')
+  assert f'record {number + 5} of {file}, is damaged (' in text
   data.load('digits', f'test[5:{number + 5}]', copy)  # All before it are good.
   data.load('digits', 'train', copy)
 

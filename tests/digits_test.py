@@ -34,9 +34,9 @@ def test_prepare_accepts_that_another_process_was_first(tmp_path, monkeypatch):
   rename = os.rename
 
   def late(source, target):
-    digits_of_another = tmp_path / 'digits' / '1.0.0'
-    digits_of_another.mkdir()
-    (digits_of_another / 'whole').touch()
+    if target == tmp_path / 'digits' / '1.0.0':
+      target.mkdir()
+      (target / 'whole').touch()
     rename(source, target)
 
   monkeypatch.setattr(os, 'rename', late)
@@ -46,11 +46,15 @@ def test_prepare_accepts_that_another_process_was_first(tmp_path, monkeypatch):
 
 
 def test_prepare_says_why_it_cannot_write(tmp_path, monkeypatch):
+  rename = os.rename
+
   def refuse(source, target):
-    raise PermissionError(13, 'Permission denied', str(target))
+    if target == tmp_path / 'digits' / '1.0.0':
+      raise PermissionError(13, 'Permission denied', str(target))
+    rename(source, target)
 
   monkeypatch.setattr(os, 'rename', refuse)
-  with pytest.raises(PermissionError, match='Permission denied'):
+  with pytest.raises(PermissionError, match=r"denied: '.*/digits/1\.0\.0'"):
     digits.prepare(tmp_path)
   assert [f.name for f in tmp_path.iterdir()] == ['digits']
 

@@ -180,6 +180,9 @@ def test_baselines_by_hand():
   assert text.majority(train, test) == 0.5
   # Unseen words leave the prior, which names the wrong class once.
   assert text.bag_of_words(train, test) == 0.75
+  # Of two classes as common, the one of fewer words: 2/5 above 3/10.
+  train = make(['sun', 'sun sun x x x x'], [0, 1])
+  assert text.bag_of_words(train, make(['sun'], [0])) == 1
 
 
 # --- Tokens ------------------------------------------------------------------
