@@ -20,6 +20,7 @@ from jaxprune import schedules as schedules
 from jaxprune import scores as scores
 from jaxprune import select as select
 from jaxprune import soft as soft
+from jaxprune import soft_training as soft_training
 from jaxprune import structure as structure
 from jaxprune import transforms as transforms
 from jaxprune import tree as tree

@@ -50,7 +50,7 @@ class Proof(NamedTuple):
 
   Attributes:
     values: max |shrunk - masked| of the outputs.
-    gradients: the same of the gradients of the params.
+    gradients: the same of the gradients of the params; None if not asked for.
     parameters: max |shrunk - f(masked params)| with the user's own function;
       None where a reduction runs over a removed axis, which makes it differ.
     sensitivity: change of the output when the input changes; not near 0.
@@ -59,7 +59,7 @@ class Proof(NamedTuple):
   """
 
   values: float
-  gradients: float
+  gradients: float | None
   parameters: float | None
   sensitivity: float
   mutation: float
@@ -402,6 +402,7 @@ def check(
   params: tree.PyTree,
   *args: Any,
   tolerance: float = 1e-5,
+  gradients: bool = True,
 ) -> Proof:
   """Proves on data that the smaller function computes what the masked one does.
 
@@ -417,6 +418,8 @@ def check(
     *args: the other arguments, with real data.
     tolerance: of each error, relative to the largest entry of what it is
       compared with.
+    gradients: whether to compare gradients too; False for a function that has
+      none, such as one with a while loop.
 
   Returns:
     The :class:`Proof`.
@@ -433,17 +436,18 @@ def check(
   small_params = shrink(graph, plan, params)
   cut = lambda outs: _map_outputs(graph, plan, args, outs)
   key = jax.random.key(0)
-  small = jax.jit(_with_gradients(specialise(graph, plan)))
-  full = jax.jit(_with_gradients(masked(graph, plan)))
+  wrap = _with_gradients if gradients else _without_gradients
+  small = jax.jit(wrap(specialise(graph, plan)))
+  full = jax.jit(wrap(masked(graph, plan)))
   cotangents = _cotangents(key, jax.eval_shape(graph.fn, params, *args))
   small_outs, small_grads = small(small_params, cut(cotangents), *args)
   outs, grads = full(params, cotangents, *args)
   values = _error(small_outs, cut(outs))
-  gradients = _error(small_grads, shrink(graph, plan, grads))
-  if not max(values, gradients) <= tolerance:
+  slopes = _error(small_grads, shrink(graph, plan, grads))
+  if not max(values, slopes) <= tolerance:
     raise CheckError(
       f'The smaller function differs from the masked one: values by '
-      f'{values:.1e}, gradients by {gradients:.1e} (relative); first at '
+      f'{values:.1e}, gradients by {slopes:.1e} (relative); first at '
       f'{_first_difference(graph, plan, params, args, tolerance)}.'
     )
   own = None
@@ -480,7 +484,19 @@ def check(
       f'A deliberately wrong index changes the output by {mutation:.1e} '
       f'(relative) at most: a check on it proves nothing.'
     )
-  return Proof(values, gradients, own, sensitivity, mutation, removed)
+  return Proof(
+    values,
+    slopes if gradients else None,
+    own,
+    sensitivity,
+    mutation,
+    removed,
+  )
+
+
+def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """fn with no gradients, in the form of :func:`_with_gradients`."""
+  return lambda params, cotangents, *args: (fn(params, *args), {})
 
 
 def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -246,9 +246,16 @@ _INLINED = frozenset(
 
 
 def _walk(
-  jaxpr: Any, consts: Sequence[Any], inputs: list[Value], program: Program
+  jaxpr: Any,
+  consts: Sequence[Any],
+  inputs: list[Value],
+  program: Program,
+  where: str = '',
 ) -> list[Value]:
-  """Adds the equations of a jaxpr to a program; returns its outputs."""
+  """Adds the equations of a jaxpr to a program; returns its outputs.
+
+  ``where`` is the line that called it, for what has no line of its own.
+  """
   env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
   for var, const in zip(jaxpr.constvars, consts, strict=True):
     env[var] = _constant(var.aval, const)
@@ -264,9 +271,10 @@ def _walk(
     operands = [read(var) for var in jaxpr_eqn.invars]
     if name in _INLINED or (program.plain and name in _CUSTOM):
       body, body_consts = _body(jaxpr_eqn.params)
-      outs = _walk(body, body_consts, operands, program)
+      called = _where(jaxpr_eqn.source_info, where)
+      outs = _walk(body, body_consts, operands, program, called)
     else:
-      eqn = _equation(jaxpr_eqn, operands)
+      eqn = _equation(jaxpr_eqn, operands, where)
       if name in _CONTROL:
         _CONTROL[name](eqn, program.plain)
       else:
@@ -283,7 +291,7 @@ def _constant(aval: Any, value: Any) -> Value:
   return Value(shape, dtype, [ax.atom(n) for n in shape], value)
 
 
-def _equation(jaxpr_eqn: Any, operands: list[Value]) -> Equation:
+def _equation(jaxpr_eqn: Any, operands: list[Value], where: str) -> Equation:
   sources = frozenset().union(*(value.sources for value in operands))
   has_data = any(value.has_data for value in operands)
   outputs = [
@@ -295,14 +303,15 @@ def _equation(jaxpr_eqn: Any, operands: list[Value]) -> Equation:
     )
     for var in jaxpr_eqn.outvars
   ]
-  why = f'{jaxpr_eqn.primitive.name} at {_where(jaxpr_eqn.source_info)}'
+  place = _where(jaxpr_eqn.source_info, where)
+  why = f'{jaxpr_eqn.primitive.name} at {place}'
   return Equation(
     jaxpr_eqn.primitive, dict(jaxpr_eqn.params), operands, outputs, why
   )
 
 
-def _where(source_info: Any) -> str:
-  """The innermost line outside of libraries, else the innermost line at all."""
+def _where(source_info: Any, outer: str) -> str:
+  """The innermost line outside of libraries, else the line of the caller."""
   back = source_info.traceback
   found = back.as_python_traceback() if back is not None else None
   lines = []
@@ -316,7 +325,7 @@ def _where(source_info: Any) -> str:
     if not any(part in name for part in ('site-packages', 'jaxprune/structure'))
   ]
   if not own:
-    return source_info_util.summarize(source_info)
+    return outer or source_info_util.summarize(source_info)
   name, line = own[-1]
   return f'{pathlib.PurePath(name).name}:{line}'
 

@@ -357,7 +357,8 @@ def _pad(eqn: Equation) -> Resize:
   x, (out,) = eqn.inputs[0], eqn.outputs
   margins: dict[int, tuple[Axis, Axis]] = {}
   out.axes = []
-  for k, (low, high, inner) in enumerate(eqn.params['padding_config']):
+  for k, config in enumerate(eqn.params['padding_config']):
+    low, high, inner = map(int, config)
     axis = x.axes[k]
     if low == high == inner == 0:
       out.axes.append(axis)
