@@ -1,0 +1,1 @@
+"""Experiments with jaxprune: one file per question, public names only."""

@@ -1,0 +1,91 @@
+"""The run folder: whose it is, and what a run leaves in it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from experiments.flags import BadInputError, Config
+
+_PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
+             'tensorflow-datasets', 'numpy')  # fmt: skip
+
+
+def claim(config: Config) -> pathlib.Path:
+  """Returns the run folder, made if need be, with ``config.json`` in it.
+
+  Raises:
+    BadInputError: if the folder holds another run or something else; then
+      nothing is changed.
+  """
+  folder = pathlib.Path(config.workdir)
+  file = folder / 'config.json'
+  asked = _asked(config)
+  other = 'Name another folder by --workdir.'
+  if file.exists():
+    try:
+      found = json.loads(file.read_text())['flags']
+    except (ValueError, KeyError, TypeError, OSError):
+      raise BadInputError(f'{file} is damaged. {other}') from None
+    differ = [n for n in {**found, **asked} if found.get(n) != asked.get(n)]
+    if differ:
+      text = ', '.join(
+        f'--{name}={found.get(name)} (now {asked.get(name)})' for name in differ
+      )
+      raise BadInputError(
+        f'{folder} was written by another configuration: {text}. {other}'
+      )
+    return folder
+  if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+    raise BadInputError(f'{folder} is not empty and holds no run. {other}')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, json.dumps(describe(config), indent=2) + '\n')
+  except OSError as error:
+    raise BadInputError(
+      f'{folder} cannot be written ({error}). {other}'
+    ) from None
+  return folder
+
+
+def describe(config: Config) -> dict[str, Any]:
+  """Returns flags, seed, versions and device as plain data."""
+  device = jax.devices()[0]
+  return {
+    'flags': _asked(config),
+    'seed': config.seed,
+    'versions': {
+      'python': platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    },
+    'device': {
+      'platform': device.platform,
+      'kind': device.device_kind,
+      'count': jax.device_count(),
+      'cores': os.cpu_count(),
+    },
+  }
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  """Writes a file that appears whole or not at all."""
+  part = path.with_name(f'{path.name}.tmp')
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def _holds_something(folder: pathlib.Path) -> bool:
+  """Whether a folder holds more than what a killed start of ours left."""
+  return any(file.name != 'config.json.tmp' for file in folder.iterdir())
+
+
+def _asked(config: Config) -> dict[str, Any]:
+  """Returns the flags that decide the result."""
+  asked = dataclasses.asdict(config)
+  del asked['workdir']
+  return asked
