@@ -6,6 +6,8 @@ graph and evaluated by arithmetic, in exact integers or as a jnp function. On
 them rests :func:`plan`, which meets a budget rather than a ratio.
 
 MACs are the multiply-adds of convolutions and matrix products; FLOPs = 2 MACs.
+Data multiplied by a slice of a convolution kernel is one too: a depthwise
+convolution has the same count whether it is written as one or as shifts.
 """
 
 from collections.abc import Mapping
@@ -79,11 +81,16 @@ def macs_polynomial(graph: Graph) -> Polynomial:
 
 
 def parameters_polynomial(graph: Graph) -> Polynomial:
-  """Returns the number of entries of all leaves as a polynomial."""
+  """Returns the number of entries of all leaves as a polynomial.
+
+  Where the leaves come in Flax's collections, those of ``params`` alone count.
+  """
   names = _names(graph)
   total: dict[tuple[str, ...], int] = {}
-  for leaf in graph.leaves.values():
-    _add(total, _product(leaf.axes, names))
+  collected = any(path.startswith('params/') for path in graph.leaves)
+  for path, leaf in graph.leaves.items():
+    if path.startswith('params/') or not collected:
+      _add(total, _product(leaf.axes, names))
   return total
 
 
@@ -311,15 +318,22 @@ def _products(graph: Graph) -> list[tuple[str, Polynomial]]:
   """The multiply-adds of each matrix product and convolution, by leaf."""
   names, found = _names(graph), []
   for eqn, times in all_equations(graph.program):
-    if eqn.products is None:
-      continue
     paths = [
       path
       for value in eqn.inputs
       if not value.has_data and len(value.sources) == 1
       for path in value.sources
     ]
-    polynomial = _product(eqn.products, names)
+    axes = eqn.products
+    if (
+      eqn.primitive.name == 'mul'
+      and eqn.outputs[0].has_data
+      and any(len(graph.leaves[path].shape) > 3 for path in paths)
+    ):
+      axes = eqn.outputs[0].axes
+    if axes is None:
+      continue
+    polynomial = _product(axes, names)
     scaled = {term: n * times for term, n in polynomial.items()}
     found.append((paths[0] if paths else eqn.why, scaled))
   return found
