@@ -60,6 +60,12 @@ class Recipe:
       sparsity = {rule: _schedule(s) for rule, s in sparsity.items()}
     else:
       sparsity = _schedule(sparsity)
+    falling = any(getattr(s, 'falls', False) for s in jax.tree.leaves(sparsity))
+    if falling and not regrow:
+      raise ValueError(
+        'The schedule lets the sparsity fall, for which weights must be '
+        'allowed to grow again: regrow=True.'
+      )
     if not isinstance(granularity, Mapping):
       granularity = {'.*': granularity}
     return cls(sparsity, distribution, granularity, which, regrow)

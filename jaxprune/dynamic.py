@@ -192,7 +192,7 @@ def _moving(
 
     def move():
       part = fraction / 2 * (1 + jnp.cos(jnp.pi * step / max(end, 1)))
-      weights = tree_lib.restrict(transforms.applied(params, out), masks)
+      weights = tree_lib.restrict(params, masks)
       kept = counts(weights)
       stay = {k: counts_lib.kept(n, part) for k, n in kept.items()}
       flat, old = tree_lib.leaves(weights), tree_lib.leaves(masks)
@@ -207,23 +207,21 @@ def _moving(
         for i, (k, g) in enumerate(gradients.items())
       }
       drawn = select.top_masks(growth, kept)
-      # What was dropped and grown again at once starts from zero as well.
-      fresh = {k: drawn[k] & ~staying[k] for k in drawn}
       like = lambda named: tree_lib.map_with_path(
         lambda path, _: named[path], weights
       )
-      new, grown = like(drawn), like(fresh)
-      sparse = masks_lib.apply(like(staying), transforms.applied(params, out))
-      reset = transforms.replace_in_state(
-        inner, inner_state, inner.init(sparse), params, grown
-      )
-      return new, like(staying), reset
+      return like(drawn), like(staying)
 
     due = (step >= begin) & (step < end) & ((step - begin) % every == 0)
-    stay = lambda: (masks, masks, inner_state)
-    masks, held, inner_state = jax.lax.cond(due, move, stay)
+    new, held = jax.lax.cond(due, move, lambda: (masks, masks))
+    # What was dropped and grown again at once starts from zero as well.
+    grown = jax.tree.map(lambda new, held: new & ~held, new, held)
+    fresh = inner.init(masks_lib.apply(held, params))
+    inner_state = transforms.replace_in_state(
+      inner, inner_state, fresh, params, grown
+    )
     out = transforms.project(out, params, held)
-    return out, DynamicState(transforms.next_step(step), masks, inner_state)
+    return out, DynamicState(transforms.next_step(step), new, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

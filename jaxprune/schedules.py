@@ -23,10 +23,12 @@ class Schedule:
   Attributes:
     fn: step (int32, shape []) -> sparsity (float32, shape []).
     levels: the sparsities that ``fn`` reaches exactly.
+    falls: whether the sparsity ever falls, so that weights grow again.
   """
 
   fn: Callable[[jax.Array], jax.Array]
   levels: tuple[float, ...]
+  falls: bool = False
 
   def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
     """Returns the sparsity at a step; float32, shape []."""
@@ -93,7 +95,7 @@ def polynomial(
     ramp = sparsity + (initial - sparsity) * left
     return _between(step, begin, end, initial, ramp, sparsity)
 
-  return Schedule(fn, (initial, sparsity))
+  return Schedule(fn, (initial, sparsity), sparsity < initial)
 
 
 def cubic(
@@ -151,7 +153,7 @@ def cosine(
     ramp = initial + (sparsity - initial) * wave
     return _between(step, begin, end, initial, ramp, sparsity)
 
-  return Schedule(fn, (initial, sparsity))
+  return Schedule(fn, (initial, sparsity), sparsity < initial)
 
 
 def iterative(
@@ -225,7 +227,7 @@ def prune_then_regrow(
   up = cubic(peak, begin=begin, end=turn)
   down = polynomial(sparsity, begin=turn, end=end, power=1, initial=peak)
   fn = lambda step: jnp.where(step < turn, up(step), down(step))
-  return Schedule(fn, (0.0, peak, sparsity))
+  return Schedule(fn, (0.0, peak, sparsity), sparsity < peak)
 
 
 def warm_restarts(
@@ -271,7 +273,7 @@ def warm_restarts(
     ramp = sparsity + (initial - sparsity) * left
     return _between(step, begin, end, initial, ramp, sparsity)
 
-  return Schedule(fn, (initial, sparsity))
+  return Schedule(fn, (initial, sparsity), cycles > 1 or sparsity < initial)
 
 
 def _progress(step: jax.Array, begin: int, end: int) -> jax.Array:

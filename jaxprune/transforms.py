@@ -53,14 +53,14 @@ def sparsify(
   granularity: drawing.Grains = None,
   every: int = 1,
   which: tree_lib.Which = None,
-  regrow: bool = True,
+  regrow: bool = False,
   packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Prunes to a scheduled sparsity; the last link of a chain.
 
-  Step t applies, with w + u the params as they would be,
+  With params w, step t applies
 
-    mask = top(score(w + u), sparsity(t))   if masks are due at t,
+    mask = top(score(w), sparsity(t))   if masks are due at t,
     u'   = u where mask, else -w.
 
   Masks are due on every ``every``-th step on which the sparsity is not the one
@@ -82,8 +82,11 @@ def sparsify(
     every: steps between two drawings of masks, at least 1.
     which: the leaves to prune among those that have scores; see
       :func:`jaxprune.tree.prunable`.
-    regrow: whether a pruned weight may come back when masks are drawn again;
-      if not, masks only lose entries.
+    regrow: whether a pruned weight may come back when masks are drawn again.
+      If not, masks only lose entries. If so, the score is that of w + u, the
+      params as they would be, as pruned weights are all zero before; the
+      updates then take an array of their own at every step, which costs more
+      than the ``where``. A schedule that lets the sparsity fall needs it.
     packed: whether the state holds eight masks in a byte.
 
   Returns:
@@ -103,10 +106,10 @@ def sparsify(
   Examples:
     >>> score = lambda params: jax.tree.map(jnp.abs, params)
     >>> tx = optax.chain(optax.sgd(1.0), sparsify(score, 0.5))
-    >>> w, g = jnp.array([3.0, -1.0, 2.0, 0.5]), jnp.array([0.0, 2.0, 0.0, 0.0])
+    >>> w, g = jnp.array([3.0, -1.0, 2.0, 0.5]), jnp.array([1.0, 2.0, 0.0, 0.0])
     >>> u, state = tx.update(g, tx.init(w), w)
     >>> print(optax.apply_updates(w, u))
-    [ 3. -3.  0.  0.]
+    [2. 0. 2. 0.]
     >>> float(optax.tree.get(state, 'mask_sparsity'))
     0.5
   """
@@ -130,7 +133,7 @@ def sparsify(
     def redraw():
       fresh = scores
       if score is not None and scores is None:
-        fresh = score(applied(params, updates))
+        fresh = score(applied(params, updates) if regrow else params)
       return drawing.draw(recipe, fresh, old, levels)
 
     masks = jax.lax.cond(due, redraw, lambda: old)

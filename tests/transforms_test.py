@@ -41,14 +41,20 @@ def run(tx, params, steps, **extra):
   return params, state, np.array(zeros)
 
 
-def test_by_hand():
-  tx = transforms.sparsify(lambda w: jnp.abs(w), 0.5)
+@pytest.mark.parametrize(
+  ('regrow', 'expected'),
+  [
+    (False, [0.0, -4.0, 0.0, 0.5]),  # Ranked by |w| = 1, 4, 2, 3.
+    (True, [6.0, -4.0, 0.0, 0.0]),  # Ranked by |w + u| = 6, 4, 2, 0.5.
+  ],
+)
+def test_by_hand(regrow, expected):
+  tx = transforms.sparsify(lambda w: jnp.abs(w), 0.5, regrow=regrow)
   w = jnp.array([1.0, -4.0, 2.0, 3.0])
   u = jnp.array([5.0, 0.0, 0.0, -2.5])
   out, state = tx.update(u, tx.init(w), w)
-  # Ranked by |w + u| = 6, 4, 2, 0.5.
-  assert optax.apply_updates(w, out).tolist() == [6.0, -4.0, 0.0, 0.0]
-  assert state.masks.tolist() == [True, True, False, False]
+  assert optax.apply_updates(w, out).tolist() == expected
+  assert state.masks.tolist() == [x != 0 for x in expected]
   assert (int(state.step), float(state.mask_sparsity)) == (1, 0.5)
 
 
@@ -189,6 +195,13 @@ def test_without_regrowth_masks_only_lose():
   assert not regrown(trace(False))
   assert not regrown(trace(False, distribution=distributions.lamp))
   assert not regrown(trace(False, granularity=masks.channels()))
+
+
+def test_a_falling_sparsity_grows_weights_again():
+  schedule = schedules.prune_then_regrow(0.9, 0.5, begin=0, turn=2, end=4)
+  tx = transforms.sparsify(scores.magnitude, schedule, regrow=True)
+  _, _, zeros = run(tx, weights(), 5)
+  assert zeros[:, 2].tolist() == [0, 126, 144, 112, 80]
 
 
 def test_packed_masks_are_the_same():
@@ -339,6 +352,13 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
     (
       lambda: transforms.keep_sparse({}).update({}, ()),
       'keep_sparse needs `params`',
+    ),
+    (
+      lambda: transforms.sparsify(
+        scores.magnitude,
+        schedules.prune_then_regrow(0.9, 0.5, begin=0, turn=2, end=4),
+      ),
+      'regrow=True',
     ),
     (
       lambda: transforms.sparsify(None, 0.5).update(
