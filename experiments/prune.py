@@ -535,10 +535,10 @@ def run(config: flags.Config) -> int:
     BadInputError: if the flags do not fit the data, the network or the folder.
     DataError: if the data are missing or damaged.
   """
+  workdir.check(config)
   done = pathlib.Path(config.workdir) / 'results.json'
   if done.exists():
-    folder = workdir.claim(config)
-    return show(folder, json.loads(done.read_text()))
+    return show(done.parent, json.loads(done.read_text()))
   task = prepare(config)
   folder = workdir.claim(config)
   total = steps_per_epoch(task) * sum(s.epochs for s in schedule(config))

@@ -94,19 +94,23 @@ def make_step(
   return step
 
 
-def make_runner(step: Step, *, seed: int, batch: int) -> Callable[..., Any]:
+def make_runner(
+  step: Step, *, seed: int, batch: int, fused: bool | None = None
+) -> Callable[..., Any]:
   """Returns ``run(state, examples, epoch, begin, end) -> (state, metrics)``.
 
-  It runs the steps begin..end-1 of an epoch: fused by ``lax.scan`` into one
-  program on accelerators, one dispatch a step on CPU, where XLA runs a
-  convolution inside a loop on one thread and several times slower (measured:
-  170 ms for a step of 25 ms).
+  It runs the steps begin..end-1 of an epoch, and takes the state over.
 
   Args:
     step: from :func:`make_step`.
     seed: of the order of the examples and of the augmentation.
     batch: examples of a step.
+    fused: whether ``lax.scan`` makes one program of them, or each is a dispatch
+      of its own; without it, fused but on CPU, where XLA's convolutions are
+      several times slower inside a loop (170 ms for a step of 25 ms).
   """
+  if fused is None:
+    fused = jax.default_backend() != 'cpu'
 
   @jax.jit
   def order(epoch, labels):
@@ -117,7 +121,7 @@ def make_runner(step: Step, *, seed: int, batch: int) -> Callable[..., Any]:
     return step(state, examples, rows[i], data.step_key(seed, epoch, i))
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def fused(state, examples, rows, epoch, steps):
+  def scan(state, examples, rows, epoch, steps):
     body = lambda s, i: step(
       s, examples, rows[i], data.step_key(seed, epoch, i)
     )
@@ -125,9 +129,8 @@ def make_runner(step: Step, *, seed: int, batch: int) -> Callable[..., Any]:
 
   def run(state, examples, epoch, begin, end):
     rows = order(epoch, examples.labels)
-    if jax.default_backend() != 'cpu':
-      steps = jnp.arange(begin, end)
-      return fused(state, examples, rows, epoch, steps)
+    if fused:
+      return scan(state, examples, rows, epoch, jnp.arange(begin, end))
     found = []
     for i in range(begin, end):
       state, metrics = one(state, examples, rows, epoch, i)

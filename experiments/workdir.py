@@ -16,39 +16,51 @@ _PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
              'tensorflow-datasets', 'numpy')  # fmt: skip
 
 
+def check(config: Config) -> None:
+  """Raises BadInputError if the run folder holds another run or other things.
+
+  Nothing is changed.
+  """
+  folder = pathlib.Path(config.workdir)
+  file = folder / 'config.json'
+  other = 'Name another folder by --workdir.'
+  if not file.exists():
+    if folder.exists() and not folder.is_dir():
+      raise BadInputError(f'{folder} is no folder. {other}')
+    if folder.exists() and _holds_something(folder):
+      raise BadInputError(f'{folder} is not empty and holds no run. {other}')
+    return
+  try:
+    found = json.loads(file.read_text())['flags']
+  except (ValueError, KeyError, TypeError, OSError):
+    raise BadInputError(f'{file} is damaged. {other}') from None
+  asked = _asked(config)
+  differ = [n for n in {**found, **asked} if found.get(n) != asked.get(n)]
+  if differ:
+    text = ', '.join(
+      f'--{name}={found.get(name)} (now {asked.get(name)})' for name in differ
+    )
+    raise BadInputError(
+      f'{folder} was written by another configuration: {text}. {other}'
+    )
+
+
 def claim(config: Config) -> pathlib.Path:
   """Returns the run folder, made if need be, with ``config.json`` in it.
 
   Raises:
-    BadInputError: if the folder holds another run or something else; then
-      nothing is changed.
+    BadInputError: as :func:`check`, or if the folder cannot be written.
   """
+  check(config)
   folder = pathlib.Path(config.workdir)
   file = folder / 'config.json'
-  asked = _asked(config)
-  other = 'Name another folder by --workdir.'
-  if file.exists():
-    try:
-      found = json.loads(file.read_text())['flags']
-    except (ValueError, KeyError, TypeError, OSError):
-      raise BadInputError(f'{file} is damaged. {other}') from None
-    differ = [n for n in {**found, **asked} if found.get(n) != asked.get(n)]
-    if differ:
-      text = ', '.join(
-        f'--{name}={found.get(name)} (now {asked.get(name)})' for name in differ
-      )
-      raise BadInputError(
-        f'{folder} was written by another configuration: {text}. {other}'
-      )
-    return folder
-  if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
-    raise BadInputError(f'{folder} is not empty and holds no run. {other}')
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(describe(config), indent=2) + '\n')
+    if not file.exists():
+      write(file, json.dumps(describe(config), indent=2) + '\n')
   except OSError as error:
     raise BadInputError(
-      f'{folder} cannot be written ({error}). {other}'
+      f'{folder} cannot be written ({error}). Name another one by --workdir.'
     ) from None
   return folder
 

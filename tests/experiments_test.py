@@ -1,0 +1,516 @@
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from experiments import flags, methods, prune, timing, train, workdir
+from jaxprune import checkpoint, digits, export, models, plans, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+# --- Flags -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('argv', 'text'),
+  [
+    (['--sparsty=0.5'], "Unknown command line flag 'sparsty'"),
+    (['--method=magic'], 'magic: value should be one of <both|channel|pdp'),
+    (['--model=resnet1000'], 'resnet1000: value should be one of <resnet_dig'),
+    (['--sparsity=1'], '--sparsity must be in [0, 1), got 1.0.'),
+    (['--sparsity=-0.1'], '--sparsity must be in [0, 1), got -0.1.'),
+    (['--sparsity=nan'], '--sparsity must be in [0, 1), got nan.'),
+    (['--macs=0'], '--macs must be in (0, 1], got 0.0.'),
+    (['--epochs=0'], '--epochs must be at least 1, got 0.'),
+    (['--epochs=two'], 'two'),
+    (['--learning_rate=0'], '--learning_rate must be above 0, got 0.0.'),
+    (['sparsity=0.5'], "'sparsity=0.5' is no flag; write --name=value."),
+  ],
+)
+def test_a_wrong_flag_is_one_line_and_code_2(argv, text, capsys, tmp_path):
+  folder = tmp_path / 'run'
+  assert prune.main([*argv, f'--workdir={folder}']) == 2
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: ')
+  assert err.count('\n') == 1
+  assert text in err
+  assert not folder.exists()
+
+
+def test_flags_fill_a_configuration():
+  config = flags.parse(
+    ['--preset=smoke', '--epochs=7', '--dataset=mnist:3.0.1']
+  )
+  assert config is not None
+  assert (config.epochs, config.prune_epochs) == (7, 2)  # Given ones win.
+  assert config.model == 'resnet20'
+  usual = flags.parse([])
+  assert usual is not None
+  assert (usual.model, usual.sparsity, usual.macs) == (
+    'resnet_digits',
+    0.9,
+    0.5,
+  )
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    usual.seed = 1  # type: ignore
+
+
+def test_the_default_folder_is_the_flags_own():
+  folder = lambda *argv: flags.parse(argv).workdir
+  assert folder() == folder()
+  assert folder() != folder('--seed=1')
+  assert folder('--workdir=here') == 'here'
+
+
+def test_help_names_every_flag(capsys):
+  assert prune.main(['--help']) == 0
+  out = capsys.readouterr().out
+  for field in dataclasses.fields(flags.Config):
+    assert f'--{field.name}=' in out
+  assert max(map(len, out.splitlines())) <= 100
+
+
+# --- Bad data, budgets and folders -------------------------------------------
+
+SMALL = ['--preset=smoke', '--model=mlp', '--pairs=0']
+
+
+def refused(argv, capsys, folder):
+  before = sorted(folder.rglob('*')) if folder.exists() else None
+  assert prune.main([*SMALL, *argv, f'--workdir={folder}']) == 2
+  assert (sorted(folder.rglob('*')) if folder.exists() else None) == before
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: ')
+  assert err.count('\n') == 1
+  return err
+
+
+def test_bad_data_are_refused(capsys, tmp_path, monkeypatch):
+  monkeypatch.delenv('JAXPRUNE_DATA', raising=False)
+  run = tmp_path / 'run'
+  text = refused(['--dataset=digts'], capsys, run)
+  assert "no data set 'digts'" in text
+  nowhere = f'--data_dir={tmp_path / "nowhere"}'
+  assert 'nowhere does not exist' in refused([nowhere], capsys, run)
+  damaged = digits.prepare(tmp_path / 'sets')
+  for file in damaged.glob('*.array_record*'):
+    file.write_bytes(file.read_bytes()[:1000])
+  text = refused([f'--data_dir={tmp_path / "sets"}'], capsys, run)
+  assert 'damaged' in text
+
+
+def test_a_budget_that_cannot_be_met_is_refused(capsys, tmp_path):
+  text = refused(['--macs=1e-6', '--method=channel'], capsys, tmp_path / 'run')
+  assert '--macs=1e-06: ' in text
+
+
+def test_what_does_not_fit_the_data_is_refused(capsys, tmp_path):
+  text = refused(['--batch=1000'], capsys, tmp_path / 'run')
+  assert '--batch=1000 must be at most the 230 examples to train on' in text
+  text = refused(['--model=lenet5'], capsys, tmp_path / 'run')
+  assert '--model=lenet5 does not take images of 8x8x1' in text
+
+
+def test_the_folder_of_another_run_is_left_alone(capsys, tmp_path):
+  config = flags.parse([*SMALL, f'--workdir={tmp_path / "run"}'])
+  assert config is not None
+  workdir.claim(config)
+  text = refused(['--seed=1'], capsys, tmp_path / 'run')
+  assert 'written by another configuration: --seed=0 (now 1)' in text
+  (tmp_path / 'run' / 'config.json').write_text('{')
+  assert 'config.json is damaged' in refused([], capsys, tmp_path / 'run')
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'thesis.tex').write_text('')
+  text = refused([], capsys, tmp_path / 'mine')
+  assert 'is not empty and holds no run' in text
+
+
+# --- Training ----------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def toy():
+  """A linear problem of two classes, and how to train on it."""
+  images = np.zeros((32, 2, 2, 1), np.uint8)
+  images[::2, 0], images[1::2, 1] = 9, 9
+  examples = train.Examples(
+    jnp.asarray(images), jnp.asarray(np.arange(32) % 2, jnp.int32)
+  )
+  module = models.MLP(hidden=(4,), num_classes=2)
+  initial = module.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
+  prepare = train.preparation(images)
+
+  def setup(*links, view=lambda params, _: params):
+    tx = train.optimizer(0.5, 1e-4, 8, *links)
+    step = train.make_step(
+      module.apply, tx, prepare, change=lambda key, x: x, view=view
+    )
+    state = train.State(initial['params'], {}, tx.init(initial['params']))
+    return step, state
+
+  return module, prepare, examples, setup
+
+
+def test_it_learns_and_evaluates(toy):
+  module, prepare, examples, setup = toy
+  step, state = setup()
+  run = train.make_runner(step, seed=0, batch=8)
+  state = train.own(state)
+  for epoch in range(2):
+    state, metrics = run(state, examples, epoch, 0, 4)
+  assert metrics.loss.shape == (4,)
+  evaluate = train.make_evaluate(module.apply, prepare)
+  assert evaluate(train.variables(state), examples) == 1.0
+  wrong = examples._replace(labels=1 - examples.labels)
+  assert evaluate(train.variables(state), wrong) == 0.0
+
+
+def test_an_epoch_is_the_same_in_parts_and_fused(toy):
+  _, _, examples, setup = toy
+  step, state = setup()
+  whole, parts, fused = (
+    train.make_runner(step, seed=3, batch=8, fused=fused)
+    for fused in (False, False, True)
+  )
+  expected, metrics = whole(train.own(state), examples, 5, 0, 4)
+  half, first = parts(train.own(state), examples, 5, 0, 3)
+  half, last = parts(half, examples, 5, 3, 4)
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(half), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  losses = np.concatenate([first.loss, last.loss])
+  np.testing.assert_array_equal(metrics.loss, losses)
+  scanned, metrics2 = fused(train.own(state), examples, 5, 0, 4)
+  np.testing.assert_allclose(metrics2.loss, metrics.loss, rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(scanned), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  other, _ = whole(train.own(state), examples, 6, 0, 4)
+  kernel = lambda s: s.params['head']['kernel']
+  assert np.any(kernel(other) != kernel(expected))  # Another order.
+
+
+@pytest.mark.parametrize('name', list(flags.UNSTRUCTURED))
+def test_a_method_ends_at_the_asked_number_of_zeros(toy, name):
+  _, _, examples, setup = toy
+  method = flags.UNSTRUCTURED[name](0.7, 8)
+  step, state = setup(method.link, view=method.view)
+  run = train.make_runner(step, seed=0, batch=8)
+  state = train.own(state)
+  for epoch in range(2):
+    state, _ = run(state, examples, epoch, 0, 4)
+  pairs = methods.zeros(state.params)
+  assert sum(n for _, n in pairs.values()) == 4 * 4 + 4 * 2
+  assert sum(z for z, _ in pairs.values()) == round(0.7 * 24)
+
+
+def test_split_off_parts_the_examples():
+  images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
+  labels = np.arange(10, dtype=np.int32)
+  rest, held = train.split_off(images, labels, 0.3, 0)
+  assert held is not None
+  assert (len(rest.labels), len(held.labels)) == (7, 3)
+  together = np.concatenate([rest.labels, held.labels])
+  np.testing.assert_array_equal(np.sort(together), labels)
+  np.testing.assert_array_equal(held.images[:, 0, 0, 0] // 4, held.labels)
+  assert train.split_off(images, labels, 0.0, 0)[1] is None
+
+
+def test_the_interval_is_wilsons():
+  # By hand: p = 1, n = 4: (1, 4 / (4 + z^2)) with z = 1.96.
+  low, high = train.interval(1.0, 4)
+  assert high == 1.0
+  assert low == pytest.approx(4 / (4 + 1.96**2))
+
+
+def test_the_clock_counts_cpu_time():
+  def work(n):
+    total = 0
+    for i in range(n):
+      total += i
+    return np.int32(0)
+
+  ticks = []
+  found = timing.milliseconds(
+    {'slow': lambda: work(200_000), 'fast': lambda: work(50_000)},
+    pairs=5,
+    least=0.002,
+    tick=lambda: ticks.append(0),
+  )
+  assert len(ticks) == 5
+  assert found['slow'][1] == 1.0
+  assert 2 < found['fast'][1] < 8
+  assert found['slow'][0] > found['fast'][0] > 0
+  idle = timing.milliseconds({'a': lambda: time.sleep(0.01)}, pairs=2)
+  assert idle['a'][0] < 5  # Waiting is no work.
+
+
+# --- The job -----------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+  """The folder of a whole run, as small as it gets, and what it printed."""
+  folder = tmp_path_factory.mktemp('runs') / 'smoke'
+  argv = ['--preset=smoke', f'--workdir={folder}']
+  capture = pytest.MonkeyPatch()
+  printed = []
+  capture.setattr('builtins.print', lambda *a, **k: printed.append(a))
+  try:
+    assert prune.main(argv) == 0
+  finally:
+    capture.undo()
+  return folder, argv, printed
+
+
+def test_the_run_folder_is_complete(smoke):
+  folder, _, _ = smoke
+  config = json.loads((folder / 'config.json').read_text())
+  assert config['seed'] == config['flags']['seed'] == 0
+  assert config['versions']['jax'] == jax.__version__
+  assert config['device']['platform'] == jax.devices()[0].platform
+  records = report.read_metrics(folder / 'metrics.jsonl')
+  assert [r['run'] for r in records] == ['dense'] * 2 + ['channel'] + [
+    'pdp'
+  ] * 2
+  assert [r['step'] for r in records] == [3, 6, 9, 12, 15]
+  assert all(
+    {'loss', 'accuracy', 'sparsity', 'seconds'} <= set(r) for r in records
+  )
+  page = (folder / 'report.html').read_text()
+  assert '<svg' in page
+  assert 'src=' not in page
+  assert not list(folder.glob('*.tmp'))
+
+
+def test_the_proofs_hold_and_the_counts_are_exact(smoke):
+  folder, _, _ = smoke
+  finished = json.loads((folder / 'results.json').read_text())
+  assert [check['passed'] for check in finished['checks']] == [True] * 6
+  dense, channel, pdp = finished['results']
+  assert channel['macs'] <= 0.5 * dense['macs']
+  assert channel['bytes'] < 0.7 * dense['bytes']
+  assert dense['nonzeros'] == dense['parameters'] == pdp['parameters']
+  weights = checkpoint.load_arrays(folder / 'pdp.npz')
+  kernels = [w for path, w in weights.items() if path.endswith('kernel')]
+  size = sum(w.size for w in kernels)
+  assert sum(np.sum(w == 0) for w in kernels) == round(0.9 * size)
+
+
+def test_what_is_removed_crosses_add_projection_and_flatten(smoke):
+  folder, argv, _ = smoke
+  config = flags.parse(argv)
+  assert config is not None
+  module = flags.network(config, 10)
+  x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+  graph = jp.trace(lambda v, x: module.apply(v, x), shapes, x)
+  plan = plans.from_json((folder / 'plan.json').read_text())
+  members = [
+    {
+      (m.path.removeprefix('params/'), m.axis)
+      for m in graph.groups[name].members
+    }
+    for name, _ in plan.kept
+  ]
+  crosses = lambda *slices: any(set(slices) <= group for group in members)
+  add = ('stem/kernel', 3), ('stage1_block1/conv2/kernel', 3)
+  assert crosses(*add)
+  projection = (
+    ('stage2_block1/shortcut/kernel', 3),
+    ('stage2_block1/conv2/kernel', 3),
+  )
+  assert crosses(*projection)
+  assert crosses(('stage3_block1/conv2/kernel', 3), ('head/kernel', 0))
+
+
+def test_the_program_needs_the_file_alone(smoke):
+  folder, argv, _ = smoke
+  config = flags.parse(argv)
+  assert config is not None
+  plan = plans.from_json((folder / 'plan.json').read_text())
+  weights = checkpoint.load_arrays(folder / 'channel.npz')
+  widths = {
+    path.removeprefix('params/').removesuffix('/kernel'): w.shape[-1]
+    for path, w in weights.items()
+    if path.endswith('kernel')
+  }
+  assert plan.kept
+  module = flags.network(config, 10).clone(widths=widths)
+  variables: dict = {}
+  for path, w in weights.items():
+    *parents, name = path.split('/')
+    node = variables
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = w
+  x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+  expected = np.asarray(jax.jit(module.apply)(variables, x))
+  found = export.load(folder / 'channel.stablehlo')(x)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_prints_again_and_changes_nothing(smoke, capsys):
+  folder, argv, printed = smoke
+  times = lambda: {f: f.stat().st_mtime_ns for f in folder.rglob('*')}
+  before = times()
+  assert prune.main(argv) == 0
+  assert times() == before
+  out = capsys.readouterr().out
+  assert 'channel-pruned' in out
+  assert out == ''.join(' '.join(map(str, line)) + '\n' for line in printed)
+  assert prune.main([*argv, '--seed=4']) == 2
+  assert times() == before
+
+
+def test_damaged_checkpoints_are_not_written_over(smoke, tmp_path, capsys):
+  folder = shutil.copytree(smoke[0], tmp_path / 'run')
+  (folder / 'results.json').unlink()
+  for file in (folder / 'checkpoints').rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'')
+  log = (folder / 'metrics.jsonl').read_bytes()
+  assert prune.main([*smoke[1], f'--workdir={folder}']) == 2
+  err = capsys.readouterr().err
+  assert 'can be read' in err
+  assert 'Remove that folder to begin again.' in err
+  assert (folder / 'metrics.jsonl').read_bytes() == log
+
+
+# --- Slow: the promises ------------------------------------------------------
+
+
+def digest(folder):
+  """Returns what must have the same bytes in two runs."""
+  steps = [f for f in (folder / 'checkpoints').iterdir() if f.name.isdigit()]
+  last = max(steps, key=lambda f: int(f.name))
+  record = json.loads((last / 'record' / 'metadata').read_text())
+  records = report.read_metrics(folder / 'metrics.jsonl')
+  for line in records:
+    del line['seconds']
+  files = ('plan.json', 'dense.npz', 'channel.npz', 'pdp.npz')
+  return {
+    'step': last.name,
+    'leaves': record['leaves'],
+    'metadata': record['metadata'],
+    'metrics': records,
+    **{name: (folder / name).read_bytes() for name in files},
+  }
+
+
+def command(folder):
+  return [
+    sys.executable, '-m', 'experiments.prune', '--preset=smoke', '--pairs=0',
+    '--epochs=4', '--tune_epochs=2', '--prune_epochs=3',
+    f'--workdir={folder}',
+  ]  # fmt: skip
+
+
+def kill(folder, moment, timeout=300):
+  """Starts the job, and kills it once ``moment()`` is true."""
+  job = subprocess.Popen(
+    command(folder), cwd=ROOT, stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  try:
+    end = time.monotonic() + timeout
+    while not moment():
+      assert job.poll() is None, 'The job ended before it was killed.'
+      assert time.monotonic() < end
+      time.sleep(0.001)
+  finally:
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+def lines(folder):
+  log = folder / 'metrics.jsonl'
+  return log.read_bytes().count(b'\n') if log.exists() else 0
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'whole'
+  subprocess.run(command(folder), cwd=ROOT, check=True, capture_output=True)
+  return digest(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment', ['training', 'checkpoint', 'pruned'])
+def test_killed_and_resumed_ends_with_the_same_bytes(
+  moment, uninterrupted, tmp_path
+):
+  folder, draw = tmp_path / 'run', random.Random(moment)
+  saving = lambda: any((folder / 'checkpoints').glob('*tmp*'))
+  if moment == 'training':
+    count = draw.choice([1, 2, 3, 7, 8])
+    kill(folder, lambda: lines(folder) >= count)
+    assert lines(folder) < 9
+  elif moment == 'checkpoint':
+    for _ in range(5):  # It may be over before the signal arrives.
+      count = lines(folder) + 1
+      kill(folder, lambda n=count: lines(folder) >= n and saving())
+      if saving():
+        break
+    assert saving()
+  else:
+    kill(folder, lambda: (folder / 'plan.json').exists())
+    records = report.read_metrics(folder / 'metrics.jsonl')
+    assert {record['run'] for record in records} == {'dense'}
+  again = subprocess.run(
+    command(folder), cwd=ROOT, check=True, capture_output=True, text=True
+  )
+  assert 'channel-pruned' in again.stdout
+  found = digest(folder)
+  for key, expected in uninterrupted.items():
+    assert found[key] == expected, key
+
+
+@pytest.mark.slow
+def test_three_seeds_keep_the_promise(tmp_path):
+  figures: dict[str, list[dict]] = {}
+  for seed in range(3):
+    folder = tmp_path / str(seed)
+    assert prune.main([f'--seed={seed}', f'--workdir={folder}']) == 0
+    results = json.loads((folder / 'results.json').read_text())['results']
+    for result in results:
+      figures.setdefault(result['network'], []).append(result)
+  accuracy = {
+    name: statistics.mean(r['accuracy'] for r in found)
+    for name, found in figures.items()
+  }
+  print(accuracy, [r['speed_64'] for r in figures['channel']])
+  assert min(r['accuracy'] for r in figures['dense']) >= 0.97
+  assert accuracy['channel'] >= accuracy['dense'] - 0.02
+  assert accuracy['pdp'] >= accuracy['dense'] - 0.02
+  for dense, channel in zip(figures['dense'], figures['channel'], strict=True):
+    assert channel['macs'] <= 0.5 * dense['macs']
+    assert channel['speed_64'] >= 1.5
+
+
+@pytest.mark.data
+@pytest.mark.parametrize('name', ['mnist', 'fashion_mnist', 'cifar10'])
+def test_the_same_command_runs_on_other_sets(name, tmp_path):
+  if not os.environ.get('JAXPRUNE_DATA'):
+    pytest.skip('JAXPRUNE_DATA names no folder.')
+  argv = ['--preset=smoke', f'--dataset={name}', '--method=channel']
+  argv += ['--model=lenet5'] if name != 'cifar10' else ['--model=mlp']
+  assert prune.main([*argv, '--pairs=0', f'--workdir={tmp_path / name}']) == 0
