@@ -8,6 +8,7 @@ OIHW, its images without a batch: the groups follow from the program itself, so
 that nothing here has to say so. PDP is the second method that is shown.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -142,6 +143,7 @@ def train(
   return params, opt_state
 
 
+@functools.cache
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns the digits of a split, [n, 1, 8, 8] in 0..1, and their labels."""
   digits = data.load('digits', split)

@@ -8,6 +8,7 @@ of a state, and that is what jaxprune reads. Masks are made like the
 the last link of the chain inside ``nnx.Optimizer``, as it is of any chain.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,8 @@ def run(epochs: int = 8, widths: tuple[int, int] = (16, 32)) -> Result:
 
   # The state also fits the module as it would be written at these widths.
   left = plans.widths(graph, plan)
-  small = Net(left['conv1'][1], left['conv2'][1], rngs=nnx.Rngs(0))
+  make = lambda: Net(left['conv1'][1], left['conv2'][1], rngs=nnx.Rngs(0))
+  small = nnx.eval_shape(make)
   nnx.update(small, small_state)
 
   # Single weights instead of channels: one more link, and that is all.
@@ -132,6 +134,7 @@ def train(
   return optimizer
 
 
+@functools.cache
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns the digits of a split, in 0..1, and their labels."""
   digits = data.load('digits', split)
