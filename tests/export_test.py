@@ -60,7 +60,8 @@ def test_reloads_without_the_python_of_the_model(network, artifact, tmp_path):
     from jax import export
     content = open({str(artifact)!r}, 'rb').read()
     fn = export.deserialize(bytearray(content)).call
-    np.save({str(tmp_path / 'y.npy')!r}, fn(np.load({str(tmp_path / 'x.npy')!r})))
+    x = np.load({str(tmp_path / 'x.npy')!r})
+    np.save({str(tmp_path / 'y.npy')!r}, fn(x))
   """)
   subprocess.run([sys.executable, '-c', script], check=True)
   expected = np.asarray(jax.jit(fn)(x))
@@ -92,7 +93,7 @@ def test_a_damaged_file_is_refused(artifact, tmp_path):
 
 def test_what_cannot_be_exported_is_named(tmp_path):
   path = tmp_path / 'fn'
-  with pytest.raises(ValueError, match='got 0 of shape ().*batch=None'):
+  with pytest.raises(ValueError, match=r'got 0 of shape \(\).*batch=None'):
     export.save(path, lambda x: x, jnp.float32(1))
   with pytest.raises(ValueError, match='got no array'):
     export.save(path, lambda: jnp.ones(2))
