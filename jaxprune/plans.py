@@ -50,7 +50,8 @@ class Proof(NamedTuple):
 
   Attributes:
     values: max |shrunk - masked| of the outputs.
-    gradients: the same of the gradients of the params; None if not asked for.
+    gradients: the same of the gradients of the params, or relative to 1 % of
+      the largest of all where a leaf has less; None if not asked for.
     parameters: max |shrunk - f(masked params)| with the user's own function;
       None where a reduction runs over a removed axis, which makes it differ.
     sensitivity: change of the output when the input changes; not near 0.
@@ -443,7 +444,7 @@ def check(
   small_outs, small_grads = small(small_params, cut(cotangents), *args)
   outs, grads = full(params, cotangents, *args)
   values = _error(small_outs, cut(outs))
-  slopes = _error(small_grads, shrink(graph, plan, grads))
+  slopes = _error(small_grads, shrink(graph, plan, grads), share=0.01)
   if not max(values, slopes) <= tolerance:
     raise CheckError(
       f'The smaller function differs from the masked one: values by '
@@ -541,13 +542,23 @@ def _cotangents(key: jax.Array, specs: Any) -> Any:
   return jax.tree.unflatten(structure, draws)
 
 
-def _error(a: Any, b: Any) -> float:
-  """Largest |a - b| of any leaf, relative to the largest |b| of that leaf."""
+def _error(a: Any, b: Any, share: float = 0.0) -> float:
+  """Largest |a - b| of any leaf, relative to the largest |b| of that leaf.
+
+  Or to ``share`` of the largest |b| of all leaves, where that is more: a
+  gradient that is zero but for rounding, as that of the bias of an attention's
+  keys is, has no size of its own.
+  """
+  pairs = [
+    (np.asarray(x, np.float64), np.asarray(y, np.float64))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  ]
+  sizes = [float(np.max(np.abs(y), initial=0.0)) for _, y in pairs]
+  floor = share * max(sizes, default=0.0)
   worst = 0.0
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  for (x, y), size in zip(pairs, sizes, strict=True):
     if y.size:
-      scale = np.max(np.abs(y)) or 1.0
+      scale = max(size, floor) or 1.0
       worst = max(worst, float(np.max(np.abs(x - y)) / scale))
       if not np.all(np.isfinite(x - y)):
         return float('inf')

@@ -160,6 +160,45 @@ def test_a_check_catches_a_wrong_rule_and_names_it(monkeypatch):
     plans.check(graph, plan, params, X)
 
 
+def attend(p, x):
+  """Attention, which the bias of its keys changes in nothing but rounding."""
+  q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+  k = k + p['bias'][None, None]
+  weights = jax.nn.softmax(jnp.einsum('nih,njh->nij', q, k))
+  return jnp.einsum('nij,njh->nih', weights, v) @ p['out']
+
+
+def test_a_check_allows_for_a_gradient_that_is_but_rounding():
+  names = ('q', 'k', 'v', 'out')
+  keys = jax.random.split(jax.random.key(0), len(names))
+  params = {
+    n: jax.random.normal(k, (6, 6)) for n, k in zip(names, keys, strict=True)
+  }
+  params['bias'] = jnp.linspace(-1.0, 1.0, 6)
+  x = jax.random.normal(jax.random.key(1), (2, 5, 6))
+  graph = structure.trace(attend, params, x)
+  plan = plans.from_kept(graph, {'q': [0, 2, 5], 'v': [1, 2, 3]})
+  slopes = jax.grad(lambda p: jnp.sum(attend(p, x)))(params)
+  assert jnp.max(jnp.abs(slopes['bias'])) < 1e-5 * jnp.max(jnp.abs(slopes['v']))
+  assert plans.check(graph, plan, params, x).gradients < 1e-5
+
+
+@pytest.mark.parametrize('leaf', ['a', 'bias', 'b'])
+def test_a_check_catches_a_wrong_gradient_of_one_leaf(leaf, monkeypatch):
+  """A slope that is off by 1e-3 of its leaf, of any leaf, is no rounding."""
+  shrink = plans.shrink
+
+  def bent(graph, plan, values):
+    small = shrink(graph, plan, values)
+    if values is PARAMS:
+      return small
+    return {**small, leaf: 1.001 * small[leaf]}
+
+  monkeypatch.setattr(plans, 'shrink', bent)
+  with pytest.raises(plans.CheckError, match='the gradients differ'):
+    plans.check(GRAPH, PLAN, PARAMS, X)
+
+
 def test_a_check_that_proves_nothing_is_an_error():
   nothing = plans.from_kept(GRAPH, {})
   with pytest.raises(ValueError, match='The plan removes nothing'):

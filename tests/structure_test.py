@@ -509,3 +509,16 @@ def test_what_has_no_common_refinement_is_locked_with_the_reason():
   assert 'do not match: a reshape' in ax.atoms(a)[0].locked
   with pytest.raises(ValueError, match='Cannot unify axes of 2 and 3'):
     ax.unify(ax.atom(2), ax.atom(3), 'x')
+
+
+def test_a_key_among_the_params_passes_through():
+  params = {'a': normal(3, 4), 'b': normal(4, 2), 'key': jax.random.key(3)}
+
+  def noisy(p, x):
+    return x @ p['a'] @ p['b'] + jax.random.normal(p['key'], (2,))[None]
+
+  graph = structure.trace(noisy, params, normal(5, 3))
+  plan = plans.from_kept(graph, {'a': [0, 3]})
+  small = plans.shrink(graph, plan, params)
+  assert small['key'] is params['key']
+  assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5

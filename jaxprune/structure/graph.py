@@ -294,7 +294,10 @@ Member(path='b', axis=0, offset=0, stride=1))
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
   if not hasattr(x, 'dtype'):
     x = np.asarray(x)
-  return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+  dtype = x.dtype
+  if not jnp.issubdtype(dtype, jax.dtypes.extended):  # As that of a typed key.
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+  return jax.ShapeDtypeStruct(x.shape, dtype)
 
 
 def _trace(
