@@ -451,11 +451,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns the figures as rows for people."""
   rows = []
   for result in results:
-    low, high = result['interval']
+    low, high = (f'{100 * bound:.1f}' for bound in result['interval'])
     row = {
       'network': NAMES[result['network']],
-      'accuracy %': f'{100 * result["accuracy"]:.1f}',
-      '95 % interval': f'{100 * low:.1f}-{100 * high:.1f}',
+      'accuracy, %': f'{100 * result["accuracy"]:.1f} ({low}-{high})',
       'parameters': result['parameters'],
       'non-zeros': result['nonzeros'],
       'MACs': result['macs'],
@@ -463,8 +462,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     }
     for batch in (1, 64):
       if f'ms_{batch}' in result:
-        row[f'ms, batch {batch}'] = f'{result[f"ms_{batch}"]:.3g}'
-        row[f'speed {batch}'] = f'{result[f"speed_{batch}"]:.2f}x'
+        ms, speed = result[f'ms_{batch}'], result[f'speed_{batch}']
+        row[f'ms, batch {batch}'] = f'{ms:.3g} ({speed:.2f}x)'
     rows.append(row)
   return rows
 
@@ -520,6 +519,7 @@ def write_report(
 def show(folder: pathlib.Path, finished: Mapping[str, Any]) -> int:
   """Prints the result; returns the exit code, 1 if a check failed."""
   print(report.table(table(finished['results'])))
+  print('In brackets: the 95 % interval, and the speed relative to dense.')
   print()
   for check in finished['checks']:
     word = 'holds' if check['passed'] else 'FAILS'
