@@ -172,10 +172,10 @@ def test_a_check_allows_for_a_gradient_that_is_but_rounding():
   names = ('q', 'k', 'v', 'out')
   keys = jax.random.split(jax.random.key(0), len(names))
   params = {
-    n: jax.random.normal(k, (6, 6)) for n, k in zip(names, keys, strict=True)
+    n: jax.random.normal(k, (8, 8)) for n, k in zip(names, keys, strict=True)
   }
-  params['bias'] = jnp.linspace(-1.0, 1.0, 6)
-  x = jax.random.normal(jax.random.key(1), (2, 5, 6))
+  params['bias'] = jnp.linspace(-1.0, 1.0, 8)
+  x = jax.random.normal(jax.random.key(1), (2, 16, 8))
   graph = structure.trace(attend, params, x)
   plan = plans.from_kept(graph, {'q': [0, 2, 5], 'v': [1, 2, 3]})
   slopes = jax.grad(lambda p: jnp.sum(attend(p, x)))(params)

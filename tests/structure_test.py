@@ -522,3 +522,23 @@ def test_a_key_among_the_params_passes_through():
   small = plans.shrink(graph, plan, params)
   assert small['key'] is params['key']
   assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5
+
+
+def test_a_leaf_that_is_only_handed_back_goes_with_what_replaces_it():
+  params = {
+    'a': normal(3, 4),
+    'b': normal(4, 2),
+    'stats': {'sum': normal(4), 'mean': normal(4), 'unused': normal(4)},
+  }
+
+  def step(p, x):
+    x = x @ p['a']
+    total = p['stats']['sum'] + jnp.sum(x, 0)  # The old mean is not read.
+    return x @ p['b'], {'stats': {'sum': total, 'mean': total / 5}}
+
+  graph = structure.trace(step, params, normal(5, 3))
+  paths = {member.path for member in graph.groups['a'].members}
+  assert paths == {'a', 'b', 'stats/sum', 'stats/mean'}
+  assert 'does not use' in graph.protected['stats/unused:0']
+  plan = plans.from_kept(graph, {'a': [0, 3]})
+  assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5

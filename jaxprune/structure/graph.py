@@ -242,7 +242,7 @@ def trace(
   ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
   but for an output that has the path and shape of a leaf of the params (a
   statistic that a training step hands back), which is that leaf. A leaf that
-  the function does not use stays whole.
+  the function neither uses nor hands back stays whole.
 
   Args:
     fn: a pure function ``fn(params, *args)`` of arrays to a pytree of arrays.
@@ -318,10 +318,6 @@ def _trace(
     Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
     for path, leaf in leaves.items()
   ]
-  for path, is_used in zip(leaves, used, strict=False):
-    if not is_used:
-      for axis in leaves[path].axes:
-        ax.lock(axis, 'the function does not use this leaf')
   inputs = [
     Value(
       spec.shape,
@@ -332,14 +328,19 @@ def _trace(
     for spec in jax.tree.leaves(args)
   ]
   program = build(jaxpr, closed.consts, [*values, *inputs])
-  outputs = tree.leaves(out_spec)
+  outputs, handed_back = tree.leaves(out_spec), set()
   for path, value in zip(outputs, program.outputs, strict=True):
     mirrored = _mirrored(path, value, leaves)
+    handed_back.add(mirrored)
     for k, axis in enumerate(value.axes):
       if mirrored is None:
         ax.lock(axis, 'it is an output of the function')
       else:
         ax.unify(axis, leaves[mirrored].axes[k], 'an output of the function')
+  for path, is_used in zip(leaves, used, strict=False):
+    if not is_used and path not in handed_back:
+      for axis in leaves[path].axes:
+        ax.lock(axis, 'the function does not use this leaf')
   reduced: dict[Axis, list[str]] = {}
   for eqn, _ in all_equations(program):
     for axis in eqn.reductions:
