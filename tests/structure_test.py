@@ -528,17 +528,20 @@ def test_a_leaf_that_is_only_handed_back_goes_with_what_replaces_it():
   params = {
     'a': normal(3, 4),
     'b': normal(4, 2),
-    'stats': {'sum': normal(4), 'mean': normal(4), 'unused': normal(4)},
+    'stats': {n: normal(4) for n in ('sum', 'mean', 'passed', 'unused')},
   }
 
   def step(p, x):
     x = x @ p['a']
     total = p['stats']['sum'] + jnp.sum(x, 0)  # The old mean is not read.
-    return x @ p['b'], {'stats': {'sum': total, 'mean': total / 5}}
+    stats = {'sum': total, 'mean': total / 5, 'passed': p['stats']['passed']}
+    return x @ p['b'], {'stats': stats}
 
   graph = structure.trace(step, params, normal(5, 3))
-  paths = {member.path for member in graph.groups['a'].members}
+  (group,) = graph.groups.values()
+  paths = {member.path for member in group.members}
   assert paths == {'a', 'b', 'stats/sum', 'stats/mean'}
-  assert 'does not use' in graph.protected['stats/unused:0']
+  for path in ('stats/unused:0', 'stats/passed:0'):
+    assert 'does not use' in graph.protected[path]
   plan = plans.from_kept(graph, {'a': [0, 3]})
   assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5

@@ -242,7 +242,7 @@ def trace(
   ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
   but for an output that has the path and shape of a leaf of the params (a
   statistic that a training step hands back), which is that leaf. A leaf that
-  the function neither uses nor hands back stays whole.
+  the function does not use, but to hand it back unchanged, stays whole.
 
   Args:
     fn: a pure function ``fn(params, *args)`` of arrays to a pytree of arrays.
@@ -308,7 +308,7 @@ def _trace(
   retrace: Callable[..., Graph],
 ) -> Graph:
   closed, out_spec = jax.make_jaxpr(fn, return_shape=True)(specs, *args)
-  used, jaxpr = eliminate_dead_code(closed.jaxpr)
+  jaxpr = eliminate_dead_code(closed.jaxpr)
   named = tree.leaves(specs)
   leaves = {
     path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
@@ -337,9 +337,11 @@ def _trace(
         ax.lock(axis, 'it is an output of the function')
       else:
         ax.unify(axis, leaves[mirrored].axes[k], 'an output of the function')
-  for path, is_used in zip(leaves, used, strict=False):
-    if not is_used and path not in handed_back:
-      for axis in leaves[path].axes:
+  read = {value for eqn in program.equations for value in eqn.inputs}
+  for (path, leaf), value in zip(leaves.items(), values, strict=True):
+    is_replaced = path in handed_back and value not in program.outputs
+    if value not in read and not is_replaced:
+      for axis in leaf.axes:
         ax.lock(axis, 'the function does not use this leaf')
   reduced: dict[Axis, list[str]] = {}
   for eqn, _ in all_equations(program):

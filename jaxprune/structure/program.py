@@ -68,24 +68,15 @@ def build(
   return program
 
 
-def eliminate_dead_code(jaxpr: Any) -> tuple[list[bool], Any]:
-  """Returns which inputs a jaxpr uses, and the jaxpr without dead equations.
+def eliminate_dead_code(jaxpr: Any) -> Any:
+  """Returns a ``jax.extend.core.Jaxpr`` without its dead equations.
 
-  Args:
-    jaxpr: a ``jax.extend.core.Jaxpr``.
-
-  Returns:
-    One bool for each of its invars, and a jaxpr with the same invars.
+  Its inputs stay, used or not.
   """
-  live, used = partial_eval.dce_jaxpr(
+  live, _ = partial_eval.dce_jaxpr(
     jaxpr, [True] * len(jaxpr.outvars), instantiate=True
   )
-  outputs = {v for v in live.outvars if not isinstance(v, jex.Literal)}
-  read = {
-    v for eqn in live.eqns for v in eqn.invars if not isinstance(v, jex.Literal)
-  }
-  del used  # With `instantiate`, all of them.
-  return [v in read or v in outputs for v in live.invars], live
+  return live
 
 
 def all_equations(program: Program) -> list[tuple[Equation, int]]:
