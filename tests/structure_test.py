@@ -545,3 +545,17 @@ def test_a_leaf_that_is_only_handed_back_goes_with_what_replaces_it():
     assert 'does not use' in graph.protected[path]
   plan = plans.from_kept(graph, {'a': [0, 3]})
   assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5
+
+
+def test_dropout_draws_the_same_for_what_is_left():
+  params = {'a': normal(5, 8), 'b': normal(8, 3)}
+
+  def fn(p, x):
+    y = x @ p['a']
+    keep = jax.random.bernoulli(jax.random.key(0), 0.5, y.shape)
+    return jnp.where(keep, y, 0) @ p['b']
+
+  x = normal(4, 5)
+  graph = structure.trace(fn, params, x)
+  plan = half_of_everything(graph)
+  assert plans.check(graph, plan, params, x).removed == 4

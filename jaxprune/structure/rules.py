@@ -138,6 +138,15 @@ def _elementwise(eqn: Equation) -> None:
   ]
 
 
+@rule('bitcast_convert_type')
+def _bitcast(eqn: Equation) -> None:
+  """To a dtype of the same size; any other adds or takes an axis."""
+  x, (out,) = eqn.inputs[0], eqn.outputs
+  if len(x.shape) == len(out.shape):
+    return _elementwise(eqn)
+  return lock_all(eqn, f'{eqn.why} changes the number of axes')
+
+
 @rule('optimization_barrier')
 def _barrier(eqn: Equation) -> None:
   for value, out in zip(eqn.inputs, eqn.outputs, strict=True):
