@@ -20,6 +20,8 @@ from experiments import flags, methods, prune, timing, train, workdir
 from jaxprune import checkpoint, digits, export, models, plans, report
 
 ROOT = pathlib.Path(__file__).parents[1]
+# As a user has it: one device, and XLA's usual optimisation.
+PLAIN = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
 
 
 # --- Flags -------------------------------------------------------------------
@@ -427,7 +429,7 @@ def command(folder):
 def kill(folder, moment, timeout=300):
   """Starts the job, and kills it once ``moment()`` is true."""
   job = subprocess.Popen(
-    command(folder), cwd=ROOT, stdout=subprocess.DEVNULL,
+    command(folder), cwd=ROOT, env=PLAIN, stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )  # fmt: skip
   try:
@@ -449,7 +451,9 @@ def lines(folder):
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
   folder = tmp_path_factory.mktemp('runs') / 'whole'
-  subprocess.run(command(folder), cwd=ROOT, check=True, capture_output=True)
+  subprocess.run(
+    command(folder), cwd=ROOT, env=PLAIN, check=True, capture_output=True
+  )
   return digest(folder)
 
 
@@ -476,7 +480,12 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     records = report.read_metrics(folder / 'metrics.jsonl')
     assert {record['run'] for record in records} == {'dense'}
   again = subprocess.run(
-    command(folder), cwd=ROOT, check=True, capture_output=True, text=True
+    command(folder),
+    cwd=ROOT,
+    env=PLAIN,
+    check=True,
+    capture_output=True,
+    text=True,
   )
   assert 'channel-pruned' in again.stdout
   found = digest(folder)
@@ -489,7 +498,9 @@ def test_three_seeds_keep_the_promise(tmp_path):
   figures: dict[str, list[dict]] = {}
   for seed in range(3):
     folder = tmp_path / str(seed)
-    assert prune.main([f'--seed={seed}', f'--workdir={folder}']) == 0
+    job = [sys.executable, '-m', 'experiments.prune', f'--seed={seed}']
+    job.append(f'--workdir={folder}')
+    subprocess.run(job, cwd=ROOT, env=PLAIN, check=True)
     results = json.loads((folder / 'results.json').read_text())['results']
     for result in results:
       figures.setdefault(result['network'], []).append(result)
