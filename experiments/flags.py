@@ -180,7 +180,7 @@ _float(
 )
 _float(
   'macs',
-  0.5,
+  0.45,
   'Part of the multiply-adds that the method channel may keep, in (0, 1].',
 )
 _int(
