@@ -422,7 +422,7 @@ def prove(
       proof = jp.check(task.graph, end.plan, masked(task, end), x)
       passed = True
       text = f'values {proof.values:.1e}, gradients {proof.gradients:.1e}'
-    except plans.CheckError as error:
+    except jp.proof.CheckError as error:
       passed, text = False, str(error)
     add('the small network equals the masked one, to 1e-5', text, passed)
     share = cost.macs(task.graph, end.plan) / cost.macs(task.graph)

@@ -15,6 +15,7 @@ from jaxprune import dynamic as dynamic
 from jaxprune import lookahead as lookahead
 from jaxprune import masks as masks
 from jaxprune import plans as plans
+from jaxprune import proof as proof
 from jaxprune import reparam as reparam
 from jaxprune import schedules as schedules
 from jaxprune import scores as scores
@@ -26,9 +27,9 @@ from jaxprune import transforms as transforms
 from jaxprune import tree as tree
 from jaxprune.cost import budget as budget
 from jaxprune.cost import plan as plan
-from jaxprune.plans import check as check
 from jaxprune.plans import shrink as shrink
 from jaxprune.plans import specialise as specialise
+from jaxprune.proof import check as check
 from jaxprune.structure import trace as trace
 from jaxprune.transforms import keep_sparse as keep_sparse
 from jaxprune.transforms import sparsify as sparsify

@@ -18,7 +18,7 @@ LAYERS = {
   'ground': 'tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
   'training': 'drawing dynamic gates reparam soft soft_training transforms',
-  'structure': 'cost plans structure',
+  'structure': 'cost plans proof structure',
   'search': 'joint stagewise',
   'edge': 'augment checkpoint data digits export plots report text weights',
 }

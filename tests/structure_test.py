@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxprune import plans, structure
+from jaxprune.proof import check
 from jaxprune.structure import axes as ax
 
 
@@ -244,7 +245,7 @@ def test_half_of_every_group_computes_what_the_masked_program_does(name):
   fn, params, x, sizes = PROGRAMS[name]
   graph = structure.trace(fn, params, x, reductions='keep')
   assert {k: g.size for k, g in graph.groups.items()} == sizes
-  proof = plans.check(graph, half_of_everything(graph), params, x)
+  proof = check(graph, half_of_everything(graph), params, x)
   assert proof.values <= 1e-5
   assert proof.gradients <= 1e-5
   assert proof.removed == sum(n // 2 for n in sizes.values())
@@ -261,9 +262,7 @@ def test_a_while_loop_is_typed_through_its_carry():
   x = normal(4, 5)
   graph = structure.trace(fn, params, x)
   assert graph.groups['a'].size == 6
-  proof = plans.check(
-    graph, half_of_everything(graph), params, x, gradients=False
-  )
+  proof = check(graph, half_of_everything(graph), params, x, gradients=False)
   assert proof.gradients is None
 
 
@@ -343,7 +342,7 @@ def test_a_reduction_over_an_axis_protects_it_unless_told_to_keep():
   assert 'reduces over it' in graph.protected['scale:0']
   kept = structure.trace(fn, params, x, reductions='keep')
   assert kept.groups['a'].reduced
-  proof = plans.check(kept, half_of_everything(kept), params, x)
+  proof = check(kept, half_of_everything(kept), params, x)
   assert proof.parameters is None
 
 
@@ -385,7 +384,7 @@ def test_inputs_and_outputs_are_protected_and_statistics_are_not():
     'protected (3): it is an output of the function'
   )
   plan = half_of_everything(graph)
-  plans.check(graph, plan, params, x)
+  check(graph, plan, params, x)
   small = plans.specialise(graph, plan)(plans.shrink(graph, plan, params), x)
   assert small[1]['mean'].shape == (4,)
 
@@ -521,7 +520,7 @@ def test_a_key_among_the_params_passes_through():
   plan = plans.from_kept(graph, {'a': [0, 3]})
   small = plans.shrink(graph, plan, params)
   assert small['key'] is params['key']
-  assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5
+  assert check(graph, plan, params, normal(5, 3)).values < 1e-5
 
 
 def test_a_leaf_that_is_only_handed_back_goes_with_what_replaces_it():
@@ -544,7 +543,7 @@ def test_a_leaf_that_is_only_handed_back_goes_with_what_replaces_it():
   for path in ('stats/unused:0', 'stats/passed:0'):
     assert 'does not use' in graph.protected[path]
   plan = plans.from_kept(graph, {'a': [0, 3]})
-  assert plans.check(graph, plan, params, normal(5, 3)).values < 1e-5
+  assert check(graph, plan, params, normal(5, 3)).values < 1e-5
 
 
 def test_dropout_draws_the_same_for_what_is_left():
@@ -558,4 +557,4 @@ def test_dropout_draws_the_same_for_what_is_left():
   x = normal(4, 5)
   graph = structure.trace(fn, params, x)
   plan = half_of_everything(graph)
-  assert plans.check(graph, plan, params, x).removed == 4
+  assert check(graph, plan, params, x).removed == 4

@@ -573,3 +573,20 @@ def runner(graph: Graph, kept: Mapping[str, Any], masked: bool = False) -> Run:
     {graph.atoms[name]: np.asarray(index) for name, index in kept.items()},
     masked,
   )
+
+
+def leaves_like(graph: Graph, params: tree.PyTree) -> dict[str, Any]:
+  """Returns the leaves of params by path, once they are those of a graph.
+
+  Raises:
+    ValueError: if a leaf is missing or left over.
+  """
+  named = tree.leaves(params)
+  if named.keys() != graph.leaves.keys():
+    missing = [path for path in graph.leaves if path not in named]
+    extra = [path for path in named if path not in graph.leaves]
+    raise ValueError(
+      f'The params must have the leaves that were traced; missing: {missing}, '
+      f'left over: {extra}.'
+    )
+  return named

@@ -1,0 +1,283 @@
+"""Proof: that the smaller function computes what the masked network does.
+
+:func:`check` runs both on data, values and gradients, and brings controls of
+its own, so that it cannot pass by accident.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import plans, tree
+from jaxprune.structure.graph import Graph, leaves_like, runner
+
+
+class CheckError(ValueError):
+  """The smaller function does not compute what the masked network does."""
+
+
+class Proof(NamedTuple):
+  """What :func:`check` measured; errors are relative to the largest entry.
+
+  Attributes:
+    values: max |shrunk - masked| of the outputs.
+    gradients: the same of the gradients of the params, or relative to 10 % of
+      the largest of all where a leaf has less; None if not asked for.
+    parameters: max |shrunk - f(masked params)| with the user's own function;
+      None where a reduction runs over a removed axis, which makes it differ.
+    sensitivity: change of the output when the input changes; not near 0.
+    mutation: error after one deliberately wrong index; above the tolerance.
+    removed: units that the plan removes.
+  """
+
+  values: float
+  gradients: float | None
+  parameters: float | None
+  sensitivity: float
+  mutation: float
+  removed: int
+
+
+def check(
+  graph: Graph,
+  plan: plans.Plan,
+  params: tree.PyTree,
+  *args: Any,
+  tolerance: float = 1e-5,
+  gradients: bool = True,
+) -> Proof:
+  """Proves on data that the smaller function computes what the masked one does.
+
+  Compares values and gradients of :func:`specialise` with those of
+  :func:`masked`, and, where no reduction runs over a removed axis, values with
+  the user's own function on masked params. Two controls keep it honest: the
+  output must depend on the input, and one deliberately wrong index must show.
+
+  Args:
+    graph: the graph.
+    plan: a plan of it that removes something.
+    params: the full params.
+    *args: the other arguments, with real data.
+    tolerance: of each error, relative to the largest entry of what it is
+      compared with.
+    gradients: whether to compare gradients too; False for a function that has
+      none, such as one with a while loop.
+
+  Returns:
+    The :class:`Proof`.
+
+  Raises:
+    CheckError: if an error is above the tolerance, naming the first operation
+      that differs, or if a control fails.
+    ValueError: if the plan removes nothing or is of another graph.
+  """
+  before_after = plans.widths(graph, plan).values()
+  removed = sum(before - after for before, after in before_after)
+  if not removed:
+    raise ValueError('The plan removes nothing, so that there is no check.')
+  small_params = plans.shrink(graph, plan, params)
+  cut = lambda outs: _map_outputs(graph, plan, args, outs)
+  key = jax.random.key(0)
+  wrap = _with_gradients if gradients else _without_gradients
+  small = jax.jit(wrap(plans.specialise(graph, plan)))
+  full = jax.jit(wrap(plans.masked(graph, plan)))
+  cotangents = _cotangents(key, jax.eval_shape(graph.fn, params, *args))
+  small_outs, small_grads = small(small_params, cut(cotangents), *args)
+  outs, grads = full(params, cotangents, *args)
+  values = _error(small_outs, cut(outs))
+  slopes = _error(small_grads, plans.shrink(graph, plan, grads), share=0.1)
+  if not max(values, slopes) <= tolerance:
+    raise CheckError(
+      f'The smaller function differs from the masked one: values by '
+      f'{values:.1e}, gradients by {slopes:.1e} (relative); first at '
+      f'{_first_difference(graph, plan, params, args, tolerance)}.'
+    )
+  own = None
+  kept = plans.kept_indices(graph, plan)
+  if not any(graph.groups[name].reduced for name in kept):
+    hidden = _apply(plans.leaf_masks(graph, plan), params)
+    own = _error(small_outs, cut(jax.jit(graph.fn)(hidden, *args)))
+    if not own <= tolerance:
+      raise CheckError(
+        f'The smaller function differs from the original one on masked params '
+        f'by {own:.1e} (relative).'
+      )
+  moved = [
+    x + 1 if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
+    for x in jax.tree.leaves(args)
+  ]
+  moved_args = jax.tree.unflatten(jax.tree.structure(args), moved)
+  other, _ = small(small_params, cut(cotangents), *moved_args)
+  sensitivity = _error(other, small_outs)
+  if not sensitivity > 100 * tolerance:
+    raise CheckError(
+      f'The output changes by {sensitivity:.1e} (relative) when every input '
+      f'moves by 1: a check on it proves nothing. Use trained or rescaled '
+      f'params.'
+    )
+  mutation = 0.0
+  for wrong in _mutations(graph, plan, params, small_params):
+    outs, _ = small(wrong, cut(cotangents), *args)
+    mutation = max(mutation, _error(outs, small_outs))
+    if mutation > 10 * tolerance:
+      break
+  else:
+    raise CheckError(
+      f'A deliberately wrong index changes the output by {mutation:.1e} '
+      f'(relative) at most: a check on it proves nothing.'
+    )
+  return Proof(
+    values,
+    slopes if gradients else None,
+    own,
+    sensitivity,
+    mutation,
+    removed,
+  )
+
+
+def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """fn with no gradients, in the form of :func:`_with_gradients`."""
+  return lambda params, cotangents, *args: (fn(params, *args), {})
+
+
+def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """fn with the gradient of <cotangents, outputs> by its float params."""
+
+  def call(params: Any, cotangents: Any, *args: Any) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+    floats = [
+      k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+
+    def on_floats(*xs: Any) -> Any:
+      full = list(leaves)
+      for k, x in zip(floats, xs, strict=True):
+        full[k] = x
+      outs = fn(jax.tree.unflatten(structure, full), *args)
+      dots = [
+        jnp.vdot(c, out)
+        for c, out in zip(
+          jax.tree.leaves(cotangents), jax.tree.leaves(outs), strict=True
+        )
+        if jnp.issubdtype(out.dtype, jnp.floating)
+      ]
+      return sum(dots), outs
+
+    grad = jax.grad(on_floats, tuple(range(len(floats))), has_aux=True)
+    grads, outs = grad(*(leaves[k] for k in floats))
+    full = [jnp.zeros(np.shape(x)) for x in leaves]
+    for k, g in zip(floats, grads, strict=True):
+      full[k] = g
+    return outs, jax.tree.unflatten(structure, full)
+
+  return call
+
+
+def _cotangents(key: jax.Array, specs: Any) -> Any:
+  leaves, structure = jax.tree.flatten(specs)
+  draws = [
+    jax.random.normal(jax.random.fold_in(key, k), spec.shape, jnp.float32)
+    for k, spec in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, draws)
+
+
+def _error(a: Any, b: Any, share: float = 0.0) -> float:
+  """Largest |a - b| of any leaf, relative to the largest |b| of that leaf.
+
+  Or to ``share`` of the largest |b| of all leaves, where that is more: a
+  gradient that is zero but for rounding, as that of the bias of an attention's
+  keys is, has no size of its own.
+  """
+  pairs = [
+    (np.asarray(x, np.float64), np.asarray(y, np.float64))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  ]
+  sizes = [float(np.max(np.abs(y), initial=0.0)) for _, y in pairs]
+  floor = share * max(sizes, default=0.0)
+  worst = 0.0
+  for (x, y), size in zip(pairs, sizes, strict=True):
+    if y.size:
+      scale = max(size, floor) or 1.0
+      worst = max(worst, float(np.max(np.abs(x - y)) / scale))
+      if not np.all(np.isfinite(x - y)):
+        return float('inf')
+  return worst
+
+
+def _apply(named: Mapping[str, np.ndarray], params: Any) -> Any:
+  return tree.map_with_path(
+    lambda path, x: jnp.where(named[path], x, 0) if path in named else x, params
+  )
+
+
+def _map_outputs(graph: Graph, plan: plans.Plan, args: Any, outs: Any) -> Any:
+  """Cuts outputs at full size: statistics that a step hands back are small."""
+  traced = graph.retrace(*args)
+  run = runner(traced, plans.kept_indices(graph, plan))
+  leaves = [
+    run.take(out, value.axes)
+    for out, value in zip(
+      jax.tree.leaves(outs), traced.program.outputs, strict=True
+    )
+  ]
+  return jax.tree.unflatten(traced.out_tree, leaves)
+
+
+def _mutations(graph: Graph, plan: plans.Plan, params: Any, small: Any) -> Any:
+  """Shrunk params with the indices of one slice shifted by one."""
+  full, shrunk = leaves_like(graph, params), leaves_like(graph, small)
+  for name, index in plan.kept:
+    group = graph.groups[name]
+    wrong = np.sort((np.asarray(index) + 1) % group.size)
+    members = [m for m in group.members if len(graph.leaves[m.path].shape) > 1]
+    for member in members[:2]:
+      kept = dict(plan.kept)
+      right, off = runner(graph, kept), runner(graph, {**kept, name: wrong})
+      axes = graph.leaves[member.path].axes
+      array = full[member.path]
+      for k, axis in enumerate(axes):
+        mask = (off if k == member.axis else right).mask(axis)
+        if mask is not None:
+          array = jnp.take(array, np.flatnonzero(mask), k)
+      changed = {**shrunk, member.path: array}
+      yield jax.tree.unflatten(
+        jax.tree.structure(small), [changed[path] for path in graph.leaves]
+      )
+
+
+def _first_difference(
+  graph: Graph, plan: plans.Plan, params: Any, args: Any, tolerance: float
+) -> str:
+  """Runs both functions operation by operation; names the first to differ."""
+  traced = graph.retrace(*args)
+  kept = plans.kept_indices(graph, plan)
+  small, full = runner(traced, kept), runner(traced, kept, masked=True)
+  flat = jax.tree.leaves(args)
+  named = leaves_like(traced, params)
+  start = lambda run: [
+    *(run.take(named[p], leaf.axes) for p, leaf in traced.leaves.items()),
+    *flat,
+  ]
+  env = [
+    dict(zip(traced.program.inputs, start(run), strict=True))
+    for run in (small, full)
+  ]
+  for eqn in traced.program.equations:
+    for run, known in zip((small, full), env, strict=True):
+      values = [
+        known[v] if v in known else run.take(v.constant, v.axes)
+        for v in eqn.inputs
+      ]
+      known.update(zip(eqn.outputs, run.apply(eqn, values), strict=True))
+    for value in eqn.outputs:
+      if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        continue
+      a, b = env[0][value], small.take(env[1][value], value.axes)
+      if np.shape(a) != np.shape(b) or _error([a], [b]) > tolerance:
+        return eqn.why
+  return 'no operation of the forward pass: the gradients differ'

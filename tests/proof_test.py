@@ -1,0 +1,105 @@
+"""A check measures, catches what is wrong, and cannot pass by accident."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import plans, structure
+from jaxprune.proof import CheckError, check
+
+
+def normal(*shape):
+  key = jax.random.key(sum(shape))
+  return jax.random.normal(key, shape) / np.sqrt(np.prod(shape[:-1]))
+
+
+PARAMS = {'a': normal(5, 6), 'bias': normal(6), 'b': normal(6, 3)}
+X = normal(4, 5)
+
+
+def net(p, x):
+  return jnp.tanh(x @ p['a'] + p['bias'][None]) @ p['b']
+
+
+GRAPH = structure.trace(net, PARAMS, X)
+PLAN = plans.from_kept(GRAPH, {'a': [4, 0, 1]})
+
+
+def test_a_check_passes_and_says_what_it_measured():
+  proof = check(GRAPH, PLAN, PARAMS, X)
+  assert proof.removed == 3
+  assert max(proof.values, proof.gradients, proof.parameters) <= 1e-5
+  assert proof.sensitivity > 1e-3
+  assert proof.mutation > 1e-3
+
+
+def test_a_check_catches_a_wrong_rule_and_names_it(monkeypatch):
+  """If a concatenation forgot its second part, the check must turn red."""
+  params = {'a': normal(5, 6), 'b': normal(5, 6) + 1, 'c': normal(12, 3)}
+
+  def fn(p, x):
+    both = jnp.concatenate([jnp.tanh(x @ p['a']), jnp.sin(x @ p['b'])], -1)
+    return both @ p['c']
+
+  graph = structure.trace(fn, params, X)
+  plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})
+  assert check(graph, plan, params, X).values <= 1e-5
+  good = plans.shrink
+
+  def swapped(graph, plan, values):
+    other = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [2, 4, 5]})
+    mixed = good(graph, other, values)
+    return {**good(graph, plan, values), 'b': mixed['b']}
+
+  monkeypatch.setattr(plans, 'shrink', swapped)
+  with pytest.raises(CheckError, match='differs from the masked one'):
+    check(graph, plan, params, X)
+
+
+def attend(p, x):
+  """Attention, which the bias of its keys changes in nothing but rounding."""
+  q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+  k = k + p['bias'][None, None]
+  weights = jax.nn.softmax(jnp.einsum('nih,njh->nij', q, k))
+  return jnp.einsum('nij,njh->nih', weights, v) @ p['out']
+
+
+def test_a_check_allows_for_a_gradient_that_is_but_rounding():
+  names = ('q', 'k', 'v', 'out')
+  keys = jax.random.split(jax.random.key(0), len(names))
+  params = {
+    n: jax.random.normal(k, (8, 8)) for n, k in zip(names, keys, strict=True)
+  }
+  params['bias'] = jnp.linspace(-1.0, 1.0, 8)
+  x = jax.random.normal(jax.random.key(1), (2, 16, 8))
+  graph = structure.trace(attend, params, x)
+  plan = plans.from_kept(graph, {'q': [0, 2, 5], 'v': [1, 2, 3]})
+  slopes = jax.grad(lambda p: jnp.sum(attend(p, x)))(params)
+  assert jnp.max(jnp.abs(slopes['bias'])) < 1e-5 * jnp.max(jnp.abs(slopes['v']))
+  assert check(graph, plan, params, x).gradients < 1e-5
+
+
+@pytest.mark.parametrize('leaf', ['a', 'bias', 'b'])
+def test_a_check_catches_a_wrong_gradient_of_one_leaf(leaf, monkeypatch):
+  """A slope that is off by 1e-3 of its leaf, of any leaf, is no rounding."""
+  shrink = plans.shrink
+
+  def bent(graph, plan, values):
+    small = shrink(graph, plan, values)
+    if values is PARAMS:
+      return small
+    return {**small, leaf: 1.001 * small[leaf]}
+
+  monkeypatch.setattr(plans, 'shrink', bent)
+  with pytest.raises(CheckError, match='the gradients differ'):
+    check(GRAPH, PLAN, PARAMS, X)
+
+
+def test_a_check_that_proves_nothing_is_an_error():
+  nothing = plans.from_kept(GRAPH, {})
+  with pytest.raises(ValueError, match='The plan removes nothing'):
+    check(GRAPH, nothing, PARAMS, X)
+  dead = {**PARAMS, 'b': jnp.zeros((6, 3))}
+  with pytest.raises(CheckError, match='when every input moves by 1'):
+    check(GRAPH, PLAN, dead, X)
