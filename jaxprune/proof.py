@@ -105,11 +105,7 @@ def check(
         f'The smaller function differs from the original one on masked params '
         f'by {own:.1e} (relative).'
       )
-  moved = [
-    x + 1 if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
-    for x in jax.tree.leaves(args)
-  ]
-  moved_args = jax.tree.unflatten(jax.tree.structure(args), moved)
+  moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *moved_args)
   sensitivity = _error(other, small_outs)
   if not sensitivity > 100 * tolerance:
@@ -137,6 +133,16 @@ def check(
     mutation,
     removed,
   )
+
+
+def _moved(x: Any) -> Any:
+  """Another input: a float plus one, integers (tokens) in reverse order."""
+  dtype = jnp.asarray(x).dtype
+  if jnp.issubdtype(dtype, jnp.floating):
+    return x + 1
+  if jnp.issubdtype(dtype, jnp.integer) and np.ndim(x):
+    return jnp.flip(x, -1)
+  return x
 
 
 def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:

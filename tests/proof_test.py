@@ -103,3 +103,13 @@ def test_a_check_that_proves_nothing_is_an_error():
   dead = {**PARAMS, 'b': jnp.zeros((6, 3))}
   with pytest.raises(CheckError, match='when every input moves by 1'):
     check(GRAPH, PLAN, dead, X)
+
+
+def test_a_check_moves_tokens_too():
+  """The input is integers: sensitivity comes from another order of them."""
+  params = {'table': normal(9, 6), 'b': normal(6, 3)}
+  fn = lambda p, x: jnp.tanh(p['table'][x]) @ p['b']
+  tokens = jnp.array([[1, 2, 3], [4, 5, 8]])
+  graph = structure.trace(fn, params, tokens)
+  plan = plans.from_kept(graph, {'b': [0, 2, 5]})
+  assert check(graph, plan, params, tokens).sensitivity > 0.1
