@@ -262,7 +262,8 @@ def parse(argv: Sequence[str]) -> Config | None:
     if not _FLAGS[name].present:
       given[name] = value
   if given['model'] is None:
-    given['model'] = USUAL_MODEL.get(given['dataset'], 'resnet20')
+    name = given['dataset'].partition(':')[0]  # Behind it, a version.
+    given['model'] = USUAL_MODEL.get(name, 'resnet20')
   _check(given)
   if given['workdir'] is None:
     text = json.dumps(given, sort_keys=True)
