@@ -88,7 +88,10 @@ MODELS: Mapping[str, Callable[[int], Any]] = {
   'resnet56': lambda classes: models.resnet56(
     num_classes=classes, shortcut='projection'
   ),
-  'lenet5': lambda classes: models.LeNet5(num_classes=classes, pad=2),
+  # Wider than the classic, whose 6 channels leave nothing to round to 8.
+  'lenet5': lambda classes: models.LeNet5(
+    channels=(16, 32), hidden=(128, 80), num_classes=classes, pad=2
+  ),
   'mlp': lambda classes: models.lenet_300_100(num_classes=classes),
 }
 USUAL_MODEL: Mapping[str, str] = {

@@ -14,6 +14,11 @@ networks as StableHLO, ``results.json`` and ``report.html``.
 
 Stopped at any moment, the same command goes on from the last checkpoint and
 ends with the same bytes. The test split is read once, at the end.
+
+Seeds 0, 1 and 2, 360 test images, 2 cores of an x86-64 machine, JAX 0.10.2,
+about 80 CPU-seconds each: dense 99.2, 99.2, 98.9 %; channels 99.4, 100, 98.6 %
+with 44.8 % of the multiply-adds, 1.76, 1.69, 1.79 times as fast at batch 64;
+PDP 99.4, 100, 98.6 %.
 """
 
 import functools
