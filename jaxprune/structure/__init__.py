@@ -5,3 +5,4 @@ from jaxprune.structure.graph import Group as Group
 from jaxprune.structure.graph import Leaf as Leaf
 from jaxprune.structure.graph import Member as Member
 from jaxprune.structure.graph import trace as trace
+from jaxprune.structure.wires import wiring as wiring
