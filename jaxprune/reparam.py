@@ -84,8 +84,8 @@ def soft_threshold(params: tree.PyTree, logits: tree.PyTree) -> tree.PyTree:
       gradient flows but through weight decay; small nets at -5 to -10.
 
   References:
-    Kusupati et al. (2020), arXiv:2002.03231; formula confirmed, starting
-    values from memory.
+    Kusupati et al. (2020), arXiv:2002.03231; formula and starting values from
+    memory, not confirmed.
 
   Examples:
     >>> print(soft_threshold(jnp.array([2.0, -0.25]), jnp.float32(0.0)))
