@@ -61,8 +61,9 @@ def check(
     plan: a plan of it that removes something.
     params: the full params.
     *args: the other arguments, with real data.
-    tolerance: of each error, relative to the largest entry of what it is
-      compared with.
+    tolerance: of each error, relative to the largest entry of the leaf that
+      it is in; for a gradient to no less than a tenth of the largest of all
+      leaves, for one that is zero but for rounding has no size of its own.
     gradients: whether to compare gradients too; False for a function that has
       none, such as one with a while loop.
 
@@ -110,9 +111,9 @@ def check(
   sensitivity = _error(other, small_outs)
   if not sensitivity > 100 * tolerance:
     raise CheckError(
-      f'The output changes by {sensitivity:.1e} (relative) when every input '
-      f'moves by 1: a check on it proves nothing. Use trained or rescaled '
-      f'params.'
+      f'The output changes by {sensitivity:.1e} (relative) when every number '
+      f'of the input moves by 1 (or, of integers, changes place): a check on '
+      f'it proves nothing. Use trained or rescaled params.'
     )
   mutation = 0.0
   for wrong in _mutations(graph, plan, params, small_params):

@@ -7,6 +7,8 @@ import pytest
 
 from jaxprune import plans, structure
 from jaxprune.proof import CheckError, check
+from jaxprune.structure import axes as ax
+from jaxprune.structure import rules
 
 
 def normal(*shape):
@@ -34,14 +36,19 @@ def test_a_check_passes_and_says_what_it_measured():
   assert proof.mutation > 1e-3
 
 
-def test_a_check_catches_a_wrong_rule_and_names_it(monkeypatch):
-  """If a concatenation forgot its second part, the check must turn red."""
+def two_branches():
   params = {'a': normal(5, 6), 'b': normal(5, 6) + 1, 'c': normal(12, 3)}
 
   def fn(p, x):
     both = jnp.concatenate([jnp.tanh(x @ p['a']), jnp.sin(x @ p['b'])], -1)
     return both @ p['c']
 
+  return fn, params
+
+
+def test_a_check_catches_a_wrong_index_of_a_leaf(monkeypatch):
+  """One unit of b is cut in the place of another."""
+  fn, params = two_branches()
   graph = structure.trace(fn, params, X)
   plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})
   assert check(graph, plan, params, X).values <= 1e-5
@@ -54,6 +61,24 @@ def test_a_check_catches_a_wrong_rule_and_names_it(monkeypatch):
 
   monkeypatch.setattr(plans, 'shrink', swapped)
   with pytest.raises(CheckError, match='differs from the masked one'):
+    check(graph, plan, params, X)
+
+
+def test_a_check_catches_a_wrong_rule(monkeypatch):
+  """A concatenation that thinks its parts stand in the other order."""
+  right = rules.RULES['concatenate']
+
+  def wrong(eqn):
+    right(eqn)
+    axis = eqn.params['dimension']
+    parts = [value.axes[axis] for value in eqn.inputs]
+    eqn.outputs[0].axes[axis] = ax.concatenation(reversed(parts))
+
+  monkeypatch.setitem(rules.RULES, 'concatenate', wrong)
+  fn, params = two_branches()
+  graph = structure.trace(fn, params, X)
+  plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})
+  with pytest.raises(CheckError, match='differs from the'):
     check(graph, plan, params, X)
 
 
@@ -101,7 +126,7 @@ def test_a_check_that_proves_nothing_is_an_error():
   with pytest.raises(ValueError, match='The plan removes nothing'):
     check(GRAPH, nothing, PARAMS, X)
   dead = {**PARAMS, 'b': jnp.zeros((6, 3))}
-  with pytest.raises(CheckError, match='when every input moves by 1'):
+  with pytest.raises(CheckError, match='the input moves by 1'):
     check(GRAPH, PLAN, dead, X)
 
 

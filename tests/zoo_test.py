@@ -29,6 +29,11 @@ ZOO = {
 }
 
 
+# Through 27 norms of random weights float32 rounds to 8e-6 (eval) and 4e-5
+# (train); the same check in float64 measures 2e-13.
+TOLERANCE = {'mobilenet-v1': 1e-4, 'mobilenet-v1-grouped': 1e-4}
+
+
 def lively(variables, key):
   """Every leaf random and of a scale at which the signal survives."""
 
@@ -87,6 +92,6 @@ def test_half_of_every_group_at_random(name, train):
     },
   )
   with jax.numpy_rank_promotion('allow'):
-    check(graph, plan, variables, x, tolerance=2e-4 if train else 3e-5)
+    check(graph, plan, variables, x, tolerance=TOLERANCE.get(name, 1e-5))
   removed = 1 - cost.macs(graph, plan) / cost.macs(graph)
   assert removed > 0.5
