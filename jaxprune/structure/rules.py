@@ -9,7 +9,6 @@ A primitive without a rule locks every axis that it touches, under its name.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -583,10 +582,3 @@ def _shape(value: Value, size: SizeOf) -> tuple[Size, ...]:
 
 def _same(n: Size, m: Size) -> bool:
   return bool(n == m)
-
-
-def macs(eqn: Equation, size: SizeOf) -> Size:
-  """Multiply-adds of an equation at given sizes; 0 if it is no product."""
-  if eqn.products is None:
-    return 0
-  return math.prod(size(axis) for axis in eqn.products)
