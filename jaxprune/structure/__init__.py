@@ -4,5 +4,5 @@ from jaxprune.structure.graph import Graph as Graph
 from jaxprune.structure.graph import Group as Group
 from jaxprune.structure.graph import Leaf as Leaf
 from jaxprune.structure.graph import Member as Member
-from jaxprune.structure.graph import trace as trace
+from jaxprune.structure.tracing import trace as trace
 from jaxprune.structure.wires import wiring as wiring
