@@ -71,7 +71,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     raise ValueError(
       f'A pair needs the same seeds: {len(a)} values against {len(b)}.'
     )
-  mean, sd, n = summary(np.asarray(a, float) - np.asarray(b, float))
+  differences = np.asarray(a, float) - np.asarray(b, float)
+  mean, sd, n = summary(differences.tolist())
   return Paired(mean, sd / math.sqrt(n), n)
 
 
