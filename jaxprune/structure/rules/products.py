@@ -1,0 +1,59 @@
+"""Rules of matrix products and convolutions."""
+
+import itertools
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure.rules.base import (
+  Equation,
+  Resize,
+  drop,
+  lock_all,
+  rule,
+)
+
+
+@rule('dot_general')
+def _dot_general(eqn: Equation) -> None:
+  (left, right), (out,) = eqn.inputs, eqn.outputs
+  (contract, batch) = eqn.params['dimension_numbers']
+  for a, b in itertools.chain(
+    zip(*contract, strict=True), zip(*batch, strict=True)
+  ):
+    ax.unify(left.axes[a], right.axes[b], eqn.why)
+  free_left = drop(left.axes, (*contract[0], *batch[0]))
+  free_right = drop(right.axes, (*contract[1], *batch[1]))
+  out.axes = [left.axes[a] for a in batch[0]] + free_left + free_right
+  eqn.products = [*out.axes, *(left.axes[a] for a in contract[0])]
+
+
+@rule('conv_general_dilated')
+def _convolution(eqn: Equation) -> Resize | None:
+  """Channels of g groups are products: g x in of the data, g x out."""
+  if eqn.params['batch_group_count'] != 1:
+    return lock_all(eqn, f'{eqn.why} groups its batch')
+  (data, kernel), (out,) = eqn.inputs, eqn.outputs
+  numbers, groups = (
+    eqn.params['dimension_numbers'],
+    eqn.params['feature_group_count'],
+  )
+  for k in numbers.lhs_spec[2:]:
+    ax.lock(data.axes[k], f'{eqn.why} slides along it')
+  for k in numbers.rhs_spec[2:]:
+    ax.lock(kernel.axes[k], f'{eqn.why} slides along it')
+  channels = data.axes[numbers.lhs_spec[1]]
+  k_out, k_in = (kernel.axes[k] for k in numbers.rhs_spec[:2])
+  resize = None
+  if groups == 1:
+    ax.unify(channels, k_in, eqn.why)
+  else:
+    group = ax.atom(groups)
+    each = ax.atom(kernel.shape[numbers.rhs_spec[0]] // groups)
+    ax.unify(channels, ax.product([group, k_in]), eqn.why)
+    ax.unify(k_out, ax.product([group, each]), eqn.why)
+    resize = lambda size: {'feature_group_count': size(group)}
+  why = f'{eqn.why} slides along it'
+  out.axes = [ax.atom(n, why) for n in out.shape]
+  out.axes[numbers.out_spec[0]] = data.axes[numbers.lhs_spec[0]]
+  out.axes[numbers.out_spec[1]] = k_out
+  eqn.products = [*out.axes, *(kernel.axes[k] for k in numbers.rhs_spec[1:])]
+  return resize

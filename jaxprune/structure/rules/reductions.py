@@ -1,0 +1,105 @@
+"""Rules of what runs along an axis: reductions, windows, sorts, draws."""
+
+from typing import Any
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure.rules.base import (
+  Equation,
+  drop,
+  lock_all,
+  rule,
+)
+
+
+@rule(
+  'reduce_sum',
+  'reduce_max',
+  'reduce_min',
+  'reduce_prod',
+  'reduce_and',
+  'reduce_or',
+  'reduce_xor',
+)
+def _reduce(eqn: Equation) -> None:
+  x = eqn.inputs[0]
+  eqn.reductions = [x.axes[k] for k in eqn.params['axes']]
+  eqn.outputs[0].axes = drop(x.axes, eqn.params['axes'])
+
+
+@rule('argmax', 'argmin')
+def _arg_reduce(eqn: Equation) -> None:
+  x = eqn.inputs[0]
+  for k in eqn.params['axes']:
+    ax.lock(x.axes[k], f'{eqn.why} numbers its entries')
+  eqn.outputs[0].axes = drop(x.axes, eqn.params['axes'])
+
+
+@rule(
+  'reduce_window_max',
+  'reduce_window_min',
+  'reduce_window_sum',
+  'reduce_window',
+)
+def _reduce_window(eqn: Equation) -> None:
+  (out, *more), params = eqn.outputs, eqn.params
+  if more:
+    return lock_all(eqn, f'{eqn.why} reduces several arrays at once')
+  x = eqn.inputs[0]
+  dilation = params.get('base_dilation') or (1,) * len(x.shape)
+  out.axes = []
+  for k, axis in enumerate(x.axes):
+    if (
+      params['window_dimensions'][k] == params['window_strides'][k] == 1
+      and tuple(params['padding'][k]) == (0, 0)
+      and dilation[k] == 1
+    ):
+      out.axes.append(axis)
+    else:
+      ax.lock(axis, f'{eqn.why} slides along it')
+      out.axes.append(ax.atom(out.shape[k], f'{eqn.why} slides along it'))
+  return None
+
+
+@rule(
+  'cumsum',
+  'cumprod',
+  'cummax',
+  'cummin',
+  'cumlogsumexp',
+  'rev',
+  'sort',
+  'top_k',
+)
+def _along(eqn: Equation) -> None:
+  """Operations whose result along some axes depends on order or number."""
+  params, first = eqn.params, eqn.inputs[0]
+  along = params.get(
+    'axis', params.get('dimension', params.get('dimensions', -1))
+  )
+  along = along if isinstance(along, tuple) else (along,)
+  along = {k % len(first.shape) for k in along if k is not None}
+  for value in eqn.inputs:
+    for k, axis in enumerate(value.axes):
+      if k in along:
+        ax.lock(axis, f'{eqn.why} runs along it')
+      else:
+        ax.unify(first.axes[k], axis, eqn.why)
+  for out in eqn.outputs:
+    out.axes = [
+      ax.atom(n, f'{eqn.why} runs along it') if k in along else first.axes[k]
+      for k, n in enumerate(out.shape)
+    ]
+
+
+@rule('random_bits')
+def _random_bits(eqn: Equation) -> None:
+  """Bits are drawn at the original shape and cut: the same for what is left."""
+  (out,) = eqn.outputs
+  out.axes = [ax.atom(n) for n in out.shape]
+  original = dict(eqn.params)
+
+  def evaluate(run: Any, values: list[Any]) -> list[Any]:
+    bits = run.bind(eqn.primitive, values, original)
+    return [run.take(bits, out.axes)]
+
+  eqn.evaluate = evaluate
