@@ -210,6 +210,35 @@ def test_an_epoch_is_the_same_in_parts_and_fused(toy):
   assert np.any(kernel(other) != kernel(expected))  # Another order.
 
 
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('parallel', ['jit', 'pmap'])
+@pytest.mark.parametrize('devices', [2, 4])
+def test_several_devices_train_as_one(toy, parallel, devices, fused):
+  _, _, examples, setup = toy
+  step, state = setup()
+  one = train.make_runner(step, seed=3, batch=8, fused=False)
+  several = train.make_runner(
+    step, seed=3, batch=8, fused=fused, devices=devices, parallel=parallel
+  )
+  expected, metrics = one(train.own(state), examples, 5, 0, 4)
+  found, metrics2 = several(train.own(state), examples, 5, 0, 2)
+  found, metrics3 = several(found, examples, 5, 2, 4)
+  losses = np.concatenate([metrics2.loss, metrics3.loss])
+  np.testing.assert_allclose(losses, metrics.loss, rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_split_over_devices_is_refused(toy):
+  step, _ = toy[3]()
+  with pytest.raises(ValueError, match='9 devices were asked for, JAX sees 4'):
+    train.make_runner(step, seed=0, batch=9, devices=9)
+  with pytest.raises(ValueError, match=r'batch of 10 .* 4 devices; take 8'):
+    train.make_runner(step, seed=0, batch=10, devices=4)
+
+
 @pytest.mark.parametrize('name', list(flags.UNSTRUCTURED))
 def test_a_method_ends_at_the_asked_number_of_zeros(toy, name):
   _, _, examples, setup = toy
