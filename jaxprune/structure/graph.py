@@ -8,7 +8,7 @@ from leaves to groups (``reduce``) and back (``expand``).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,39 +22,10 @@ from jaxprune.structure.program import (
   Program,
   Run,
 )
+from jaxprune.structure.slices import Group, Leaf, occurrences
 
 Norm = Literal['l1', 'l2', 'max', 'mean']
 Combine = Literal['mean', 'sum', 'max', 'first']
-
-
-class Member(NamedTuple):
-  """A slice of a leaf that belongs to a group.
-
-  Unit i of the group sits at ``offset + i * stride`` of the leaf's axis, and
-  at every other entry of that axis which a product or a repetition adds.
-  """
-
-  path: str
-  axis: int
-  offset: int
-  stride: int
-
-
-class Group(NamedTuple):
-  """Slices of leaves that can only be removed together, unit by unit."""
-
-  name: str
-  size: int
-  members: tuple[Member, ...]
-  reduced: tuple[str, ...]  # Operations that reduce over it; see trace.
-
-
-class Leaf(NamedTuple):
-  """A leaf of the params with the type of each of its axes."""
-
-  shape: tuple[int, ...]
-  dtype: Any
-  axes: tuple[Axis, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,31 +192,6 @@ class Graph:
         for place, (_, why) in zip(places, whole, strict=True)
       ]
     return '\n'.join(lines)
-
-
-def occurrences(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
-  """Returns where each atom of an axis occurs in it.
-
-  Returns:
-    A list of (atom, labels): labels is int[size of the axis], the index
-    within the atom of each entry, -1 where the entry is not of this atom.
-  """
-  axis = ax.find(axis)
-  if axis.kind == 'atom':
-    return [(axis, np.arange(axis.size))]
-  found = []
-  for k, part in enumerate(axis.parts):
-    sizes = [ax.find(p).size for p in axis.parts]
-    for atom, labels in occurrences(part):
-      if axis.kind == 'sum':
-        before, after = sum(sizes[:k]), sum(sizes[k + 1 :])
-        labels = np.pad(labels, (before, after), constant_values=-1)
-      else:
-        outer = int(np.prod(sizes[:k], dtype=int))
-        inner = int(np.prod(sizes[k + 1 :], dtype=int))
-        labels = np.tile(np.repeat(labels, inner), outer)
-      found.append((atom, labels))
-  return found
 
 
 def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.graph import Graph, Group, Leaf, Member, occurrences
+from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import (
   Program,
   all_equations,
@@ -25,6 +25,7 @@ from jaxprune.structure.program import (
   eliminate_dead_code,
 )
 from jaxprune.structure.rules import Value
+from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
 
 Reductions = Literal['protect', 'keep']
 
@@ -183,7 +184,7 @@ def _graph(
     for k, axis in enumerate(leaf.axes):
       for atom, labels in occurrences(axis):
         if not atom.locked:
-          members.setdefault(atom, []).append(_member(path, k, labels))
+          members.setdefault(atom, []).append(member(path, k, labels))
       why = [a.locked for a in ax.atoms(axis) if a.locked and a.size > 1]
       if why and leaf.shape[k] > 1:
         protected[f'{path}:{k}'] = str(why[0])
@@ -237,13 +238,6 @@ def _names(
     taken = sum(path == other for a, other in first.items() if a in names)
     names[atom] = stem if not taken else f'{stem}.{taken}'
   return names
-
-
-def _member(path: str, axis: int, labels: np.ndarray) -> Member:
-  offset = int(np.flatnonzero(labels == 0)[0])
-  second = np.flatnonzero(labels == 1)
-  stride = int(second[0]) - offset if second.size else 1
-  return Member(path, axis, offset, stride)
 
 
 def _describe(axis: Axis, names: Mapping[Axis, str]) -> Any:

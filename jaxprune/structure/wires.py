@@ -17,9 +17,10 @@ from jaxprune import lookahead
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.graph import Graph, occurrences
+from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.slices import occurrences
 
 SPACE = 'channels'  # One space numbers the channels of the whole network.
 
