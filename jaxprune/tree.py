@@ -82,7 +82,10 @@ def map_with_path(
 
 
 def match(
-  rules: Mapping[str, T], paths: Iterable[str], default: T
+  rules: Mapping[str, T],
+  paths: Iterable[str],
+  default: T,
+  what: str = 'leaf',
 ) -> dict[str, T]:
   """Returns the value of each path under rules, of which the first match wins.
 
@@ -90,6 +93,7 @@ def match(
     rules: regular expression -> value; it must match a path as a whole.
     paths: the paths to decide.
     default: the value of a path that no rule matches.
+    what: what the paths name, for errors.
 
   Returns:
     path -> value, for every path, in the order of ``paths``.
@@ -118,7 +122,7 @@ def match(
   ]
   if idle:
     raise ValueError(
-      f'No leaf matches {", ".join(map(repr, idle))}. A rule is a regular '
+      f'No {what} matches {", ".join(map(repr, idle))}. A rule is a regular '
       f'expression that must match a whole path; the paths are: '
       f'{", ".join(paths) or "none"}.'
     )

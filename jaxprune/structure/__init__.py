@@ -1,5 +1,8 @@
 """Structure: which parameter slices of any JAX function go together."""
 
+from jaxprune.structure.choices import Choice as Choice
+from jaxprune.structure.choices import normalise as normalise
+from jaxprune.structure.choices import pools as pools
 from jaxprune.structure.graph import Graph as Graph
 from jaxprune.structure.slices import Group as Group
 from jaxprune.structure.slices import Leaf as Leaf

@@ -43,6 +43,10 @@ class Graph:
     fn: the function.
     retrace: the graph of the same function at other arguments.
     out_tree: the structure of what the function returns.
+    also: the graphs of the other functions of the trace: the same groups and
+      the same plans, a program of their own.
+    constrain: the graph of the same trace under other rules (of which
+      :func:`trace` speaks): ``graph.constrain({'head.*': Choice(...)})``.
   """
 
   groups: dict[str, Group]
@@ -54,6 +58,8 @@ class Graph:
   fn: Callable[..., Any]
   retrace: Callable[..., 'Graph'] = dataclasses.field(repr=False)
   out_tree: Any = dataclasses.field(repr=False)
+  also: tuple['Graph', ...] = dataclasses.field(repr=False)
+  constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
 
   def reduce(
     self, scores: tree.PyTree, *, norm: Norm = 'l2', combine: Combine = 'mean'

@@ -28,6 +28,9 @@ class Group(NamedTuple):
   size: int
   members: tuple[Member, ...]
   reduced: tuple[str, ...]  # Operations that reduce over it; see trace.
+  least: int  # Units that must stay; this and the next two are of rules.
+  most: int  # Units that may stay.
+  round_to: int  # The units that stay are a multiple of it, or all.
 
 
 class Leaf(NamedTuple):

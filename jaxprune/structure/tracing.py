@@ -1,14 +1,14 @@
-"""From a function to its graph: trace on shapes, type every axis, collect.
+"""From functions to their graph: trace on shapes, type every axis, collect.
 
-Nothing is computed: the function runs on shapes alone, its jaxpr is typed, and
-the atoms that nothing locked are the groups.
+Nothing is computed: the functions run on shapes alone, their jaxprs are typed,
+and the atoms that nothing locked are the groups.
 """
 
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.structure import axes as ax
+from jaxprune.structure import choices
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import (
   Program,
@@ -35,14 +37,23 @@ def trace(
   params: tree.PyTree,
   *args: Any,
   reductions: Reductions = 'protect',
+  also: Sequence[tuple[Any, ...]] = (),
+  rules: Mapping[str, Choice] | None = None,
 ) -> Graph:
   """Returns the groups of a function by tracing it on shapes alone.
 
   Nothing is computed and no memory taken: params and args may be
   ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
-  but for an output that has the path and shape of a leaf of the params (a
-  statistic that a training step hands back), which is that leaf. A leaf that
-  the function does not use, but to hand it back unchanged, stays whole.
+  but for those that have the path and shape of a leaf of the params (the
+  state of an optimizer, a statistic that a training step hands back), which
+  are cut like that leaf. A leaf that the function does not use, but to hand it
+  back unchanged, stays whole.
+
+  Several functions of the same params (a network as it is evaluated and a
+  step of its training) have one graph: what any of them ties or protects is
+  tied or protected, and a leaf that one of them uses is not unused. The graph
+  is that of ``fn``; ``graph.also`` holds those of the others, for the same
+  plans: ``specialise(graph.also[0], plan)`` is the smaller training step.
 
   Args:
     fn: a pure function ``fn(params, *args)`` of arrays to a pytree of arrays.
@@ -53,13 +64,18 @@ def trace(
       statistics of a LayerNorm or a softmax do: 'protect' keeps it whole,
       'keep' offers it, and the smaller function computes what the network
       with those units absent does, the divisors of its means unchanged.
+    also: other functions of the same params, each a tuple ``(fn, *args)``.
+    rules: regular expression over names of groups -> :class:`Choice`; the
+      first that matches a group decides.
 
   Returns:
     The :class:`Graph`.
 
   Raises:
-    TypeError: if ``params`` holds a leaf that is no array.
-    ValueError: if ``reductions`` is neither of the two.
+    TypeError: if ``params`` holds a leaf that is no array, or ``also`` what
+      is no tuple of a function and its arguments.
+    ValueError: if ``reductions`` is neither of the two, if a rule matches no
+      group, is no choice that its groups have, or ties groups of other sizes.
 
   Examples:
     >>> params = {'a': jnp.ones((2, 8)), 'b': jnp.ones((8, 3))}
@@ -77,18 +93,29 @@ Member(path='b', axis=0, offset=0, stride=1))
       raise TypeError(
         f'Leaf {path!r} of params must be an array, got {leaf!r}.'
       )
-  specs = jax.tree.map(_spec, params)
+  for form in also:
+    if not isinstance(form, tuple) or not form or not callable(form[0]):
+      raise TypeError(
+        f'`also` must hold tuples of a function and its arguments after the '
+        f'params, got {form!r}.'
+      )
+  forms = [_Form(f, jax.tree.map(_spec, xs)) for f, *xs in [(fn, *args), *also]]
+  how = _How(jax.tree.map(_spec, params), reductions)
+  return _trace(how, forms, rules or {})
 
-  @functools.cache
-  def traced(arg_tree: Any, arg_specs: tuple[Any, ...]) -> Graph:
-    args = jax.tree.unflatten(arg_tree, arg_specs)
-    return _trace(fn, specs, args, reductions, retrace)
 
-  def retrace(*args: Any) -> Graph:
-    leaves, arg_tree = jax.tree.flatten(args)
-    return traced(arg_tree, tuple(_spec(leaf) for leaf in leaves))
+class _Form(NamedTuple):
+  """A function of the params and the shapes of its other arguments."""
 
-  return retrace(*args)
+  fn: Callable[..., Any]
+  args: list[Any]
+
+
+class _How(NamedTuple):
+  """What the graphs of a trace have in common."""
+
+  params: tree.PyTree
+  reductions: Reductions
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
@@ -101,97 +128,103 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _trace(
-  fn: Callable[..., Any],
-  specs: tree.PyTree,
-  args: Sequence[Any],
-  reductions: Reductions,
-  retrace: Callable[..., Graph],
+  how: _How, forms: Sequence[_Form], rules: Mapping[str, Choice]
 ) -> Graph:
-  closed, out_spec = jax.make_jaxpr(fn, return_shape=True)(specs, *args)
-  jaxpr = eliminate_dead_code(closed.jaxpr)
-  named = tree.leaves(specs)
-  leaves = {
-    path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
-    for path, spec in named.items()
-  }
-  values = [
-    Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
-    for path, leaf in leaves.items()
+  """Traces all forms; they can be traced again with other arguments."""
+  known = [_leaf_names(how.params, form.args) for form in forms]
+
+  @functools.cache
+  def traced(which: int, arg_tree: Any, specs: tuple[Any, ...]) -> list[Graph]:
+    changed = list(forms)
+    args = list(jax.tree.unflatten(arg_tree, specs))
+    changed[which] = forms[which]._replace(args=args)
+    constrain = lambda rules: _trace(how, changed, rules)
+    return _graphs(how, changed, rules, retraces, constrain)
+
+  def retrace(which: int, *args: Any) -> Graph:
+    specs = jax.tree.map(_spec, args)
+    leaves, arg_tree = jax.tree.flatten(specs)
+    if arg_tree == jax.tree.structure(tuple(forms[which].args)):
+      # The state of an optimizer has the shape of its param, small or not.
+      leaves = [
+        spec if name is None else old
+        for spec, old, name in zip(
+          leaves,
+          jax.tree.leaves(forms[which].args),
+          known[which],
+          strict=True,
+        )
+      ]
+    first, *others = traced(which, arg_tree, tuple(leaves))
+    return others[which - 1] if which else first
+
+  retraces = [functools.partial(retrace, k) for k in range(len(forms))]
+  return retrace(0, *forms[0].args)
+
+
+def _leaf_names(params: tree.PyTree, args: Any) -> list[str | None]:
+  """The leaf of the params that each leaf of the arguments is like, if any."""
+  leaves = tree.leaves(params)
+  return [
+    _mirrored(path, spec.shape, leaves)
+    for path, spec in tree.leaves(list(args)).items()
   ]
-  inputs = [
-    Value(
-      spec.shape,
-      spec.dtype,
-      [ax.atom(n, 'it is an input of the function') for n in spec.shape],
-      has_data=True,
-    )
-    for spec in jax.tree.leaves(args)
-  ]
-  program = build(jaxpr, closed.consts, [*values, *inputs])
-  outputs, handed_back = tree.leaves(out_spec), set()
-  for path, value in zip(outputs, program.outputs, strict=True):
-    mirrored = _mirrored(path, value, leaves)
-    handed_back.add(mirrored)
-    for k, axis in enumerate(value.axes):
-      if mirrored is None:
-        ax.lock(axis, 'it is an output of the function')
-      else:
-        ax.unify(axis, leaves[mirrored].axes[k], 'an output of the function')
-  read = {value for eqn in program.equations for value in eqn.inputs}
-  for (path, leaf), value in zip(leaves.items(), values, strict=True):
-    is_replaced = path in handed_back and value not in program.outputs
-    if value not in read and not is_replaced:
-      for axis in leaf.axes:
-        ax.lock(axis, 'the function does not use this leaf')
-  reduced: dict[Axis, list[str]] = {}
-  for eqn, _ in all_equations(program):
-    for axis in eqn.reductions:
-      for atom in ax.atoms(axis):
-        if not atom.locked:
-          reduced.setdefault(atom, []).append(eqn.why)
-  if reductions == 'protect':
-    for atom, why in reduced.items():
-      ax.lock(atom, f'{why[0]} reduces over it')
-  return _graph(
-    program, leaves, reduced, fn, retrace, jax.tree.structure(out_spec)
-  )
 
 
 def _mirrored(
-  path: str, value: Value, leaves: Mapping[str, Leaf]
+  path: str, shape: Sequence[ax.Size], leaves: Mapping[str, Any]
 ) -> str | None:
-  """The leaf that an output hands back: same path at its end, same shape."""
-  for name, leaf in leaves.items():
-    ends = path == name or path.endswith('/' + name)
+  """The leaf in whose path another ends, of the same shape: the longest."""
+
+  def is_end(name: str) -> bool:
     numbered = all(part.isdigit() for part in name.split('/'))
-    if ends and not numbered and leaf.shape == value.shape:
-      return name
-  return None
+    return not numbered and (path == name or path.endswith(f'/{name}'))
+
+  found = [
+    (len(name), name)
+    for name, leaf in leaves.items()
+    if (is_end(name) or is_end(name.removeprefix('params/')))
+    and tuple(leaf.shape) == tuple(shape)
+  ]
+  return max(found)[1] if found else None
 
 
-def _graph(
-  program: Program,
-  leaves: dict[str, Leaf],
-  reduced: Mapping[Axis, Sequence[str]],
-  fn: Callable[..., Any],
-  retrace: Callable[..., Graph],
-  out_tree: Any,
-) -> Graph:
-  """Collects the groups: atoms of leaves that nothing locked."""
-  members: dict[Axis, list[Member]] = {}
-  protected = {}
+def _graphs(
+  how: _How,
+  forms: Sequence[_Form],
+  rules: Mapping[str, Choice],
+  retraces: Sequence[Callable[..., Graph]],
+  constrain: Callable[[Mapping[str, Choice]], Graph],
+) -> list[Graph]:
+  """The graph of the first form, which holds the others, and the others."""
+  leaves = {
+    path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
+    for path, spec in tree.leaves(how.params).items()
+  }
+  used: set[str] = set()
+  programs, out_trees = [], []
+  for form in forms:
+    program, out_tree = _program(form, how.params, leaves, used)
+    programs.append(program)
+    out_trees.append(out_tree)
   for path, leaf in leaves.items():
-    for k, axis in enumerate(leaf.axes):
-      for atom, labels in occurrences(axis):
-        if not atom.locked:
-          members.setdefault(atom, []).append(member(path, k, labels))
-      why = [a.locked for a in ax.atoms(axis) if a.locked and a.size > 1]
-      if why and leaf.shape[k] > 1:
-        protected[f'{path}:{k}'] = str(why[0])
-  names = _names(program, members)
+    if path not in used:
+      for axis in leaf.axes:
+        ax.lock(axis, 'the function does not use this leaf')
+  if how.reductions == 'protect':
+    for atom, why in _reduced(programs).items():
+      ax.lock(atom, f'{why[0]} reduces over it')
+  chosen = choices.apply(rules, _names(programs, _members(leaves)))
+  members = _members(leaves)
+  names = _names(programs, members)
+  reduced = _reduced(programs)
   groups = {
     name: Group(
-      name, atom.size, tuple(members[atom]), tuple(reduced.get(atom, ()))
+      name,
+      atom.size,
+      tuple(members[atom]),
+      tuple(reduced.get(atom, ())),
+      *choices.limits(chosen.get(ax.find(atom)), name, atom.size),
     )
     for atom, name in names.items()
   }
@@ -200,25 +233,104 @@ def _graph(
     for path, leaf in leaves.items()
   }
   text = json.dumps(description, sort_keys=True)
-  return Graph(
+  graph = lambda form, program, out_tree, retrace, also: Graph(
     groups=groups,
     leaves=leaves,
-    protected=protected,
+    protected=_protected(leaves),
     fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
     program=program,
     atoms={name: atom for atom, name in names.items()},
-    fn=fn,
+    fn=form.fn,
     retrace=retrace,
     out_tree=out_tree,
+    also=also,
+    constrain=constrain,
   )
+  first, *others = zip(forms, programs, out_trees, retraces, strict=True)
+  also = [graph(*other, ()) for other in others]
+  return [graph(*first, tuple(also)), *also]
+
+
+def _program(
+  form: _Form, params: tree.PyTree, leaves: Mapping[str, Leaf], used: set[str]
+) -> tuple[Program, Any]:
+  """Types one function; adds the leaves that it uses."""
+  closed, out_spec = jax.make_jaxpr(form.fn, return_shape=True)(
+    params, *form.args
+  )
+  values = [
+    Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
+    for path, leaf in leaves.items()
+  ]
+  inputs = []
+  for spec, name in zip(
+    jax.tree.leaves(form.args), _leaf_names(params, form.args), strict=True
+  ):
+    axes = (
+      [ax.atom(n, 'it is an input of the function') for n in spec.shape]
+      if name is None
+      else list(leaves[name].axes)
+    )
+    inputs.append(Value(spec.shape, spec.dtype, axes, has_data=True))
+  jaxpr = eliminate_dead_code(closed.jaxpr)
+  program = build(jaxpr, closed.consts, [*values, *inputs])
+  handed_back = set()
+  for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
+    name = _mirrored(path, value.shape, leaves)
+    handed_back.add(name)
+    for k, axis in enumerate(value.axes):
+      if name is None:
+        ax.lock(axis, 'it is an output of the function')
+      else:
+        ax.unify(axis, leaves[name].axes[k], 'an output of the function')
+  read = {value for eqn in program.equations for value in eqn.inputs}
+  used.update(
+    path
+    for path, value in zip(leaves, values, strict=True)
+    if value in read or (path in handed_back and value not in program.outputs)
+  )
+  return program, jax.tree.structure(out_spec)
+
+
+def _reduced(programs: Sequence[Program]) -> dict[Axis, list[str]]:
+  """Atoms that nothing locked, with the operations that reduce over them."""
+  reduced: dict[Axis, list[str]] = {}
+  for program in programs:
+    for eqn, _ in all_equations(program):
+      for axis in eqn.reductions:
+        for atom in ax.atoms(axis):
+          if not atom.locked:
+            reduced.setdefault(atom, []).append(eqn.why)
+  return reduced
+
+
+def _members(leaves: Mapping[str, Leaf]) -> dict[Axis, list[Member]]:
+  """The slices of leaves that belong to each atom that nothing locked."""
+  members: dict[Axis, list[Member]] = {}
+  for path, leaf in leaves.items():
+    for k, axis in enumerate(leaf.axes):
+      for atom, labels in occurrences(axis):
+        if not atom.locked:
+          members.setdefault(atom, []).append(member(path, k, labels))
+  return members
+
+
+def _protected(leaves: Mapping[str, Leaf]) -> dict[str, str]:
+  protected = {}
+  for path, leaf in leaves.items():
+    for k, axis in enumerate(leaf.axes):
+      why = [a.locked for a in ax.atoms(axis) if a.locked and a.size > 1]
+      if why and leaf.shape[k] > 1:
+        protected[f'{path}:{k}'] = str(why[0])
+  return protected
 
 
 def _names(
-  program: Program, members: Mapping[Axis, Sequence[Member]]
+  programs: Sequence[Program], members: Mapping[Axis, Sequence[Member]]
 ) -> dict[Axis, str]:
   """Names a group after the first kernel that writes it, in program order."""
   first: dict[Axis, str] = {}
-  for eqn, _ in all_equations(program):
+  for eqn in (e for program in programs for e, _ in all_equations(program)):
     if eqn.products is None:
       continue
     kernels = [v for v in eqn.inputs if not v.has_data and len(v.sources) == 1]
