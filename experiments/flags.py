@@ -47,6 +47,8 @@ class Config:
   seed: int
   pairs: int
   save_every: int
+  devices: int
+  parallel: train.Parallel
   workdir: str
 
 
@@ -200,6 +202,14 @@ _float('weight_decay', 5e-4, 'Pull of the kernels towards zero.')
 _int('seed', 0, 'Decides the initial weights, the order and the shifts.')
 _int('pairs', 30, 'Rounds in which the networks are timed in turn; 0: none.')
 _int('save_every', 5, 'Epochs between two checkpoints.')
+_int('devices', 1, 'Devices that share a batch.')
+_choice(
+  'parallel',
+  'jit',
+  ['jit', 'pmap'],
+  'How they share it. jit: batch norms see the whole batch, as on one device. '
+  'pmap: each device normalises its own part.',
+)
 _text(
   'workdir',
   None,
@@ -288,12 +298,24 @@ def _check(given: Mapping[str, Any]) -> None:
     'pairs': (lambda x: x >= 0, 'at least 0'),
   }
   for name in (
-    'round_to', 'epochs', 'tune_epochs', 'prune_epochs', 'batch', 'save_every'
+    'round_to', 'epochs', 'tune_epochs', 'prune_epochs', 'batch', 'save_every',
+    'devices',
   ):  # fmt: skip
     ranges[name] = (lambda x: x >= 1, 'at least 1')
   for name, (fits, needed) in ranges.items():
     if not fits(given[name]):
       raise BadInputError(f'--{name} must be {needed}, got {given[name]}.')
+  found = len(jax.devices())
+  if given['devices'] > found:
+    raise BadInputError(
+      f'--devices is {given["devices"]}, JAX sees {found}; on CPU, XLA_FLAGS='
+      f'--xla_force_host_platform_device_count={given["devices"]} makes more.'
+    )
+  if given['batch'] % given['devices']:
+    raise BadInputError(
+      f'--batch of {given["batch"]} cannot be split over --devices of '
+      f'{given["devices"]}.'
+    )
 
 
 def network(config: Config, classes: int) -> Any:

@@ -289,7 +289,13 @@ def make_advance(
     change=flags.augmentation(config),
     view=setup.view,
   )
-  run = train.make_runner(step_fn, seed=config.seed, batch=config.batch)
+  run = train.make_runner(
+    step_fn,
+    seed=config.seed,
+    batch=config.batch,
+    devices=config.devices,
+    parallel=config.parallel,
+  )
   evaluate = train.make_evaluate(
     lambda state, x: task.fn(
       {'params': setup.view(state.params, state.opt_state), **state.stats}, x

@@ -135,9 +135,10 @@ def make_runner(
   """Returns ``run(state, examples, epoch, begin, end) -> (state, metrics)``.
 
   It runs the steps begin..end-1 of an epoch, and takes the state over. Over
-  several devices a batch is split and the state is on all of them. Under 'jit'
-  the step is that of one device, partitioned by the compiler: batch norms see
-  the whole batch. Under 'pmap' each device normalises its own part.
+  several devices a batch is split, and the state that comes in and goes out is
+  on one. Under 'jit' the step is that of one device, partitioned by the
+  compiler: batch norms see the whole batch. Under 'pmap' each device normalises
+  its own part.
 
   Args:
     step: from :func:`make_step`.
@@ -205,7 +206,11 @@ def make_runner(
     tree = jax.device_put(tree, everywhere)
     return copies(tree) if mapped else tree
 
-  first = lambda tree: jax.tree.map(lambda x: x[0], tree) if mapped else tree
+  def collect(tree):
+    if mapped:
+      tree = jax.tree.map(lambda x: x[0], tree)
+    return jax.device_put(tree, jax.devices()[0]) if devices > 1 else tree
+
   # The examples go to the devices once, and stay there.
   kept: list[tuple[Examples, Examples]] = []
 
@@ -220,12 +225,12 @@ def make_runner(
       state, metrics = compiled(
         state, examples, rows, epoch, jnp.arange(begin, end)
       )
-      return first(state), first(metrics)
+      return collect(state), collect(metrics)
     found = []
     for i in range(begin, end):
       state, metrics = compiled(state, examples, rows, epoch, i)
-      found.append(first(metrics))
-    return first(state), jax.tree.map(lambda *xs: jnp.stack(xs), *found)
+      found.append(collect(metrics))
+    return collect(state), jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
   return run
 

@@ -37,6 +37,8 @@ PLAIN = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     (['--sparsity=-0.1'], '--sparsity must be in [0, 1), got -0.1.'),
     (['--sparsity=nan'], '--sparsity must be in [0, 1), got nan.'),
     (['--macs=0'], '--macs must be in (0, 1], got 0.0.'),
+    (['--devices=99'], '--devices is 99, JAX sees 4; on CPU, XLA_FLAGS='),
+    (['--devices=3'], '--batch of 64 cannot be split over --devices of 3.'),
     (['--epochs=0'], '--epochs must be at least 1, got 0.'),
     (['--epochs=two'], 'two'),
     (['--learning_rate=0'], '--learning_rate must be above 0, got 0.0.'),
@@ -127,6 +129,14 @@ def test_what_does_not_fit_the_data_is_refused(capsys, tmp_path):
   assert '--batch=1000 must be at most the 230 examples to train on' in text
   text = refused(['--model=lenet5'], capsys, tmp_path / 'run')
   assert '--model=lenet5 does not take images of 8x8x1' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel', ['jit', 'pmap'])
+def test_the_job_runs_on_several_devices(parallel, tmp_path, capsys):
+  split = ['--devices=4', f'--parallel={parallel}', '--method=pdp']
+  assert prune.main([*SMALL, *split, f'--workdir={tmp_path}']) == 0
+  assert 'PDP' in capsys.readouterr().out
 
 
 def test_the_folder_of_another_run_is_left_alone(capsys, tmp_path):
