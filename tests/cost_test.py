@@ -47,11 +47,15 @@ def test_cost_by_hand():
   plan = plans.from_widths(GRAPH, {'a': 6, 'b': 4})
   assert cost.macs(GRAPH) == cost.parameters(GRAPH) == 300
   assert cost.macs(GRAPH, plan) == cost.parameters(GRAPH, plan) == 66
+  assert cost.weight_bytes(GRAPH, plan) == 4 * 66
+  # Two arrays are live at each operation: input and result of the product.
   assert cost.layers(GRAPH, plan) == [
-    ('a', 30, 30),
-    ('b', 24, 24),
-    ('c', 12, 12),
+    ('a', 30, 30, 120, 4 * (5 + 6)),
+    ('b', 24, 24, 96, 4 * (6 + 4)),
+    ('c', 12, 12, 48, 4 * (4 + 3)),
   ]
+  # The tanh of the first layer: 6 in, 6 out.
+  assert cost.activation_bytes(GRAPH, plan) == 4 * 12
   assert dict(cost.macs_polynomial(GRAPH)) == {
     ('a',): 5,
     ('a', 'b'): 1,

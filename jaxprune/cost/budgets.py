@@ -1,14 +1,4 @@
-"""Cost: multiply-adds and parameters of any widths, exactly, without a run.
-
-Both are polynomials in the widths of the groups: a product of sizes for each
-matrix product or convolution, and for each leaf. They are made once from a
-graph and evaluated by arithmetic, in exact integers or as a jnp function. On
-them rests :func:`plan`, which meets a budget rather than a ratio.
-
-MACs are the multiply-adds of convolutions and matrix products; FLOPs = 2 MACs.
-Data multiplied by a slice of a convolution kernel is one too: a depthwise
-convolution has the same count whether it is written as one or as shifts.
-"""
+"""Budgets: the best units within bounds on what a network costs."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,20 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune import plans, tree
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
+from jaxprune.cost.polynomials import evaluate
+from jaxprune.cost.totals import macs_polynomial, parameters_polynomial
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.program import all_equations
-
-Polynomial = Mapping[tuple[str, ...], int]  # Groups of a term -> coefficient.
-
-
-class Layer(NamedTuple):
-  """A leaf that takes part in products: its multiply-adds and entries."""
-
-  name: str
-  macs: int
-  parameters: int
 
 
 class Budget(NamedTuple):
@@ -70,84 +49,6 @@ def budget(
     if isinstance(bound, int) and bound < 1:
       raise ValueError(f'`{name}` must be at least 1, got {bound}.')
   return found
-
-
-def macs_polynomial(graph: Graph) -> Polynomial:
-  """Returns the multiply-adds at the traced arguments as a polynomial."""
-  total: dict[tuple[str, ...], int] = {}
-  for _, polynomial in _products(graph):
-    _add(total, polynomial)
-  return total
-
-
-def parameters_polynomial(graph: Graph) -> Polynomial:
-  """Returns the number of entries of all leaves as a polynomial.
-
-  Where the leaves come in Flax's collections, those of ``params`` alone count.
-  """
-  names = _names(graph)
-  total: dict[tuple[str, ...], int] = {}
-  collected = any(path.startswith('params/') for path in graph.leaves)
-  for path, leaf in graph.leaves.items():
-    if path.startswith('params/') or not collected:
-      _add(total, _product(leaf.axes, names))
-  return total
-
-
-def evaluate(polynomial: Polynomial, widths: Mapping[str, Any]) -> Any:
-  """Returns a polynomial at widths; whatever arithmetic they have.
-
-  Args:
-    polynomial: of this module.
-    widths: group -> width: Python ints (exact), int64 NumPy arrays (exact, one
-      result each), or traced float32 arrays (differentiable; relative error
-      of about 1e-6).
-
-  Examples:
-    >>> evaluate({(): 2, ('a',): 3, ('a', 'b'): 1}, {'a': 4, 'b': 5})
-    34
-  """
-  total: Any = 0
-  for groups, coefficient in polynomial.items():
-    term: Any = coefficient
-    for name in groups:
-      term = term * widths[name]
-    total = total + term
-  return total
-
-
-def macs(graph: Graph, plan: plans.Plan | None = None) -> int:
-  """Returns the multiply-adds at the traced arguments, an exact int.
-
-  Args:
-    graph: the graph; trace it with a batch of 1 for multiply-adds an example.
-    plan: what is kept; None for the whole network.
-  """
-  return int(evaluate(macs_polynomial(graph), _widths(graph, plan)))
-
-
-def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
-  """Returns the number of entries of all leaves, an exact int."""
-  return int(evaluate(parameters_polynomial(graph), _widths(graph, plan)))
-
-
-def layers(graph: Graph, plan: plans.Plan | None = None) -> list[Layer]:
-  """Returns the cost of each leaf that takes part in products, in order.
-
-  A product of two arrays that both depend on the data (attention) counts
-  under the name of its operation; a kernel used twice is one layer.
-  """
-  widths, names = _widths(graph, plan), _names(graph)
-  totals: dict[str, int] = {}
-  for name, polynomial in _products(graph):
-    totals[name] = totals.get(name, 0) + int(evaluate(polynomial, widths))
-  entries = {
-    path: int(evaluate(_product(leaf.axes, names), widths))
-    for path, leaf in graph.leaves.items()
-  }
-  return [
-    Layer(name, count, entries.get(name, 0)) for name, count in totals.items()
-  ]
 
 
 def plan(
@@ -302,71 +203,3 @@ def _checked(graph: Graph, name: str, values: Any) -> np.ndarray:
   if not np.all(np.isfinite(values)):
     raise ValueError(f'The scores of group {name!r} are not all finite.')
   return values
-
-
-def _widths(graph: Graph, plan: plans.Plan | None) -> dict[str, int]:
-  if plan is None:
-    return {name: group.size for name, group in graph.groups.items()}
-  return {name: after for name, (_, after) in plans.widths(graph, plan).items()}
-
-
-def _names(graph: Graph) -> dict[Axis, str]:
-  return {atom: name for name, atom in graph.atoms.items()}
-
-
-def _products(graph: Graph) -> list[tuple[str, Polynomial]]:
-  """The multiply-adds of each matrix product and convolution, by leaf."""
-  names, found = _names(graph), []
-  for eqn, times in all_equations(graph.program):
-    paths = [
-      path
-      for value in eqn.inputs
-      if not value.has_data and len(value.sources) == 1
-      for path in value.sources
-    ]
-    axes = eqn.products
-    if (
-      eqn.primitive.name == 'mul'
-      and eqn.outputs[0].has_data
-      and any(len(graph.leaves[path].shape) > 3 for path in paths)
-    ):
-      axes = eqn.outputs[0].axes
-    if axes is None:
-      continue
-    polynomial = _product(axes, names)
-    scaled = {term: n * times for term, n in polynomial.items()}
-    found.append((paths[0] if paths else eqn.why, scaled))
-  return found
-
-
-def _product(
-  axes: Any, names: Mapping[Axis, str]
-) -> dict[tuple[str, ...], int]:
-  """The product of the sizes of axes."""
-  total: dict[tuple[str, ...], int] = {(): 1}
-  for axis in axes:
-    size = _size(axis, names)
-    product: dict[tuple[str, ...], int] = {}
-    for left, m in total.items():
-      for right, n in size.items():
-        _add(product, {tuple(sorted(left + right)): m * n})
-    total = product
-  return total
-
-
-def _size(axis: Axis, names: Mapping[Axis, str]) -> dict[tuple[str, ...], int]:
-  """The size of an axis."""
-  axis = ax.find(axis)
-  if axis.kind == 'product':
-    return _product(axis.parts, names)
-  if axis.kind == 'sum':
-    total: dict[tuple[str, ...], int] = {}
-    for part in axis.parts:
-      _add(total, _size(part, names))
-    return total
-  return {(names[axis],): 1} if axis in names else {(): axis.size}
-
-
-def _add(total: dict[tuple[str, ...], int], other: Polynomial) -> None:
-  for term, coefficient in other.items():
-    total[term] = total.get(term, 0) + coefficient

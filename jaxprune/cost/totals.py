@@ -1,0 +1,363 @@
+"""What a network costs at any widths: made once from a graph, without a run.
+
+MACs are the multiply-adds of convolutions and matrix products; FLOPs = 2 MACs.
+Data multiplied by a slice of a convolution kernel is one too: a depthwise
+convolution has the same count whether it is written as one or as shifts.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxprune import plans
+from jaxprune.cost import polynomials
+from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
+from jaxprune.structure.axes import Axis
+from jaxprune.structure.graph import Graph
+from jaxprune.structure.program import Program
+from jaxprune.structure.rules import Equation, Value
+
+Count = Literal['norms', 'activations', 'pooling']
+COUNTS: tuple[Count, ...] = ('norms', 'activations', 'pooling')
+
+
+class Layer(NamedTuple):
+  """The cost of one layer; all but the activations add up to the whole."""
+
+  name: str
+  macs: int
+  parameters: int
+  weight_bytes: int
+  activation_bytes: int
+
+
+def macs_polynomial(graph: Graph, count: Collection[Count] = ()) -> Polynomial:
+  """Returns the multiply-adds at the traced arguments as a polynomial.
+
+  Args:
+    graph: the graph; trace it with a batch of 1 for multiply-adds an example.
+    count: what counts beside convolutions and matrix products:
+
+      - 'norms': one for each entry of data that is shifted or scaled by a
+        statistic or a parameter (``sub``, ``mul``, ``div``, ``add`` with a
+        parameter, or with data of fewer entries); a ``mul`` and the ``add``
+        after it are one multiply-add. So a batch norm is two an entry, and a
+        bias one.
+      - 'activations': one for each entry of a nonlinear operation; a clip is
+        one.
+      - 'pooling': one for each entry that a window or a reduction reads, of
+        which those of norms and softmaxes.
+
+  Raises:
+    ValueError: if ``count`` names something else, or the graph was traced with
+      a symbolic size.
+  """
+  total: dict[Term, int] = {}
+  for _, polynomial in _products(graph, count):
+    polynomials.add(total, polynomial)
+  return total
+
+
+def parameters_polynomial(graph: Graph) -> Polynomial:
+  """Returns the number of entries of all leaves as a polynomial.
+
+  Where the leaves come in Flax's collections, those of ``params`` alone count.
+  """
+  total: dict[Term, int] = {}
+  for path, polynomial in _leaves(graph).items():
+    if _is_parameter(graph, path):
+      polynomials.add(total, polynomial)
+  return total
+
+
+def weight_bytes_polynomial(graph: Graph) -> Polynomial:
+  """Returns the bytes of all leaves, statistics too, as a polynomial."""
+  total: dict[Term, int] = {}
+  for path, polynomial in _leaves(graph).items():
+    size = graph.leaves[path].dtype.itemsize
+    polynomials.add(total, polynomials.times(polynomial, size))
+  return total
+
+
+def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
+  """Returns polynomials of which the largest is the live activations' bytes.
+
+  One for each operation, in the order of the program: the bytes of all arrays
+  that depend on the arguments and that it or a later one reads, its own result
+  too. An upper bound, since a compiler that fuses operations stores fewer;
+  scratch memory of its own is not in it. The arguments count, params do not.
+  Polynomials that another exceeds at all widths are left out.
+  """
+  return polynomials.undominated(
+    polynomial for _, polynomial in _live(graph.program, _names(graph))
+  )
+
+
+def macs(
+  graph: Graph, plan: plans.Plan | None = None, count: Collection[Count] = ()
+) -> int:
+  """Returns the multiply-adds at the traced arguments, an exact int.
+
+  Args:
+    graph: the graph; trace it with a batch of 1 for multiply-adds an example.
+    plan: what is kept; None for the whole network.
+    count: what else counts; see :func:`macs_polynomial`.
+  """
+  return evaluate(macs_polynomial(graph, count), variables(graph, plan))
+
+
+def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
+  """Returns the number of entries of all leaves, an exact int."""
+  return evaluate(parameters_polynomial(graph), variables(graph, plan))
+
+
+def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
+  """Returns the bytes of all leaves, statistics too, an exact int."""
+  return evaluate(weight_bytes_polynomial(graph), variables(graph, plan))
+
+
+def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
+  """Returns an upper bound of the bytes of live activations, an exact int.
+
+  See :func:`activation_bytes_polynomials`.
+  """
+  return evaluate(activation_bytes_polynomials(graph), variables(graph, plan))
+
+
+def layers(
+  graph: Graph, plan: plans.Plan | None = None, count: Collection[Count] = ()
+) -> list[Layer]:
+  """Returns the cost of each layer, in the order of the program.
+
+  A layer is what its leaves are filed under: ``block/conv`` owns the leaves
+  ``block/conv/kernel`` and ``block/conv/bias``. What reads no leaf (attention,
+  an activation) is named by its operation and line. The activations of a layer
+  are the live ones while it runs.
+
+  Args:
+    graph: the graph.
+    plan: what is kept; None for the whole network.
+    count: what else counts; see :func:`macs_polynomial`.
+  """
+  values = variables(graph, plan)
+  found: dict[str, list[int]] = {}
+  row = lambda name: found.setdefault(name, [0, 0, 0, 0])
+  for name, polynomial in _products(graph, count):
+    row(name)[0] += evaluate(polynomial, values)
+  for path, polynomial in _leaves(graph).items():
+    size = evaluate(polynomial, values)
+    figures = row(_module(graph, path))
+    figures[1] += size if _is_parameter(graph, path) else 0
+    figures[2] += size * graph.leaves[path].dtype.itemsize
+  for (eqn, place), polynomial in _live(graph.program, _names(graph)):
+    name = _owner(graph, eqn, place)
+    if name in found:
+      figures = found[name]
+      figures[3] = max(figures[3], evaluate(polynomial, values))
+  return [Layer(name, *figures) for name, figures in found.items()]
+
+
+def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
+  """Returns the value of each variable: the widths that a plan leaves.
+
+  Args:
+    graph: the graph.
+    plan: what is kept; None for the whole network.
+  """
+  if plan is None:
+    return {name: group.size for name, group in graph.groups.items()}
+  return {name: after for name, (_, after) in plans.widths(graph, plan).items()}
+
+
+def _names(graph: Graph) -> dict[Axis, str]:
+  return {atom: name for name, atom in graph.atoms.items()}
+
+
+def _leaves(graph: Graph) -> dict[str, Polynomial]:
+  """The entries of each leaf."""
+  names = _names(graph)
+  return {
+    path: entries(leaf.axes, names) for path, leaf in graph.leaves.items()
+  }
+
+
+def _in_collections(graph: Graph) -> bool:
+  return any(path.startswith('params/') for path in graph.leaves)
+
+
+def _is_parameter(graph: Graph, path: str) -> bool:
+  return path.startswith('params/') or not _in_collections(graph)
+
+
+def _module(graph: Graph, path: str) -> str:
+  """The layer that owns a leaf."""
+  parts = path.split('/')[1 if _in_collections(graph) else 0 :]
+  return '/'.join(parts[:-1] or parts)
+
+
+def _owner(graph: Graph, eqn: Equation, place: str) -> str:
+  """The layer that an operation belongs to: that of the largest leaf read."""
+  sources = [
+    path for value in eqn.inputs if not value.has_data for path in value.sources
+  ]
+  if not sources:
+    return place
+  size = lambda path: math.prod(graph.leaves[path].shape)
+  return _module(graph, max(sorted(sources), key=size))
+
+
+def _walk(
+  program: Program, runs: int = 1, outer: str = ''
+) -> Iterator[tuple[Equation, int, str, dict[Value, Equation]]]:
+  """Every equation, how often it runs, where it is, and who made its inputs."""
+  makers = {value: eqn for eqn in program.equations for value in eqn.outputs}
+  for eqn in program.equations:
+    place = outer if eqn.why.endswith(' at ') and outer else eqn.why
+    yield eqn, runs, place, makers
+    steps = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
+    for body in eqn.programs:
+      yield from _walk(body, runs * steps, place)
+
+
+def _products(
+  graph: Graph, count: Collection[Count] = ()
+) -> list[tuple[str, Polynomial]]:
+  """The multiply-adds of each operation that has some, by layer."""
+  unknown = [repr(what) for what in count if what not in COUNTS]
+  if unknown or isinstance(count, str):
+    raise ValueError(
+      f'`count` takes any of {COUNTS}, in a tuple, got '
+      f'{", ".join(unknown) or repr(count)}.'
+    )
+  names, found = _names(graph), []
+  for eqn, runs, place, makers in _walk(graph.program):
+    axes = eqn.products
+    if axes is None and _is_product(graph, eqn):
+      axes = eqn.outputs[0].axes
+    if axes is None:
+      axes = _counted(eqn, makers, count)
+    if axes is not None:
+      polynomial = polynomials.times(entries(axes, names), runs)
+      found.append((_owner(graph, eqn, place), polynomial))
+  return found
+
+
+def _is_product(graph: Graph, eqn: Equation) -> bool:
+  """Whether data are multiplied by a slice of a convolution kernel."""
+  return (
+    eqn.primitive.name == 'mul'
+    and eqn.outputs[0].has_data
+    and any(
+      len(graph.leaves[path].shape) > 3
+      for value in eqn.inputs
+      if not value.has_data and len(value.sources) == 1
+      for path in value.sources
+    )
+  )
+
+
+_SCALING = frozenset(['add', 'sub', 'mul', 'div'])
+_NONLINEAR_NAMES = """
+  clamp erf erfc exp exp2 expm1 log log1p logistic max min pow sin cos tanh
+"""
+_NONLINEAR = frozenset(_NONLINEAR_NAMES.split())
+_RESHAPING_NAMES = """
+  broadcast_in_dim convert_element_type expand_dims reshape squeeze
+"""
+_RESHAPING = frozenset(_RESHAPING_NAMES.split())
+
+
+def _counted(
+  eqn: Equation, makers: Mapping[Value, Equation], count: Collection[Count]
+) -> list[Axis] | None:
+  """The axes of the entries that count as one multiply-add each, if any."""
+  name, (out, *_) = eqn.primitive.name, eqn.outputs or [None]
+  if out is None or not any(value.has_data for value in eqn.inputs):
+    return None
+  if name.startswith('reduce_') and name != 'reduce_precision':
+    return eqn.inputs[0].axes if 'pooling' in count else None
+  if out.dtype is None or not jnp.issubdtype(out.dtype, jnp.inexact):
+    return None
+  # The second half of a clip, and the addition of a multiply-add.
+  joined = {'max': 'min', 'min': 'max', 'add': 'mul'}.get(name)
+  before = [makers[value] for value in eqn.inputs if value in makers]
+  if any(maker.primitive.name == joined for maker in before):
+    return None
+  if name in _NONLINEAR and 'activations' in count:
+    return out.axes
+  if name in _SCALING and 'norms' in count:
+    origins = [_origin(value, makers) for value in eqn.inputs]
+    sizes = [math.prod(value.shape) for value in origins]
+    if any(
+      n > 1 and (value.sources or (value.has_data and n < math.prod(out.shape)))
+      for n, value in zip(sizes, origins, strict=True)
+    ):
+      return out.axes
+  return None
+
+
+def _origin(value: Value, makers: Mapping[Value, Equation]) -> Value:
+  """The array that a broadcast or reshaped one is made of."""
+  while value in makers and makers[value].primitive.name in _RESHAPING:
+    value = makers[value].inputs[0]
+  return value
+
+
+Live = tuple[tuple[Equation, str], Polynomial]
+
+
+def _live(
+  program: Program,
+  names: Mapping[Axis, str],
+  around: Polynomial | None = None,
+  loops: bool = False,
+  outer: str = '',
+) -> list[Live]:
+  """The bytes that are live at each operation, in order.
+
+  Args:
+    program: the program.
+    names: atom -> its group.
+    around: what is live outside of a body.
+    loops: whether it is the body of a loop: its inputs are arrays of their
+      own, and all depend on data after the first step.
+    outer: where the body is called.
+  """
+  live = dict(around or {})
+
+  def bytes_of(values: Iterable[Value]) -> dict[Term, int]:
+    total: dict[Term, int] = {}
+    for value in dict.fromkeys(values):
+      if (value.has_data or loops) and value.dtype is not None:
+        size = entries(value.axes, names)
+        size = polynomials.times(size, value.dtype.itemsize)
+        polynomials.add(total, size)
+    return total
+
+  last: dict[Value, int] = dict.fromkeys(
+    program.outputs, len(program.equations)
+  )
+  for k, eqn in reversed(list(enumerate(program.equations))):
+    for value in eqn.inputs:
+      last.setdefault(value, k)
+  # What a body reads from outside is live there already.
+  owned = set(program.inputs) if around is None or loops else set()
+  polynomials.add(live, bytes_of(owned))
+  found: list[Live] = []
+  for k, eqn in enumerate(program.equations):
+    place = outer if eqn.why.endswith(' at ') and outer else eqn.why
+    before = dict(live)
+    polynomials.add(live, bytes_of(eqn.outputs))
+    owned.update(eqn.outputs)
+    found.append(((eqn, place), dict(live)))
+    is_loop = eqn.primitive.name in ('scan', 'while')
+    for body in eqn.programs:
+      # A loop fills arrays that exist already; other bodies make them.
+      found += _live(body, names, live if is_loop else before, is_loop, place)
+    gone = [v for v in (*eqn.inputs, *eqn.outputs) if last.get(v, k) == k]
+    gone = [value for value in gone if value in owned]
+    polynomials.add(live, bytes_of(gone), -1)
+    owned.difference_update(gone)
+  return found
