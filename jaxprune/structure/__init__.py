@@ -3,6 +3,7 @@
 from jaxprune.structure.choices import Choice as Choice
 from jaxprune.structure.choices import normalise as normalise
 from jaxprune.structure.choices import pools as pools
+from jaxprune.structure.gating import scale as scale
 from jaxprune.structure.graph import Graph as Graph
 from jaxprune.structure.slices import Group as Group
 from jaxprune.structure.slices import Leaf as Leaf

@@ -7,6 +7,7 @@ from leaves to groups (``reduce``) and back (``expand``).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from jaxprune.structure.program import (
   Program,
   Run,
 )
-from jaxprune.structure.slices import Group, Leaf, occurrences
+from jaxprune.structure.readers import Readers, readers
+from jaxprune.structure.slices import Group, Leaf, Member, occurrences
 
 Norm = Literal['l1', 'l2', 'max', 'mean']
 Combine = Literal['mean', 'sum', 'max', 'first']
@@ -60,6 +62,20 @@ class Graph:
   out_tree: Any = dataclasses.field(repr=False)
   also: tuple['Graph', ...] = dataclasses.field(repr=False)
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def _readers(self) -> Readers:
+    return readers(self.program, self.leaves, self.atoms)
+
+  @property
+  def readers(self) -> dict[str, tuple[Member, ...]]:
+    """group -> the slices that read it, where a gate may act: see `scale`."""
+    return self._readers.members
+
+  @property
+  def unread(self) -> dict[str, str]:
+    """group -> why no gate can act on it, for all that `readers` leaves out."""
+    return self._readers.refused
 
   def reduce(
     self, scores: tree.PyTree, *, norm: Norm = 'l2', combine: Combine = 'mean'

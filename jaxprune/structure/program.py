@@ -354,14 +354,18 @@ def _type_outputs(eqn: Equation, values: Sequence[Value]) -> None:
     out.axes = list(value.axes)
 
 
+def loop_parts(params: Mapping[str, Any]) -> tuple[int, int]:
+  """Returns how many constants a scan takes, and how many carries after."""
+  if 'num_consts' in params:
+    return params['num_consts'], params['num_carry']
+  consts, carries, _ = params['ft_in'].unpack()
+  return len(consts), len(carries)
+
+
 def _scan(eqn: Equation, plain: bool) -> None:
   """Carries keep their types; the scanned axis stays whole."""
   params = eqn.params
-  if 'num_consts' in params:
-    consts, carries = params['num_consts'], params['num_carry']
-  else:
-    const_tree, carry_tree, _ = params['ft_in'].unpack()
-    consts, carries = len(const_tree), len(carry_tree)
+  consts, carries = loop_parts(params)
   split = consts + carries
   for value in eqn.inputs[split:]:
     ax.lock(value.axes[0], f'{eqn.why} steps along it')

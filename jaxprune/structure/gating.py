@@ -1,0 +1,97 @@
+"""Real-valued gates of units and blocks, folded into the params."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import tree
+from jaxprune.structure import axes as ax
+from jaxprune.structure.graph import Graph, locate
+from jaxprune.structure.slices import member, occurrences
+
+
+def scale(
+  graph: Graph,
+  params: tree.PyTree,
+  units: Mapping[str, Any] | None = None,
+) -> tree.PyTree:
+  """Returns params scaled so that the function computes with gates.
+
+  For a unit u of a group, the rows of u of every kernel that reads the group
+  (``graph.readers``) are multiplied by its gate. The function then computes
+  what it would with its data multiplied by the gate in front of those kernels,
+  in train and eval form alike: one place on each path, after any norm. At 0 the
+  unit is gone; at any other value nothing is counted twice.
+
+  Args:
+    graph: the graph of the function.
+    params: a pytree like the traced params, or a sub-tree that holds the
+      leaves to scale; arrays, traced or not.
+    units: group -> float[size]; traced or not, differentiable.
+
+  Returns:
+    A pytree like ``params``; leaves that no gate reaches are unchanged.
+
+  Raises:
+    ValueError: if a group is unknown or has no such place (``graph.unread``
+      says why), a gate has another shape, or a leaf to scale is missing.
+
+  Examples:
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((1, 2)), 'b': jnp.ones((2, 1))}
+    >>> mlp = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+    >>> graph = trace(mlp, params, jnp.ones((1, 1)))
+    >>> scale(graph, params, {'a': jnp.array([0.5, 2.0])})['b'].tolist()
+    [[0.5], [2.0]]
+  """
+  factors: dict[str, Any] = {}
+  for name, gates in (units or {}).items():
+    for path, factor in _unit_factors(graph, name, gates):
+      factors[path] = factors[path] * factor if path in factors else factor
+  found = set()
+
+  def one(path: str, value: Any) -> Any:
+    name = locate(graph.leaves, path)
+    if name not in factors:
+      return value
+    found.add(name)
+    return value * factors[name].astype(value.dtype)
+
+  scaled = tree.map_with_path(one, params)
+  if missing := factors.keys() - found:
+    raise ValueError(
+      f'The gates scale {", ".join(sorted(missing))}, which the params lack; '
+      f'pass the params that were traced.'
+    )
+  return scaled
+
+
+def _unit_factors(graph: Graph, name: str, gates: Any) -> list[tuple[str, Any]]:
+  """What the gates of a group multiply: (path, factor that broadcasts)."""
+  if name not in graph.groups:
+    raise ValueError(
+      f'There is no group {name!r}; the groups are: '
+      f'{", ".join(graph.groups) or "none"}.'
+    )
+  if name in graph.unread:
+    raise ValueError(f'Group {name!r} has no gate: {graph.unread[name]}.')
+  size = graph.groups[name].size
+  if np.shape(gates) != (size,):
+    raise ValueError(
+      f'The gates of group {name!r} must have shape ({size},), got '
+      f'{np.shape(gates)}.'
+    )
+  factors = []
+  for path, axis, offset, stride in graph.readers[name]:
+    leaf = graph.leaves[path]
+    for atom, labels in occurrences(leaf.axes[axis]):
+      if atom is not ax.find(graph.atoms[name]):
+        continue
+      if member(path, axis, labels) != (path, axis, offset, stride):
+        continue
+      entries = jnp.where(labels >= 0, gates[np.maximum(labels, 0)], 1)
+      wide = [-1 if k == axis else 1 for k in range(len(leaf.shape))]
+      factors.append((path, entries.reshape(wide)))
+  return factors
