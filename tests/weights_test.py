@@ -277,6 +277,49 @@ def test_keras_names_of_mobilenet_v2():
     assert f' {name} (for ' in str(error.value)
 
 
+def test_keras_names_of_mobilenet_v3():
+  like = shapes(models.mobilenet_v3_small(), 1, 224, 224, 3)
+  with pytest.raises(ValueError, match='missing') as error:
+    weights.from_keras({}, like, weights.keras_mobilenet_v3)
+  for name in (
+    'conv/kernel',
+    'conv_bn/moving_variance',
+    'expanded_conv_depthwise/depthwise_kernel',
+    'expanded_conv_squeeze_excite_conv/bias',
+    'expanded_conv_1_expand_bn/gamma',
+    'expanded_conv_10_squeeze_excite_conv_1/kernel',
+    'expanded_conv_10_project/kernel',
+    'conv_1_bn/beta',
+    'conv_2/bias',
+    'logits/kernel',
+  ):
+    assert f' {name} (for ' in str(error.value)
+
+
+def test_a_v3_of_keras_becomes_ours():
+  like = shapes(models.mobilenet_v3_small(0.25, num_classes=3), 1, 32, 32, 3)
+  leaves = tree.leaves(like)
+  place = lambda path: path.split('/', 1)[1].rpartition('/')
+  names = weights.keras_mobilenet_v3({place(path)[0]: 0 for path in leaves})
+  kinds = {'scale': 'gamma', 'mean': 'moving_mean', 'var': 'moving_variance'}
+  rng = np.random.default_rng(0)
+  ours = {p: rng.normal(size=x.shape).astype('f4') for p, x in leaves.items()}
+  theirs = {}
+  for path, array in ours.items():
+    layer, _, kind = place(path)
+    kind = kinds.get(kind, kind)
+    if layer.endswith('norm'):
+      kind = {'bias': 'beta'}.get(kind, kind)
+    elif layer.endswith('depthwise'):  # Theirs is height, width, channels, 1.
+      kind, array = 'depthwise_kernel', np.moveaxis(array, 2, 3)
+    elif array.ndim == 2:  # Theirs is a convolution.
+      array = array[None, None]
+    theirs[f'{names[layer].name}/{kind}'] = array
+  found = weights.from_keras(theirs, like, weights.keras_mobilenet_v3)
+  for path, array in tree.leaves(found).items():
+    np.testing.assert_array_equal(array, ours[path])
+
+
 # Bad input.
 
 

@@ -74,7 +74,7 @@ def from_keras(
   Args:
     arrays: name -> array, such as :func:`read` gives.
     like: variables of the network, or their shapes by ``jax.eval_shape``.
-    names: :func:`keras_mobilenet_v1` or :func:`keras_mobilenet_v2`.
+    names: :func:`keras_mobilenet_v1`, ``_v2`` or ``_v3``.
     ignore: regular expressions over whole names to leave unused.
     keep: regular expressions over whole paths to take from ``like``.
 

@@ -189,6 +189,28 @@ def keras_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'head': Named('predictions')}
 
 
+def keras_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
+  """Names of Keras' MobileNet V3, small and large, of Keras 3.
+
+  Its epsilon is 1e-3, its padding TensorFlow's; its last hidden layer keeps the
+  published width below a multiplier of 1.
+  """
+  named = _unit('stem', 'conv', 'conv_bn')
+  for i, block in enumerate(_blocks(layers)):
+    place = f'expanded_conv_{i}' if i else 'expanded_conv'
+    for unit in ('expand', 'depthwise', 'project'):
+      if f'{block}/{unit}' in layers:
+        name = f'{place}_{unit}'
+        named |= _unit(f'{block}/{unit}', name, f'{name}_bn')
+    if f'{block}/squeeze' in layers:
+      name = f'{place}_squeeze_excite_conv'
+      named[f'{block}/squeeze'] = Named(name, side=1)
+      named[f'{block}/excite'] = Named(f'{name}_1', side=1)
+  named |= _unit('last', 'conv_1', 'conv_1_bn')
+  named['hidden'] = Named('conv_2', side=1)
+  return named | {'head': Named('logits', side=1)}
+
+
 def _resnet(layers: Mapping[str, int], head: str, shortcut: str):
   named = _unit('stem', 'conv1', 'bn1') | {'head': Named(head)}
   parts = {
