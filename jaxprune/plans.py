@@ -19,6 +19,7 @@ import numpy as np
 from jax import core
 
 from jaxprune import tree
+from jaxprune.structure import choices
 from jaxprune.structure.graph import Graph, leaves_like, like, locate, runner
 from jaxprune.structure.program import Run
 
@@ -50,7 +51,7 @@ def from_kept(graph: Graph, kept: Mapping[str, Sequence[int]]) -> Plan:
 
   Raises:
     ValueError: if a group is unknown, or its indices are none, double or out of
-      range.
+      range, or if a rule of the graph allows no such width.
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -75,6 +76,8 @@ def from_kept(graph: Graph, kept: Mapping[str, Sequence[int]]) -> Plan:
       )
     if len(chosen) < size:
       entries.append((name, tuple(chosen)))
+  for name, group in graph.groups.items():
+    choices.check_width(group, len(kept.get(name, range(group.size))))
   return Plan(graph.fingerprint, tuple(entries))
 
 
@@ -307,12 +310,14 @@ def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
   """Returns the smaller function: the traced one at the sizes that are left.
 
   Args:
-    graph: the graph of ``fn(params, *args)``.
+    graph: the graph of ``fn(params, *args)``; ``graph.also`` holds those of
+      other functions of the params, such as a training step.
     plan: a plan of it.
 
   Returns:
     ``small(params, *args)`` of shrunk params; a pure function for ``jit``,
-    ``grad``, ``vmap``, ``scan``, ``jax.export``. Other shapes of args (another
+    ``grad``, ``vmap``, ``scan``, ``jax.export``. Arguments like the params
+    (the state of an optimizer) are shrunk too. Other shapes of args (another
     batch, a symbolic one) are traced again, once each.
 
   Raises:
@@ -351,25 +356,21 @@ def _call(
     )
   run = runner(traced, kept, is_masked)
   leaves, wrong = leaves_like(traced, params), []
-  for path, leaf in traced.leaves.items():
-    shape = (
-      leaf.shape if is_masked else tuple(run.size(axis) for axis in leaf.axes)
-    )
-    if np.shape(leaves[path]) != shape:
-      wrong.append(
-        f'{path!r} must have shape {shape}, got {np.shape(leaves[path])}'
-      )
+  given = {path: leaves[path] for path in traced.leaves}
+  given |= {f'args/{path}': x for path, x in tree.leaves(args).items()}
+  inputs = list(zip(given.values(), traced.program.inputs, strict=True))
+  for path, (x, value) in zip(given, inputs, strict=True):
+    shape = tuple(run.size(axis) for axis in value.axes)
+    shape = tuple(value.shape) if is_masked else shape
+    if np.shape(x) != shape:
+      wrong.append(f'{path!r} must have shape {shape}, got {np.shape(x)}')
   if wrong:
     raise ValueError(
       f'{"; ".join(wrong)}. Shrink the params with the same plan.'
     )
-  values = [leaves[path] for path in traced.leaves]
   if is_masked:
-    values = [
-      run.take(value, leaf.axes)
-      for value, leaf in zip(values, traced.leaves.values(), strict=True)
-    ]
-  outs = run(traced.program, [*values, *jax.tree.leaves(args)])
+    inputs = [(run.take(x, value.axes), value) for x, value in inputs]
+  outs = run(traced.program, [x for x, _ in inputs])
   return jax.tree.unflatten(traced.out_tree, outs)
 
 

@@ -4,6 +4,7 @@
 its own, so that it cannot pass by accident.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -80,13 +81,15 @@ def check(
   if not removed:
     raise ValueError('The plan removes nothing, so that there is no check.')
   small_params = plans.shrink(graph, plan, params)
+  cut_args = functools.partial(_cut_args, graph, plan)
+  small_args = cut_args(args)
   cut = lambda outs: _map_outputs(graph, plan, args, outs)
   key = jax.random.key(0)
   wrap = _with_gradients if gradients else _without_gradients
   small = jax.jit(wrap(plans.specialise(graph, plan)))
   full = jax.jit(wrap(plans.masked(graph, plan)))
   cotangents = _cotangents(key, jax.eval_shape(graph.fn, params, *args))
-  small_outs, small_grads = small(small_params, cut(cotangents), *args)
+  small_outs, small_grads = small(small_params, cut(cotangents), *small_args)
   outs, grads = full(params, cotangents, *args)
   values = _error(small_outs, cut(outs))
   slopes = _error(small_grads, plans.shrink(graph, plan, grads), share=0.1)
@@ -107,7 +110,7 @@ def check(
         f'by {own:.1e} (relative).'
       )
   moved_args = jax.tree.map(_moved, args)
-  other, _ = small(small_params, cut(cotangents), *moved_args)
+  other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))
   sensitivity = _error(other, small_outs)
   if not sensitivity > 100 * tolerance:
     raise CheckError(
@@ -117,7 +120,7 @@ def check(
     )
   mutation = 0.0
   for wrong in _mutations(graph, plan, params, small_params):
-    outs, _ = small(wrong, cut(cotangents), *args)
+    outs, _ = small(wrong, cut(cotangents), *small_args)
     mutation = max(mutation, _error(outs, small_outs))
     if mutation > 10 * tolerance:
       break
@@ -222,6 +225,16 @@ def _apply(named: Mapping[str, np.ndarray], params: Any) -> Any:
   )
 
 
+def _cut_args(graph: Graph, plan: plans.Plan, args: Any) -> Any:
+  """Cuts the arguments that are like params: the state of an optimizer."""
+  traced = graph.retrace(*args)
+  run = runner(traced, plans.kept_indices(graph, plan))
+  leaves, structure = jax.tree.flatten(args)
+  values = traced.program.inputs[len(traced.leaves) :]
+  cut = [run.take(x, v.axes) for x, v in zip(leaves, values, strict=True)]
+  return jax.tree.unflatten(structure, cut)
+
+
 def _map_outputs(graph: Graph, plan: plans.Plan, args: Any, outs: Any) -> Any:
   """Cuts outputs at full size: statistics that a step hands back are small."""
   traced = graph.retrace(*args)
@@ -264,11 +277,11 @@ def _first_difference(
   traced = graph.retrace(*args)
   kept = plans.kept_indices(graph, plan)
   small, full = runner(traced, kept), runner(traced, kept, masked=True)
-  flat = jax.tree.leaves(args)
   named = leaves_like(traced, params)
+  given = [*(named[path] for path in traced.leaves), *jax.tree.leaves(args)]
   start = lambda run: [
-    *(run.take(named[p], leaf.axes) for p, leaf in traced.leaves.items()),
-    *flat,
+    run.take(x, value.axes)
+    for x, value in zip(given, traced.program.inputs, strict=True)
   ]
   env = [
     dict(zip(traced.program.inputs, start(run), strict=True))

@@ -204,16 +204,14 @@ def normalise(
       f'There is no group {", ".join(map(repr, unknown))}; the groups are: '
       f'{", ".join(graph.groups) or "none"}.'
     )
+  values = {name: jnp.asarray(x, jnp.float32) for name, x in scores.items()}
   pool = {
-    name: shared[name] if over == 'isomorphic' else name for name in scores
+    name: shared[name] if over == 'isomorphic' else name for name in values
   }
-  rivals: dict[str, list[Any]] = {}
-  for name, values in scores.items():
-    rivals.setdefault(pool[name], []).append(jnp.asarray(values, jnp.float32))
-  means = {
-    name: jnp.mean(jnp.concatenate(values)) for name, values in rivals.items()
-  }
-  means = {
-    name: jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()
-  }
-  return {name: values / means[pool[name]] for name, values in scores.items()}
+  means = {}
+  for name in pool.values():
+    mean = jnp.mean(
+      jnp.concatenate([x for other, x in values.items() if pool[other] == name])
+    )
+    means[name] = jnp.where(mean == 0, 1.0, mean)
+  return {name: x / means[pool[name]] for name, x in values.items()}

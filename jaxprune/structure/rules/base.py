@@ -79,8 +79,9 @@ _ELEMENTWISE_NAMES = """
   gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic
   lt max min mul name ne neg nextafter not or polygamma population_count pow
   pvary real reduce_precision regularized_incomplete_beta rem round rsqrt
-  select_n shift_left shift_right_arithmetic shift_right_logical sign sin
-  sinh sqrt square stop_gradient sub tan tanh xor
+  select_n sharding_constraint shift_left shift_right_arithmetic
+  shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+  xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 

@@ -144,6 +144,40 @@ def _gather(eqn: Equation) -> Resize:
   return lambda size: {'slice_sizes': _window(x, sizes, size)}
 
 
+@rule(
+  'scatter',
+  'scatter-add',
+  'scatter_add',
+  'scatter_sub',
+  'scatter_mul',
+  'scatter_min',
+  'scatter_max',
+)
+def _scatter(eqn: Equation) -> None:
+  """The derivative of a gather: what a window spans whole passes."""
+  x, index, update = eqn.inputs
+  numbers = eqn.params['dimension_numbers']
+  batching = tuple(numbers.operand_batching_dims)
+  inserted = tuple(numbers.inserted_window_dims)
+  for k in inserted:
+    ax.lock(x.axes[k], f'{eqn.why} indexes it')
+  for k, j in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
+    ax.unify(x.axes[k], index.axes[j], eqn.why)
+  ax.lock(index.axes[-1], f'{eqn.why} reads it as one index')
+  window = [k for k in range(len(x.shape)) if k not in (*inserted, *batching)]
+  places = dict(zip(numbers.update_window_dims, window, strict=True))
+  batch = iter(index.axes[:-1])
+  for j, axis in enumerate(update.axes):
+    if j not in places:
+      ax.unify(axis, next(batch), eqn.why)
+    elif same(update.shape[j], x.shape[places[j]]):
+      ax.unify(axis, x.axes[places[j]], eqn.why)
+    else:
+      ax.lock(axis, f'{eqn.why} writes it into a part')
+      ax.lock(x.axes[places[j]], f'{eqn.why} writes a part of it')
+  eqn.outputs[0].axes = list(x.axes)
+
+
 def _taken(x: Value, sizes: Sequence[Size], why: str) -> list[Axis]:
   """Axes of a window: those it spans whole pass, the others are locked."""
   axes = []

@@ -7,7 +7,6 @@ from jaxprune.structure.rules.base import (
   Equation,
   Resize,
   drop,
-  lock_all,
   rule,
 )
 
@@ -28,9 +27,11 @@ def _dot_general(eqn: Equation) -> None:
 
 @rule('conv_general_dilated')
 def _convolution(eqn: Equation) -> Resize | None:
-  """Channels of g groups are products: g x in of the data, g x out."""
-  if eqn.params['batch_group_count'] != 1:
-    return lock_all(eqn, f'{eqn.why} groups its batch')
+  """Channels of g groups are products: g x in of the data, g x out.
+
+  The derivative by a grouped kernel has the channels of the data as a batch of
+  g groups: g x in of the batch, g x out of the kernel, and in of the result.
+  """
   (data, kernel), (out,) = eqn.inputs, eqn.outputs
   numbers, groups = (
     eqn.params['dimension_numbers'],
@@ -42,8 +43,18 @@ def _convolution(eqn: Equation) -> Resize | None:
     ax.lock(kernel.axes[k], f'{eqn.why} slides along it')
   channels = data.axes[numbers.lhs_spec[1]]
   k_out, k_in = (kernel.axes[k] for k in numbers.rhs_spec[:2])
+  batch = data.axes[numbers.lhs_spec[0]]
   resize = None
-  if groups == 1:
+  if eqn.params['batch_group_count'] > 1:
+    group = ax.atom(eqn.params['batch_group_count'])
+    each = ax.atom(kernel.shape[numbers.rhs_spec[0]] // group.size)
+    inner = ax.atom(data.shape[numbers.lhs_spec[0]] // group.size)
+    ax.unify(batch, ax.product([group, inner]), eqn.why)
+    ax.unify(k_out, ax.product([group, each]), eqn.why)
+    ax.unify(channels, k_in, eqn.why)
+    batch = inner
+    resize = lambda size: {'batch_group_count': size(group)}
+  elif groups == 1:
     ax.unify(channels, k_in, eqn.why)
   else:
     group = ax.atom(groups)
@@ -53,7 +64,7 @@ def _convolution(eqn: Equation) -> Resize | None:
     resize = lambda size: {'feature_group_count': size(group)}
   why = f'{eqn.why} slides along it'
   out.axes = [ax.atom(n, why) for n in out.shape]
-  out.axes[numbers.out_spec[0]] = data.axes[numbers.lhs_spec[0]]
+  out.axes[numbers.out_spec[0]] = batch
   out.axes[numbers.out_spec[1]] = k_out
   eqn.products = [*out.axes, *(kernel.axes[k] for k in numbers.rhs_spec[1:])]
   return resize

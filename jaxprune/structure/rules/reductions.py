@@ -60,6 +60,36 @@ def _reduce_window(eqn: Equation) -> None:
   return None
 
 
+@rule('select_and_scatter_add', 'select_and_gather_add')
+def _select_in_window(eqn: Equation) -> None:
+  """Derivatives of pooling: what windows slide along stays whole."""
+  (out,), params = eqn.outputs, eqn.params
+  pooled, operand = eqn.inputs
+  if eqn.primitive.name == 'select_and_gather_add':
+    pooled = out  # Of tangents and operand of one shape.
+    for a, b in zip(eqn.inputs[0].axes, operand.axes, strict=True):
+      ax.unify(a, b, eqn.why)
+  why = f'{eqn.why} slides along it'
+  still = [
+    params['window_dimensions'][k] == params['window_strides'][k] == 1
+    and tuple(params['padding'][k]) == (0, 0)
+    for k in range(len(operand.shape))
+  ]
+  if pooled is out:
+    out.axes = [
+      axis if is_still else ax.atom(n, why)
+      for axis, n, is_still in zip(operand.axes, out.shape, still, strict=True)
+    ]
+  else:
+    out.axes = list(operand.axes)
+  for a, b, is_still in zip(pooled.axes, operand.axes, still, strict=True):
+    if is_still:
+      ax.unify(a, b, eqn.why)
+    else:
+      ax.lock(a, why)
+      ax.lock(b, why)
+
+
 @rule(
   'cumsum',
   'cumprod',
