@@ -20,12 +20,12 @@ def normal(*shape, seed=0):
 VARIABLES = {
   'params': {
     'conv': {'kernel': normal(3, 3, 3, 8)},
-    'norm': {'scale': 1 + normal(8), 'bias': normal(8, seed=1)},
+    'norm': {'scale': 1 + 0.1 * normal(8), 'bias': 0.1 * normal(8, seed=1)},
     'dense': {'kernel': normal(8, 6)},
     'head': {'kernel': normal(6, 4)},
   },
   'batch_stats': {
-    'norm': {'mean': normal(8, seed=2), 'var': 1 + normal(8, seed=3) ** 2}
+    'norm': {'mean': 0.1 * normal(8, seed=2), 'var': 1 + normal(8, seed=3) ** 2}
   },
 }
 IMAGES = normal(4, 6, 6, 3)
