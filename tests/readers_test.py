@@ -216,19 +216,19 @@ REFUSED = {
     lambda p, x: head({**p, 'b': p['b'] / jnp.linalg.norm(p['b'])}, x),
     HEAD,
     'a',
-    r'uses b in another way',
+    r'b reads it, and .* uses it in another way',
   ),
   'of a kernel that is a square': (
     lambda p, x: head({**p, 'b': p['b'] ** 2}, x),
     HEAD,
     'a',
-    r'is not linear in a kernel that reads it',
+    r'of a kernel that reads it: (square|integer_pow) at .* is not linear',
   ),
   'of a tied embedding': (
     lambda p, x: (p['a'][jnp.array([0, 2])] + 1) @ p['a'].T,
     {'a': normal(4, 6)},
     'a',
-    r'uses a in another way',
+    r'a reads it, and gather at .* uses it in another way',
   ),
   'that a constant reads': (
     lambda p, x: jnp.tanh(x @ p['a']) @ jnp.ones((6, 2)),

@@ -16,6 +16,7 @@ def scale(
   graph: Graph,
   params: tree.PyTree,
   units: Mapping[str, Any] | None = None,
+  blocks: Mapping[str, Any] | None = None,
 ) -> tree.PyTree:
   """Returns params scaled so that the function computes with gates.
 
@@ -25,18 +26,24 @@ def scale(
   in train and eval form alike: one place on each path, after any norm. At 0 the
   unit is gone; at any other value nothing is counted twice.
 
+  For a block y = x + F(x) the leaves in which F ends (``closing``: the last
+  kernel and bias, or the last norm's scale and bias) are multiplied by its
+  gate: y = x + g F(x), for g >= 0.
+
   Args:
     graph: the graph of the function.
     params: a pytree like the traced params, or a sub-tree that holds the
       leaves to scale; arrays, traced or not.
     units: group -> float[size]; traced or not, differentiable.
+    blocks: name of a block -> float scalar, likewise.
 
   Returns:
     A pytree like ``params``; leaves that no gate reaches are unchanged.
 
   Raises:
-    ValueError: if a group is unknown or has no such place (``graph.unread``
-      says why), a gate has another shape, or a leaf to scale is missing.
+    ValueError: if a group or block is unknown, a group has no such place
+      (``graph.unread`` says why) or a block no such leaves (``unclosed``), a
+      gate has another shape, or a leaf to scale is missing.
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -46,26 +53,47 @@ def scale(
     >>> scale(graph, params, {'a': jnp.array([0.5, 2.0])})['b'].tolist()
     [[0.5], [2.0]]
   """
-  factors: dict[str, Any] = {}
+  found = []
   for name, gates in (units or {}).items():
-    for path, factor in _unit_factors(graph, name, gates):
-      factors[path] = factors[path] * factor if path in factors else factor
-  found = set()
+    found += _unit_factors(graph, name, gates)
+  for name, gate in (blocks or {}).items():
+    found += _block_factors(graph, name, gate)
+  factors: dict[str, Any] = {}
+  for path, factor in found:
+    factors[path] = factors[path] * factor if path in factors else factor
+  scaled = set()
 
   def one(path: str, value: Any) -> Any:
     name = locate(graph.leaves, path)
     if name not in factors:
       return value
-    found.add(name)
+    scaled.add(name)
     return value * factors[name].astype(value.dtype)
 
-  scaled = tree.map_with_path(one, params)
-  if missing := factors.keys() - found:
+  result = tree.map_with_path(one, params)
+  if missing := factors.keys() - scaled:
     raise ValueError(
       f'The gates scale {", ".join(sorted(missing))}, which the params lack; '
       f'pass the params that were traced.'
     )
-  return scaled
+  return result
+
+
+def _block_factors(graph: Graph, name: str, gate: Any) -> list[tuple[str, Any]]:
+  """What the gate of a block multiplies: (path, scalar)."""
+  if name not in graph.blocks:
+    raise ValueError(
+      f'There is no block {name!r}; the blocks are: '
+      f'{", ".join(graph.blocks) or "none"}.'
+    )
+  block = graph.blocks[name]
+  if block.unclosed:
+    raise ValueError(f'Block {name!r} has no gate: {block.unclosed}.')
+  if np.shape(gate):
+    raise ValueError(
+      f'The gate of block {name!r} must be a scalar, got {np.shape(gate)}.'
+    )
+  return [(path, jnp.asarray(gate)) for path in block.closing]
 
 
 def _unit_factors(graph: Graph, name: str, gates: Any) -> list[tuple[str, Any]]:

@@ -19,6 +19,7 @@ import optax
 from jaxprune import tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.blocks import Block, Blocks, blocks
 from jaxprune.structure.program import (
   Program,
   Run,
@@ -44,7 +45,10 @@ class Graph:
     atoms: name of a group -> its axis type.
     fn: the function.
     retrace: the graph of the same function at other arguments.
+    args: the shapes of the function's other arguments.
+    args_like: for each array of them the leaf that it is like, or None.
     out_tree: the structure of what the function returns.
+    outputs_like: for each array of it the leaf that it is like, or None.
     also: the graphs of the other functions of the trace: the same groups and
       the same plans, a program of their own.
     constrain: the graph of the same trace under other rules (of which
@@ -59,7 +63,10 @@ class Graph:
   atoms: dict[str, Axis]
   fn: Callable[..., Any]
   retrace: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+  args: tuple[Any, ...] = dataclasses.field(repr=False)
+  args_like: tuple[str | None, ...] = dataclasses.field(repr=False)
   out_tree: Any = dataclasses.field(repr=False)
+  outputs_like: tuple[str | None, ...] = dataclasses.field(repr=False)
   also: tuple['Graph', ...] = dataclasses.field(repr=False)
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
 
@@ -76,6 +83,21 @@ class Graph:
   def unread(self) -> dict[str, str]:
     """group -> why no gate can act on it, for all that `readers` leaves out."""
     return self._readers.refused
+
+  @functools.cached_property
+  def _blocks(self) -> Blocks:
+    names = list(self.groups)
+    return blocks(self.program, list(self.leaves), self.outputs_like, names)
+
+  @property
+  def blocks(self) -> dict[str, Block]:
+    """name -> residual branch that a plan may drop, in the program's order."""
+    return self._blocks.found
+
+  @property
+  def undropped(self) -> dict[str, str]:
+    """The other residual sums -> why their branch must stay."""
+    return self._blocks.refused
 
   def reduce(
     self, scores: tree.PyTree, *, norm: Norm = 'l2', combine: Combine = 'mean'
@@ -190,30 +212,45 @@ class Graph:
     return '; '.join(lines) or 'protected: it has a single entry'
 
   def __str__(self) -> str:
-    """Returns a table of the groups and of what is protected."""
+    """Returns a table of the groups, the blocks, and of what is protected."""
     rows = [('group', 'units', 'members')]
     for group in self.groups.values():
       members = ', '.join(f'{m.path}:{m.axis}' for m in group.members[:4])
       more = len(group.members) - 4
       members += f' and {more} more' if more > 0 else ''
       rows.append((group.name, str(group.size), members))
-    wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
-    lines = [
-      f'{a:<{wide[0]}}  {b:>{wide[1]}}  {c}'.rstrip() for a, b, c in rows
-    ]
+    lines = _columns(rows)
+    if self.blocks:
+      rows = [('block', 'leaves', 'closed by')]
+      for block in self.blocks.values():
+        by = ', '.join(block.closing) or f'none: {block.unclosed}'
+        rows.append((block.name, str(len(block.leaves)), by))
+      lines += ['', *_columns(rows)]
     whole: dict[tuple[str, str], list[str]] = {}
     for where, why in self.protected.items():
       path, _, axis = where.rpartition(':')
       whole.setdefault((path, why), []).append(axis)
-    if whole:
-      places = [f'{path}:{",".join(k)}' for (path, _), k in whole.items()]
-      wide_place = max(map(len, places))
-      lines += ['', 'protected']
-      lines += [
-        f'{place:<{wide_place}}  {why}'
-        for place, (_, why) in zip(places, whole, strict=True)
-      ]
+    rows = [
+      (f'{path}:{",".join(axes)}', '', why)
+      for (path, why), axes in whole.items()
+    ]
+    rows += [
+      (where, '', f'no block: {w}') for where, w in self.undropped.items()
+    ]
+    if rows:
+      lines += ['', 'protected', *_columns(rows)]
     return '\n'.join(lines)
+
+
+def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+  """Aligns a table of a name, a number and a text."""
+  wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
+  return [
+    '  '.join(
+      part for part in (f'{a:<{wide[0]}}', f'{b:>{wide[1]}}', c) if part
+    ).rstrip()
+    for a, b, c in rows
+  ]
 
 
 def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:

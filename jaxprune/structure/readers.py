@@ -7,13 +7,13 @@ gate on the data and the gate on the kernel's rows are the same number, so
 :func:`scale` needs the params alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.structure import axes as ax
-from jaxprune.structure import rules
+from jaxprune.structure import rules, scaling
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.flow import Binding, Flow, Step, flow, made, read
 from jaxprune.structure.program import Program
@@ -193,136 +193,46 @@ class _Search:
 
   def members(self, name: str) -> tuple[Member, ...]:
     """The slices of leaves that are the rows of all kernels that read it."""
-    atom, found = self.atoms[name], dict[Member, None]()
-    kernels = [
-      (r.kernel, self.typed(r.kernel)[r.axis]) for r in self.reads[name]
-    ]
     scaled: dict[Value, set[Axis]] = {}
-    for kernel, axis in kernels:
-      why = self.scales(kernel, set(ax.atoms(axis)), scaled)
+    for _, kernel, k in self.reads[name]:
+      rows = set(ax.atoms(self.typed(kernel)[k]))
+      runs = lambda v, rows=rows: any(
+        rows & set(ax.atoms(axis)) for axis in self.typed(v)
+      )
+      found: set[Value] = set()
+      why = scaling.walk(self.flow, kernel, self.paths, found, runs=runs)
       if why is not None:
-        self.refuse(name, why)
+        self.refuse(name, f'of a kernel that reads it: {why}')
         return ()
+      for value in found:
+        scaled.setdefault(value, set()).update(rows)
     readers = {(eqn, kernel) for eqn, kernel, _ in self.reads[name]}
-    for value, own in scaled.items():
-      why = self.misused(value, scaled, readers)
-      if why is not None:
-        self.refuse(name, why)
-        return ()
-      path = self.paths.get(value)
-      if path is None:
-        continue
-      for k, (axis, fresh) in enumerate(
-        zip(self.leaves[path].axes, self.typed(value), strict=True)
-      ):
-        touched = np.zeros(ax.find(fresh).size, bool)
-        for part, labels in occurrences(fresh):
-          touched |= (labels >= 0) & (part in own)
-        for part, labels in occurrences(axis):
-          if part is atom and np.any(touched & (labels >= 0)):
-            found[member(path, k, labels)] = None
-    return tuple(found)
+    wrong = scaling.misuse(
+      self.flow, scaled, scaled, lambda eqn, value: (eqn, value) in readers
+    )
+    if wrong is not None:
+      value, why = wrong
+      kernel = self.paths.get(value, 'a kernel')
+      self.refuse(name, f'{kernel} reads it, and {why}')
+      return ()
+    members = dict[Member, None]()
+    for value, path in self.paths.items():
+      if value in scaled:
+        members |= dict.fromkeys(self.rows(name, path, value, scaled[value]))
+    return tuple(members)
 
-  def scales(
-    self, value: Value, own: set[Axis], scaled: dict[Value, set[Axis]]
-  ) -> str | None:
-    """Notes the values that scale with a kernel, down to its leaves.
-
-    Args:
-      value: a value made of leaves.
-      own: the atoms (of the second typing) whose rows are scaled.
-      scaled: value -> atoms, extended.
-
-    Returns:
-      Why the kernel does not scale as its leaves do, or None.
-    """
-    if own <= scaled.get(value, set()):
-      return None
-    if not any(own & set(ax.atoms(axis)) for axis in self.typed(value)):
-      return 'a product reads it with what no leaf scales along it'
-    scaled.setdefault(value, set()).update(own)
-    if value in self.paths:
-      return None
-    makers = self.flow.makers.get(value, ())
-    if len(makers) != 1:
-      return 'a kernel that reads it is a constant or comes out of a loop'
-    (step,) = makers
-    if isinstance(step, Binding):
-      return self.scales(step.source, own, scaled)
-    needed = linear_operands(self.flow, step)
-    why: str | None = f'{step.why} is not linear in a kernel that reads it'
-    if needed is None:
-      return why
-    operands = [step.inputs[k] for k in needed]
-    if step.primitive.name in PRODUCTS:
-      for operand in reversed(operands):
-        tried = {v: set(s) for v, s in scaled.items()}
-        why = self.scales(operand, own, tried)
-        if why is None:
-          scaled.update(tried)
-          return None
-      return why
-    if step.primitive.name == 'concatenate':
-      runs = lambda v: any(own & set(ax.atoms(a)) for a in self.typed(v))
-      operands = [v for v in operands if runs(v)]
-    for operand in operands:
-      why = self.scales(operand, own, scaled)
-      if why is not None:
-        return why
-    return None
-
-  def misused(
-    self,
-    value: Value,
-    scaled: Mapping[Value, set[Axis]],
-    readers: set[tuple[Equation, Value]],
-  ) -> str | None:
-    """Why a scaled value would act elsewhere too, or None."""
-    if value in self.flow.outputs:
-      return 'the function returns a kernel that reads it'
-    for step in self.flow.uses.get(value, ()):
-      if isinstance(step, Equation) and (step, value) in readers:
-        continue
-      if not any(out in scaled for out in made(step)):
-        why = step.why if isinstance(step, Equation) else 'a loop'
-        leaf = self.paths.get(value, 'a kernel that reads it')
-        return f'{why} uses {leaf} in another way'
-      if (
-        isinstance(step, Equation)
-        and step.primitive.name in PRODUCTS
-        and sum(v in scaled for v in step.inputs) > 1
-      ):
-        return f'{step.why} multiplies two kernels that read it'
-    return None
-
-
-_LAYOUT_NAMES = """
-  broadcast_in_dim convert_element_type copy copy_p cumsum dynamic_slice
-  expand_dims gather name neg reduce_precision reduce_sum reshape rev slice
-  split squeeze stop_gradient tile transpose unstack
-"""
-LAYOUT = frozenset(_LAYOUT_NAMES.split())
-SUMS = frozenset(['add', 'add_any', 'concatenate', 'stack', 'sub'])
-PRODUCTS = frozenset(['conv_general_dilated', 'div', 'dot_general', 'mul'])
-
-
-def linear_operands(stream: Flow, eqn: Equation) -> Sequence[int] | None:
-  """Returns the operands in which an operation is linear and without offset.
-
-  All of them must scale for the result of a sum to scale, any one of them for
-  that of a product; None if there is no such operand.
-  """
-  name = eqn.primitive.name
-  zero = stream.is_zero
-  if name in LAYOUT or name == 'div':
-    return [0]
-  if name == 'pad':
-    return [0] if zero(eqn.inputs[1]) else None
-  if name == 'select_n':
-    return [k for k, v in enumerate(eqn.inputs) if k and not zero(v)]
-  if name in SUMS:
-    return [k for k, v in enumerate(eqn.inputs) if not zero(v)]
-  return [0, 1] if name in PRODUCTS else None
+  def rows(
+    self, name: str, path: str, value: Value, own: set[Axis]
+  ) -> Iterable[Member]:
+    """The slices of a leaf that are of a group and on the scaled axes."""
+    axes = zip(self.leaves[path].axes, self.typed(value), strict=True)
+    for k, (axis, fresh) in enumerate(axes):
+      touched = np.zeros(ax.find(fresh).size, bool)
+      for part, labels in occurrences(fresh):
+        touched |= (labels >= 0) & (part in own)
+      for part, labels in occurrences(axis):
+        if part is self.atoms[name] and np.any(touched & (labels >= 0)):
+          yield member(path, k, labels)
 
 
 def over(pair: tuple[tuple[Value, int], ...]) -> list[Axis]:

@@ -29,7 +29,7 @@ from jaxprune.structure.program import (
 from jaxprune.structure.rules import Value
 from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
 
-Reductions = Literal['protect', 'keep']
+Reductions = Literal['protect', 'keep', 'rescale']
 
 
 def trace(
@@ -39,6 +39,7 @@ def trace(
   reductions: Reductions = 'protect',
   also: Sequence[tuple[Any, ...]] = (),
   rules: Mapping[str, Choice] | None = None,
+  narrow: tuple[Any, ...] | None = None,
 ) -> Graph:
   """Returns the groups of a function by tracing it on shapes alone.
 
@@ -63,10 +64,20 @@ def trace(
     reductions: what becomes of an axis that a reduction runs over, as the
       statistics of a LayerNorm or a softmax do: 'protect' keeps it whole,
       'keep' offers it, and the smaller function computes what the network
-      with those units absent does, the divisors of its means unchanged.
+      with those units absent does, the divisors of its means unchanged;
+      'rescale' offers it, and the smaller function computes what the same
+      module would at its width: the divisors of means and the scale of an
+      attention are those of what is left. Numbers are known by their place
+      (see :mod:`jaxprune.structure.rescale`) or by ``narrow``; an axis that a
+      number may stand for that cannot be told stays whole.
     also: other functions of the same params, each a tuple ``(fn, *args)``.
     rules: regular expression over names of groups -> :class:`Choice`; the
       first that matches a group decides.
+    narrow: for 'rescale', ``(fn, params, *args)`` of the same function at
+      other widths: shapes will do. A number that differs between the two
+      traces follows from a width, one that does not follows from none. Of two
+      widths that shrink alike the numbers cannot be told apart: choose
+      different ratios.
 
   Returns:
     The :class:`Graph`.
@@ -74,8 +85,10 @@ def trace(
   Raises:
     TypeError: if ``params`` holds a leaf that is no array, or ``also`` what
       is no tuple of a function and its arguments.
-    ValueError: if ``reductions`` is neither of the two, if a rule matches no
-      group, is no choice that its groups have, or ties groups of other sizes.
+    ValueError: if ``reductions`` is none of the three, if a rule matches no
+      group, is no choice that its groups have, or ties groups of other sizes,
+      or if ``narrow`` comes without 'rescale' or has other leaves or
+      operations.
 
   Examples:
     >>> params = {'a': jnp.ones((2, 8)), 'b': jnp.ones((8, 3))}
@@ -84,9 +97,15 @@ def trace(
     (Member(path='a', axis=1, offset=0, stride=1), \
 Member(path='b', axis=0, offset=0, stride=1))
   """
-  if reductions not in ('protect', 'keep'):
+  if reductions not in ('protect', 'keep', 'rescale'):
     raise ValueError(
-      f"`reductions` must be 'protect' or 'keep', got {reductions!r}."
+      f"`reductions` must be 'protect', 'keep' or 'rescale', got "
+      f'{reductions!r}.'
+    )
+  if narrow is not None and reductions != 'rescale':
+    raise ValueError(
+      f"`narrow` tells what to rescale: it needs reductions='rescale', got "
+      f'{reductions!r}.'
     )
   for path, leaf in tree.leaves(params).items():
     if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
@@ -202,11 +221,8 @@ def _graphs(
     for path, spec in tree.leaves(how.params).items()
   }
   used: set[str] = set()
-  programs, out_trees = [], []
-  for form in forms:
-    program, out_tree = _program(form, how.params, leaves, used)
-    programs.append(program)
-    out_trees.append(out_tree)
+  typed = [_program(form, how.params, leaves, used) for form in forms]
+  programs = [program for program, *_ in typed]
   for path, leaf in leaves.items():
     if path not in used:
       for axis in leaf.axes:
@@ -233,28 +249,36 @@ def _graphs(
     for path, leaf in leaves.items()
   }
   text = json.dumps(description, sort_keys=True)
-  graph = lambda form, program, out_tree, retrace, also: Graph(
+  graph = lambda form, typed, retrace, also: Graph(
     groups=groups,
     leaves=leaves,
     protected=_protected(leaves),
     fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
-    program=program,
+    program=typed[0],
     atoms={name: atom for atom, name in names.items()},
     fn=form.fn,
     retrace=retrace,
-    out_tree=out_tree,
+    args=tuple(form.args),
+    args_like=typed[1],
+    out_tree=typed[2],
+    outputs_like=typed[3],
     also=also,
     constrain=constrain,
   )
-  first, *others = zip(forms, programs, out_trees, retraces, strict=True)
+  first, *others = zip(forms, typed, retraces, strict=True)
   also = [graph(*other, ()) for other in others]
   return [graph(*first, tuple(also)), *also]
 
 
 def _program(
   form: _Form, params: tree.PyTree, leaves: Mapping[str, Leaf], used: set[str]
-) -> tuple[Program, Any]:
-  """Types one function; adds the leaves that it uses."""
+) -> tuple[Program, tuple[str | None, ...], Any, tuple[str | None, ...]]:
+  """Types one function; adds the leaves that it uses.
+
+  Returns:
+    The program, the leaves that its arguments are like, the structure of its
+    outputs and the leaves that they are like.
+  """
   closed, out_spec = jax.make_jaxpr(form.fn, return_shape=True)(
     params, *form.args
   )
@@ -262,10 +286,8 @@ def _program(
     Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
     for path, leaf in leaves.items()
   ]
-  inputs = []
-  for spec, name in zip(
-    jax.tree.leaves(form.args), _leaf_names(params, form.args), strict=True
-  ):
+  inputs, args_like = [], _leaf_names(params, form.args)
+  for spec, name in zip(jax.tree.leaves(form.args), args_like, strict=True):
     axes = (
       [ax.atom(n, 'it is an input of the function') for n in spec.shape]
       if name is None
@@ -274,10 +296,10 @@ def _program(
     inputs.append(Value(spec.shape, spec.dtype, axes, has_data=True))
   jaxpr = eliminate_dead_code(closed.jaxpr)
   program = build(jaxpr, closed.consts, [*values, *inputs])
-  handed_back = set()
+  outputs_like = []
   for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
     name = _mirrored(path, value.shape, leaves)
-    handed_back.add(name)
+    outputs_like.append(name)
     for k, axis in enumerate(value.axes):
       if name is None:
         ax.lock(axis, 'it is an output of the function')
@@ -287,9 +309,10 @@ def _program(
   used.update(
     path
     for path, value in zip(leaves, values, strict=True)
-    if value in read or (path in handed_back and value not in program.outputs)
+    if value in read or (path in outputs_like and value not in program.outputs)
   )
-  return program, jax.tree.structure(out_spec)
+  out_tree = jax.tree.structure(out_spec)
+  return program, tuple(args_like), out_tree, tuple(outputs_like)
 
 
 def _reduced(programs: Sequence[Program]) -> dict[Axis, list[str]]:

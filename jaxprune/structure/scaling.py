@@ -1,0 +1,142 @@
+"""Which leaves to multiply by g, for a value of a program to become g times it.
+
+The walk goes back from the value over operations that are linear (or, for
+g >= 0, positively homogeneous) without offset, down to leaves of the params: in
+a sum every term must scale, in a product one factor.
+"""
+
+from collections.abc import Callable, Container, Iterable
+
+from jaxprune.structure.flow import Binding, Flow, made
+from jaxprune.structure.rules import Equation, Value
+
+_LINEAR_NAMES = """
+  broadcast_in_dim convert_element_type copy copy_p cumsum dynamic_slice
+  expand_dims gather name neg reduce_precision reduce_sum reduce_window_sum
+  reshape rev slice split squeeze stop_gradient tile transpose unstack
+"""
+_LINEAR = frozenset(_LINEAR_NAMES.split())
+_SUMS = frozenset(['add', 'add_any', 'concatenate', 'stack', 'sub'])
+_PRODUCTS = frozenset(['conv_general_dilated', 'div', 'dot_general', 'mul'])
+_POSITIVE = frozenset(
+  ['abs', 'reduce_max', 'reduce_min', 'reduce_window_max', 'reduce_window_min']
+)
+
+
+def walk(
+  stream: Flow,
+  value: Value,
+  leaves: Container[Value],
+  found: set[Value],
+  *,
+  runs: Callable[[Value], bool] = lambda value: True,
+  data: Container[Value] = (),
+  positive: bool = False,
+) -> str | None:
+  """Adds the values that scale with one, down to leaves.
+
+  Args:
+    stream: the flow of the program.
+    value: the value to scale.
+    leaves: where the walk may end.
+    found: extended by the values on the way and the leaves; by some of them
+      if the walk fails.
+    runs: which values are scaled at all: those that have the scaled axis.
+    data: values to scale only where no other factor of a product can be.
+    positive: whether g >= 0 may be assumed.
+
+  Returns:
+    Why the value cannot be scaled, or None.
+  """
+  if value in found:
+    return None
+  if not runs(value):
+    return 'a product reads it with what no leaf scales along it'
+  found.add(value)
+  if value in leaves:
+    return None
+  makers = stream.makers.get(value, ())
+  if len(makers) != 1:
+    return 'it comes from a constant, an argument or a loop'
+  (step,) = makers
+  options = {'runs': runs, 'data': data, 'positive': positive}
+  if isinstance(step, Binding):
+    return walk(stream, step.source, leaves, found, **options)
+  operands = _operands(stream, step, positive)
+  why: str | None = f'{step.why} is not linear in it'
+  if operands is None:
+    return why
+  if step.primitive.name in _PRODUCTS:
+    # Leaves before data; of two, the one on the right reads the other.
+    turns = sorted(
+      range(len(operands)), key=lambda k: (operands[k] in data, -k)
+    )
+    for operand in (operands[k] for k in turns):
+      tried = set(found)
+      why = walk(stream, operand, leaves, tried, **options)
+      if why is None:
+        found |= tried
+        return None
+    return why
+  if step.primitive.name == 'concatenate':
+    operands = [v for v in operands if runs(v)]
+  for operand in operands:
+    why = walk(stream, operand, leaves, found, **options)
+    if why is not None:
+      return why
+  return None
+
+
+def misuse(
+  stream: Flow,
+  found: Container[Value],
+  values: Iterable[Value],
+  expected: Callable[[Equation, Value], bool],
+) -> tuple[Value, str] | None:
+  """Returns a scaled value that would act elsewhere too, and where, or None.
+
+  Args:
+    stream: the flow of the program.
+    found: all values that scale.
+    values: those to look at.
+    expected: the uses (step, value) that are meant to see the value scaled.
+  """
+  for value in values:
+    if value in stream.outputs:
+      return value, 'the function returns it'
+    for step in stream.uses.get(value, ()):
+      if isinstance(step, Binding):
+        if step.target not in found:
+          return value, 'a loop or a branch takes it'
+        continue
+      if expected(step, value):
+        continue
+      if not any(out in found for out in made(step)):
+        return value, f'{step.why} uses it in another way'
+      if (
+        step.primitive.name in _PRODUCTS
+        and sum(v in found for v in step.inputs) > 1
+      ):
+        return value, f'{step.why} would count it twice'
+  return None
+
+
+def _operands(
+  stream: Flow, eqn: Equation, positive: bool
+) -> list[Value] | None:
+  """The operands in which an operation is linear and without offset.
+
+  All of them must scale for the result of a sum to scale, any one of them for
+  that of a product; None if there is no such operand.
+  """
+  name, inputs = eqn.primitive.name, eqn.inputs
+  if name in _LINEAR or name == 'div' or (positive and name in _POSITIVE):
+    return inputs[:1]
+  rest = [v for v in inputs if not stream.is_zero(v)]
+  if name in _SUMS or (positive and name in ('max', 'min') and len(rest) == 1):
+    return rest
+  if name == 'pad':
+    return inputs[:1] if stream.is_zero(inputs[1]) else None
+  if name == 'select_n':
+    return [v for v in inputs[1:] if not stream.is_zero(v)]
+  return list(inputs) if name in _PRODUCTS else None
