@@ -1,7 +1,6 @@
-"""Soft masks inside the loss: PDP, and the methods it is compared with.
+"""Soft masks inside the loss: PDP, parameter-free differentiable pruning.
 
-PDP, parameter-free differentiable pruning, is a function of the params that
-goes where the params go in a loss::
+PDP is a function of the params that goes where the params go in a loss::
 
   loss = lambda p, state, batch: task(model.apply(soft.pdp(p, state), batch))
 
@@ -16,13 +15,11 @@ state at the end of a dense warm-up, its ``ramp`` is raised from 0 to 1, and
 :func:`harden` turns it into masks with an exact count of zeros.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxprune import counts, select, tree
@@ -56,6 +53,7 @@ def pdp_init(
   sparsity: float | jax.Array | Mapping[str, float] | None = None,
   *,
   n_by_m: NByM | None = None,
+  pruned: Mapping[str, int] | None = None,
   which: tree.Which = None,
   tau: float | jax.Array = 1e-4,
   c: float | jax.Array = 0.0,
@@ -68,13 +66,14 @@ def pdp_init(
   round(sparsity * size).
 
   Args:
-    params: the weights after warm-up. For :func:`pdp_channels` the norms that
-      its ``reduce`` returns, with ``which=lambda *_: True``.
+    params: the weights after warm-up.
     sparsity: fraction of zeros over all prunable weights, in [0, 1), static or
       traced; or rules over paths with one sparsity per leaf, 0 where no rule
       matches (their counts are rounded by largest remainder). None with
-      ``n_by_m``.
+      ``n_by_m`` or ``pruned``.
     n_by_m: for :func:`pdp` with the same argument: n kept of every m.
+    pruned: path -> how many weights of this leaf to prune, less than it has;
+      static. Leaves without a count stay whole.
     which: the leaves to prune, as for :func:`jaxprune.tree.prunable`.
     tau: absolute temperature, in units of a squared weight, at least 0.
     c: temperature relative to t^2, at least 0. The published rule is c = 0;
@@ -84,10 +83,10 @@ def pdp_init(
     A :class:`PDPState` with ramp 0: the identity, until it is raised.
 
   Raises:
-    ValueError: if weights are not finite, if a sparsity is outside [0, 1), if
-      not exactly one of sparsity and ``n_by_m`` is given, if ``n_by_m`` is not
-      0 < n < m, if tau or c is negative or both are zero, or as
-      :func:`jaxprune.tree.prunable`.
+    ValueError: if weights are not finite, if a sparsity or a count is out of
+      range, if not exactly one of sparsity, ``n_by_m`` and ``pruned`` is given,
+      if ``n_by_m`` is not 0 < n < m, if tau or c is negative or both are zero,
+      or as :func:`jaxprune.tree.prunable`.
 
   References:
     Cho, Adya and Naik (2023), arXiv:2305.11203. The global threshold, tau and
@@ -99,8 +98,8 @@ def pdp_init(
     3
   """
   weights = tree.prunable(params, which)
-  if (sparsity is None) == (n_by_m is None):
-    raise ValueError('Give either `sparsity` or `n_by_m`, not both.')
+  if sum(x is not None for x in (sparsity, n_by_m, pruned)) != 1:
+    raise ValueError('Give one of `sparsity`, `n_by_m` and `pruned`.')
   for name, value in (('tau', tau), ('c', c)):
     if isinstance(value, float | int) and value < 0:
       raise ValueError(f'`{name}` must be at least 0, got {value}.')
@@ -109,14 +108,16 @@ def pdp_init(
     raise ValueError('`tau` and `c` are both 0: a mask needs a temperature.')
   if n_by_m is not None:
     n, m = _check_n_by_m(n_by_m)
-    pruned = jax.tree.map(lambda w: jnp.uint32(w.size // m * (m - n)), weights)
+    goal = jax.tree.map(lambda w: jnp.uint32(w.size // m * (m - n)), weights)
+  elif pruned is not None:
+    goal = _counted(weights, pruned)
   elif isinstance(sparsity, Mapping):
-    pruned = _given_counts(weights, sparsity)
+    goal = _counted(weights, _shares(weights, sparsity))
   else:
     assert sparsity is not None
-    pruned = _global_counts(weights, sparsity)
+    goal = _global_counts(weights, sparsity)
   scalar = lambda x: jnp.asarray(x, jnp.float32)
-  return PDPState(pruned, scalar(0.0), scalar(tau), scalar(c))
+  return PDPState(goal, scalar(0.0), scalar(tau), scalar(c))
 
 
 def pdp(
@@ -175,127 +176,47 @@ def pdp(
   return tree.map_pruned(lambda w, x: x.reshape(w.shape), params, soft)
 
 
-def pdp_channels(
+def mask(
   params: tree.PyTree,
   state: PDPState,
-  reduce: Callable[[tree.PyTree], tree.PyTree],
-  expand: Callable[[tree.PyTree], tree.PyTree],
   *,
+  n_by_m: NByM | None = None,
+  axis: int = -2,
   through: bool = False,
 ) -> tree.PyTree:
-  """Returns the params with each channel's soft mask on the channel's readers.
-
-  m_j = sigmoid((u_j^2 - t^2) / (tau + c t^2)) with u = reduce(params), the
-  norm of channel j, and t halfway between the norms to keep and to prune; each
-  factor of expand(m) multiplies its leaf.
-
-  A mask on the kernel that makes a channel is invisible behind a BatchNorm in
-  training, which divides it out again, and after hardening the norm's bias
-  keeps the channel alive. So ``expand`` ought to put the mask on the readers'
-  rows, once on every path. :func:`kernel_channels` is the published form.
+  """Returns the masks by which :func:`pdp` multiplies the weights.
 
   Args:
-    params: any pytree.
-    state: from ``pdp_init(reduce(params), ..., which=lambda *_: True)``.
-    reduce: params -> pytree of groups, float[width] each: norms.
-    expand: pytree of groups of factors -> pytree like ``params`` of arrays that
-      broadcast to their leaf, ``optax.MaskedNode()`` where nothing acts.
-    through: whether gradients flow through t.
+    params: as for :func:`pdp`.
+    state: from :func:`pdp_init`; of a hardened one the frozen masks.
+    n_by_m: as for :func:`pdp`.
+    axis: as for :func:`pdp`.
+    through: as for :func:`pdp`.
 
   Returns:
-    Like ``params``, of the same dtypes. Once hardened, the entries that belong
-    to closed channels are exactly zero.
-
-  References:
-    Cho, Adya and Naik (2023), arXiv:2305.11203, for norms of filters; whole
-    groups and the readers' rows are ours.
-
-  Examples:
-    >>> params = {'a': jnp.array([[3.0, 4.0]]), 'b': jnp.array([[1.0], [1.0]])}
-    >>> reduce = lambda p: {'hidden': jnp.abs(p['a'][0])}
-    >>> expand = lambda g: {'a': optax.MaskedNode(), 'b': g['hidden'][:, None]}
-    >>> state = pdp_init(reduce(params), 0.5, which=lambda *_: True)
-    >>> hard = harden(reduce(params), state)
-    >>> print(pdp_channels(params, hard, reduce, expand)['b'])
-    [[0.]
-     [1.]]
-  """
-  if state.masks is not None:
-    ones = lambda mask: mask.astype(jnp.float32)
-    factors = expand(jax.tree.map(ones, state.masks))
-    cut = lambda w, f: jnp.where(f > 0, w, 0)
-    return tree.map_pruned(cut, params, factors)
-  norms = reduce(params)
-  scores = _views(norms, state, None, 0)
-  ts = _thresholds(scores, state, None, 0, through)
-  gate = lambda u, t, k: jnp.where(
-    k > 0, _soft_mask(u.astype(jnp.float32), t, state.tau, state.c), 1.0
-  )
-  soft = jax.tree.map(gate, scores, ts, _counts(state))
-  ones = jax.tree.map(lambda u: jnp.ones(u.shape, jnp.float32), norms)
-  factors = expand(tree.map_pruned(lambda _, m: m, ones, soft))
-  scale = lambda w, f: (w * f).astype(w.dtype)
-  return tree.map_pruned(scale, params, factors)
-
-
-def kernel_channels(
-  params: tree.PyTree, *, which: tree.Which = None, axis: int = -1
-) -> tuple[
-  Callable[[tree.PyTree], tree.PyTree], Callable[[tree.PyTree], tree.PyTree]
-]:
-  """Returns ``reduce`` and ``expand`` that mask filters on their own kernels.
-
-  u_j = ||W[..., j]||_2, the published channel form of PDP. It warns where the
-  params hold the scale of a norm as long as a kernel is wide.
-
-  Args:
-    params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
-    which: the kernels, as for :func:`jaxprune.tree.prunable`.
-    axis: the output axis of every kernel; -1 for Flax.
-
-  Returns:
-    Two functions for :func:`pdp_channels`; a group is a kernel, by path.
+    float32 in [0, 1], 1 where nothing is to prune; ``optax.MaskedNode()``
+    where a leaf is not pruned.
 
   Raises:
-    ValueError: as :func:`jaxprune.tree.prunable`.
-
-  References:
-    Cho, Adya and Naik (2023), arXiv:2305.11203, confirmed from code.
+    ValueError: as :func:`pdp`.
 
   Examples:
-    >>> params = {'kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
-    >>> reduce, expand = kernel_channels(params)
-    >>> print(reduce(params)['kernel'])
-    [5. 2.]
+    >>> params = {'kernel': jnp.array([[1.0, 2.0, 2.0, 4.0]])}
+    >>> state = pdp_init(params, 0.5, tau=1.0)._replace(ramp=jnp.float32(1.0))
+    >>> print(mask(params, state)['kernel'][0, 1])  # At t.
+    0.5
   """
-  kernels = tree.leaves(tree.prunable(params, which))
-  widths = {w.shape[axis]: path for path, w in kernels.items()}
-  for path, leaf in tree.leaves(params).items():
-    if path.endswith('scale') and leaf.shape[-1:] and leaf.size in widths:
-      warnings.warn(
-        f'{path!r} looks like the norm behind {widths[leaf.size]!r}: in '
-        f'training it divides a mask on that kernel out again. Let `expand` '
-        f'mask the rows of the layers that read the channels.',
-        stacklevel=2,
-      )
-      break
+  if state.masks is not None:
+    return jax.tree.map(lambda mask: mask.astype(jnp.float32), state.masks)
+  views = _views(params, state, n_by_m, axis)
+  ts = _thresholds(views, state, n_by_m, axis, through)
 
-  def reduce(params):
-    named = tree.leaves(params)
-    norm = lambda w: jnp.sqrt(
-      jnp.sum(jnp.square(w.astype(jnp.float32)), _others(w, axis))
-    )
-    return {path: norm(named[path]) for path in kernels}
+  def one(w, x, t, k):
+    m = _soft_mask(x.astype(jnp.float32), t, state.tau, state.c)
+    return jnp.where(k > 0, m, 1.0).reshape(w.shape)
 
-  def expand(groups):
-    def place(path, w):
-      if path not in groups:
-        return optax.MaskedNode()
-      return jnp.expand_dims(groups[path], _others(w, axis))
-
-    return tree.map_with_path(place, params)
-
-  return reduce, expand
+  live = tree.restrict(params, state.pruned)
+  return jax.tree.map(one, live, views, ts, _counts(state))
 
 
 def sides(
@@ -308,7 +229,7 @@ def sides(
   """Returns which weights lie on the kept side of t, at the ramp in force.
 
   Args:
-    params: as for :func:`pdp`; for channels, ``reduce(params)``.
+    params: as for :func:`pdp`; for channels, their norms.
     state: from :func:`pdp_init`.
     n_by_m: as for :func:`pdp`.
     axis: as for :func:`pdp`.
@@ -533,10 +454,6 @@ def _views(
   return tree.map_with_path(split, live)
 
 
-def _others(w: Any, axis: int) -> tuple[int, ...]:
-  return tuple(i for i in range(len(w.shape)) if i != axis % len(w.shape))
-
-
 def _check_n_by_m(n_by_m: NByM) -> NByM:
   n, m = n_by_m
   if not 0 < n < m:
@@ -556,9 +473,25 @@ def _global_counts(
   return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
 
 
-def _given_counts(
-  weights: tree.PyTree, rules: Mapping[str, float]
-) -> tree.PyTree:
+def _counted(weights: tree.PyTree, pruned: Mapping[str, int]) -> tree.PyTree:
+  named = tree.leaves(weights)
+  wrong = [
+    f'{path!r} is no leaf to prune'
+    if path not in named
+    else f'{path!r} has {named[path].size} weights, got {n}'
+    for path, n in pruned.items()
+    if path not in named or not 0 <= n < max(1, named[path].size)
+  ]
+  if wrong:
+    raise ValueError(
+      f'`pruned` gives leaves a count from 0 to less than their size: '
+      f'{"; ".join(wrong)}.'
+    )
+  count = lambda path, _: jnp.uint32(pruned.get(path, 0))
+  return tree.map_with_path(count, weights)
+
+
+def _shares(weights: tree.PyTree, rules: Mapping[str, float]) -> dict[str, int]:
   named = tree.leaves(weights)
   given = tree.match(rules, named, 0.0)
   odd = [f'{path}: {r}' for path, r in given.items() if not 0 <= r < 1]
@@ -570,4 +503,4 @@ def _given_counts(
   by_remainder = sorted(pruned, key=lambda path: pruned[path] - quotas[path])
   for path in by_remainder[:missing]:
     pruned[path] += 1
-  return tree.map_with_path(lambda path, _: jnp.uint32(pruned[path]), weights)
+  return pruned

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import soft, tree
+from jaxprune import soft, soft_channels, transforms, tree
 
 
 def ramp(
@@ -39,6 +39,42 @@ def ramp(
   epoch = jnp.asarray(epoch, jnp.float32)
   ramp = jnp.clip(rate * (epoch - begin + 1), 0.0, 1.0)
   return jnp.where(epoch < begin, 0.0, ramp)
+
+
+def ramp_schedule(
+  steps_per_epoch: int, rate: float = 0.015, by: str = 'epoch'
+) -> optax.Schedule:
+  """Returns :func:`ramp` as a function of the updates since the warm-up.
+
+  Args:
+    steps_per_epoch: at least 1.
+    rate: per epoch.
+    by: 'epoch', the published staircase, or 'step', of the same slope.
+
+  Returns:
+    A schedule for :func:`track_pdp`.
+
+  Raises:
+    ValueError: if ``steps_per_epoch`` is below 1 or ``by`` is another word.
+
+  Examples:
+    >>> stairs, slope = (ramp_schedule(4, 0.1, by) for by in ('epoch', 'step'))
+    >>> [round(float(f(step)), 3) for f in (stairs, slope) for step in (0, 2)]
+    [0.1, 0.1, 0.1, 0.15]
+  """
+  if steps_per_epoch < 1:
+    raise ValueError(
+      f'`steps_per_epoch` must be at least 1, got {steps_per_epoch}.'
+    )
+  if by not in ('epoch', 'step'):
+    raise ValueError(f"`by` must be 'epoch' or 'step', got {by!r}.")
+
+  def schedule(step):
+    if by == 'epoch':
+      return ramp(step // steps_per_epoch, begin=0, rate=rate)
+    return ramp(step / steps_per_epoch, begin=0, rate=rate)
+
+  return schedule
 
 
 def is_warm(
@@ -109,21 +145,25 @@ class TrackPDPState(NamedTuple):
   """State of :func:`track_pdp`."""
 
   step: jax.Array  # Updates seen so far; int32, shape [].
-  pdp: (
-    soft.PDPState
-  )  # In force at the next forward pass; never hardened itself.
-  masks: tree.PyTree | None  # Like params; bool, all True until hardened.
+  begin: jax.Array  # Updates of dense warm-up; int32, shape [].
+  pdp: soft.PDPState  # In force at the next forward pass; itself not hardened.
+  masks: tree.PyTree | None  # Like pdp.pruned; bool, all True until hardened.
   hard: jax.Array  # Whether the masks have taken over; bool, shape [].
+
+
+_NEVER = 2**31 - 1
 
 
 def track_pdp(
   sparsity: float | Mapping[str, float] | None = None,
   *,
-  begin: int,
+  begin: int | None,
   ramp: optax.Schedule,
   end: int | None = None,
   n_by_m: soft.NByM | None = None,
   axis: int = -2,
+  channels: soft_channels.Channels | None = None,
+  pruned: Mapping[str, int] | None = None,
   which: tree.Which = None,
   tau: float | optax.Schedule = 1e-4,
   c: float | optax.Schedule = 0.0,
@@ -141,16 +181,20 @@ def track_pdp(
 
   Args:
     sparsity: static, as for :func:`jaxprune.soft.pdp_init`.
-    begin: updates of dense warm-up.
-    ramp: step -> fraction of the target in force, as :func:`ramp` of
-      ``step / steps_per_epoch``; taken as 0 before ``begin``.
+    begin: updates of dense warm-up; None to go on until :func:`end_warm_up`.
+    ramp: updates since the warm-up -> fraction of the target in force, such as
+      :func:`ramp_schedule`.
     end: the step that hardens, after which training fine-tunes under frozen
       masks; None to leave it to :func:`jaxprune.soft.harden` after training.
     n_by_m: as for :func:`jaxprune.soft.pdp`.
     axis: as for :func:`jaxprune.soft.pdp`.
+    channels: of :mod:`jaxprune.soft_channels`, to close whole groups; the
+      sparsity, ``pruned`` and ``which`` are then those of groups.
+    pruned: as for :func:`jaxprune.soft.pdp_init`.
     which: as for :func:`jaxprune.soft.pdp_init`.
     tau: as for :func:`jaxprune.soft.pdp_init`, or a schedule of the step.
-    c: as for :func:`jaxprune.soft.pdp_init`, or a schedule of the step.
+    c: as for :func:`jaxprune.soft.pdp_init`, or a schedule of the step, such as
+      ``optax.exponential_decay`` from 0.25 to 0.01 before ``end``.
 
   Returns:
     An ``optax.GradientTransformation``; its ``update`` needs params.
@@ -166,7 +210,8 @@ def track_pdp(
     >>> print(optax.apply_updates(params, updates)['kernel'])
     [[ 0.  0.  6. -8.]]
   """
-  if begin < 0 or (end is not None and end <= begin):
+  first = 0 if begin is None else begin
+  if first < 0 or (end is not None and end <= first):
     raise ValueError(
       f'track_pdp needs 0 <= begin < end, got begin={begin}, end={end}.'
     )
@@ -175,17 +220,22 @@ def track_pdp(
     return value(step) if callable(value) else value
 
   def budgets(params, step):
+    options = {'pruned': pruned, 'tau': at(tau, step), 'c': at(c, step)}
+    if channels is not None:
+      return soft_channels.init(
+        params, channels, sparsity, which=which, **options
+      )
     return soft.pdp_init(
-      params,
-      sparsity,
-      n_by_m=n_by_m,
-      which=which,
-      tau=at(tau, step),
-      c=at(c, step),
+      params, sparsity, n_by_m=n_by_m, which=which, **options
     )
 
-  def in_force(step, state):
-    fraction = jnp.where(step < begin, 0.0, ramp(step))
+  def hardened(params, state):
+    if channels is not None:
+      return soft_channels.harden(params, state, channels).masks
+    return soft.harden(params, state, n_by_m=n_by_m, axis=axis).masks
+
+  def in_force(step, begin, state):
+    fraction = jnp.where(step < begin, 0.0, ramp(jnp.maximum(step - begin, 0)))
     scalar = lambda x: jnp.asarray(x, jnp.float32)
     return state._replace(
       ramp=scalar(fraction), tau=scalar(at(tau, step)), c=scalar(at(c, step))
@@ -193,35 +243,70 @@ def track_pdp(
 
   def init_fn(params: Any) -> Any:
     step = jnp.zeros([], jnp.int32)
-    state = in_force(step, budgets(params, step))
+    start = jnp.int32(_NEVER if begin is None else begin)
+    state = in_force(step, start, budgets(params, step))
     masks = None
     if end is not None:
-      full = lambda w: jnp.ones(w.shape, bool)
-      masks = jax.tree.map(full, tree.restrict(params, state.pruned))
-    return TrackPDPState(step, state, masks, jnp.zeros([], bool))
+      like = params if channels is None else channels.reduce(params)
+      full = lambda x: jnp.ones(x.shape, bool)
+      masks = jax.tree.map(full, tree.restrict(like, state.pruned))
+    return TrackPDPState(step, start, state, masks, jnp.zeros([], bool))
 
   def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
     if params is None:
       raise ValueError('track_pdp needs `params`; pass it to update.')
     step = jnp.asarray(optax.safe_increment(state.step))
     after = optax.apply_updates(params, updates)
-    pruned = lax.cond(
-      step == begin,
+    goal = lax.cond(
+      step == state.begin,
       lambda: budgets(after, step).pruned,
       lambda: state.pdp.pruned,
     )
-    pdp_state = in_force(step, state.pdp._replace(pruned=pruned))
+    pdp_state = in_force(step, state.begin, state.pdp._replace(pruned=goal))
+    new = state._replace(step=step, pdp=pdp_state)
     if end is None:
-      return updates, TrackPDPState(step, pdp_state, None, state.hard)
-    hardened = lambda: (
-      soft.harden(after, pdp_state, n_by_m=n_by_m, axis=axis).masks
+      return updates, new
+    masks = lax.cond(
+      step == end, lambda: hardened(after, pdp_state), lambda: state.masks
     )
-    masks = lax.cond(step == end, hardened, lambda: state.masks)
-    project = lambda u, mask, w: jnp.where(mask, u, -w)
-    updates = tree.map_pruned(project, updates, masks, params)
-    return updates, TrackPDPState(step, pdp_state, masks, step >= end)
+    cuts = masks
+    if channels is not None:
+      cuts = soft_channels.leaf_masks(params, masks, channels)
+    updates = transforms.project(updates, params, cuts)
+    return updates, new._replace(masks=masks, hard=step >= end)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def end_warm_up(opt_state: optax.OptState) -> optax.OptState:
+  """Returns the optimizer state in which the next update ends the warm-up.
+
+  For ``track_pdp(begin=None)``, once :func:`is_warm` says so; not under jit.
+  The step that was compiled goes on.
+
+  Args:
+    opt_state: holds one state of :func:`track_pdp`, still in its warm-up.
+
+  Raises:
+    ValueError: if it holds another number of them, or if the warm-up is over.
+
+  Examples:
+    >>> params = {'kernel': jnp.array([[1.0, 3.0]])}
+    >>> tx = track_pdp(0.5, begin=None, ramp=lambda step: 1.0)
+    >>> state = end_warm_up(tx.init(params))
+    >>> _, state = tx.update(params, state, params)
+    >>> float(state.pdp.ramp)
+    1.0
+  """
+  state = _find(opt_state, 'end_warm_up')
+  if state.begin <= state.step:
+    raise ValueError(
+      f'The warm-up is over since update {int(state.begin)}; end_warm_up is '
+      f'for track_pdp(begin=None), once.'
+    )
+  fresh = state._replace(begin=state.step + 1)
+  replace = lambda node: fresh if _is_ours(node) else node
+  return jax.tree.map(replace, opt_state, is_leaf=_is_ours)
 
 
 def with_pdp(
@@ -229,6 +314,7 @@ def with_pdp(
   *,
   n_by_m: soft.NByM | None = None,
   axis: int = -2,
+  channels: soft_channels.Channels | None = None,
   through: bool = False,
 ) -> Callable[..., Any]:
   """Returns ``(params, opt_state, *args) -> apply_fn(pdp(params), *args)``.
@@ -237,6 +323,7 @@ def with_pdp(
     apply_fn: a function whose first argument is the params.
     n_by_m: as for :func:`jaxprune.soft.pdp`; what :func:`track_pdp` was given.
     axis: as for :func:`jaxprune.soft.pdp`.
+    channels: what :func:`track_pdp` was given.
     through: as for :func:`jaxprune.soft.pdp`.
 
   Raises:
@@ -245,28 +332,39 @@ def with_pdp(
 
   Examples:
     >>> params = {'kernel': jnp.array([[1.0, 3.0]])}
+    >>> ramp = ramp_schedule(100)
     >>> tx = optax.chain(optax.sgd(0.1), track_pdp(0.5, begin=9, ramp=ramp))
     >>> with_pdp(lambda p, x: p['kernel'] * x)(params, tx.init(params), 2.0)
     Array([[2., 6.]], dtype=float32)
   """
-  is_ours = lambda node: isinstance(node, TrackPDPState)
+
+  def view(params, state):
+    if channels is not None:
+      return soft_channels.pdp(params, state, channels, through=through)
+    return soft.pdp(params, state, n_by_m=n_by_m, axis=axis, through=through)
 
   def apply(params, opt_state, *args, **kwargs):
-    states = [
-      s for s in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(s)
-    ]
-    if len(states) != 1:
-      raise ValueError(
-        f'with_pdp needs an optimizer state with one state of track_pdp, found '
-        f'{len(states)}; put track_pdp last in the chain.'
-      )
-    (state,) = states
-    gate = lambda p: soft.pdp(
-      p, state.pdp, n_by_m=n_by_m, axis=axis, through=through
-    )
+    state = _find(opt_state, 'with_pdp')
+    gate = lambda p: view(p, state.pdp)
     if state.masks is None:
       return apply_fn(gate(params), *args, **kwargs)
-    hard = lambda p: soft.pdp(p, state.pdp._replace(masks=state.masks))
+    hard = lambda p: view(p, state.pdp._replace(masks=state.masks))
     return apply_fn(lax.cond(state.hard, hard, gate, params), *args, **kwargs)
 
   return apply
+
+
+def _is_ours(node: Any) -> bool:
+  return isinstance(node, TrackPDPState)
+
+
+def _find(opt_state: optax.OptState, who: str) -> TrackPDPState:
+  """Returns the one state of track_pdp in the state of a chain."""
+  nodes = jax.tree.leaves(opt_state, is_leaf=_is_ours)
+  states = [node for node in nodes if _is_ours(node)]
+  if len(states) != 1:
+    raise ValueError(
+      f'{who} needs an optimizer state with one state of track_pdp, found '
+      f'{len(states)}; put track_pdp last in the chain.'
+    )
+  return states[0]

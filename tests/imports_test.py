@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = {
   'ground': 'tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
-  'training': 'drawing dynamic gates reparam soft soft_training transforms',
+  'training': (
+    'drawing dynamic gates reparam soft soft_channels soft_training transforms'
+  ),
   'structure': 'cost plans proof structure',
   'search': 'joint stagewise',
   'edge': 'augment checkpoint data digits export plots report text weights',
@@ -134,7 +136,7 @@ def test_experiments_use_public_names(file):
     n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)
   }
   private = [n for n in names if n.startswith('_') and not n.endswith('__')]
-  assert not private
+  assert set(private) <= {'_replace', '_asdict'}  # Of every NamedTuple.
 
 
 def test_importing_makes_no_array_and_changes_no_setting():

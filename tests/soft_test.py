@@ -218,107 +218,25 @@ def test_n_by_m_gradient_through_the_threshold():
   np.testing.assert_allclose(total(by_group), total(by_leaf), 1e-6)
 
 
-# Channels: a dense layer of 6, a norm in training, a reader.
-
-
-def forward(params, x):
-  h = x @ params['a']['kernel']
-  mean, var = h.mean(0, keepdims=True), h.var(0, keepdims=True)
-  h = (h - mean) / jnp.sqrt(var + 1e-5) + params['a']['bias'][None]
-  return jax.nn.relu(h) @ params['b']['kernel']
-
-
-def norms(params):
-  return {'hidden': jnp.linalg.norm(params['a']['kernel'], axis=0)}
-
-
-def readers(groups):
-  return {
-    'a': {'kernel': NONE, 'bias': NONE},
-    'b': {'kernel': groups['hidden'][:, None]},
-    'steps': NONE,
-  }
-
-
-def everything(*_):
-  return True
-
-
-def gain_of_gates(reduce, expand):
-  """Gradient of the loss with respect to c, which acts by the mask alone."""
-  params, x = weights(), jax.random.normal(jax.random.key(2), (16, 4))
-  state = soft.pdp_init(reduce(params), 0.5, which=everything, tau=0.0, c=0.3)
-
-  def loss(c):
-    state_c = full(state)._replace(c=c)
-    gated = soft.pdp_channels(params, state_c, reduce, expand)
-    return jnp.mean(jnp.square(forward(gated, x) - 1.0))
-
-  return abs(float(jax.grad(loss)(state.c)))
-
-
-def test_channel_mask_on_readers_is_seen_behind_a_norm_in_training():
-  kernels = soft.kernel_channels(
-    weights(), which=lambda path, _: path == 'a/kernel'
-  )
-  assert gain_of_gates(norms, readers) > 1e-2
-  assert gain_of_gates(*kernels) < 1e-3
-
-
-def test_channel_masks_by_hand():
+def test_masks_are_those_that_pdp_multiplies_by():
   params = weights()
-  u = np.linalg.norm(np.asarray(params['a']['kernel'], np.float64), axis=0)
-  state = full(soft.pdp_init(norms(params), 0.5, which=everything, tau=0.7))
-  got = soft.pdp_channels(params, state, norms, readers)
-  m = numpy_pdp(u, 3, 0.7, 0.0) / u
-  want = m[:, None] * params['b']['kernel']
+  state = full(soft.pdp_init(params, {'b/.*': 0.5, '.*kernel': 0.0}, tau=0.1))
+  got, gated = soft.mask(params, state), soft.pdp(params, state)
+  np.testing.assert_array_equal(got['a']['kernel'], 1)
+  assert isinstance(got['a']['bias'], optax.MaskedNode)
+  want = gated['b']['kernel'] / params['b']['kernel']
   np.testing.assert_allclose(got['b']['kernel'], want, 1e-5)
-  np.testing.assert_array_equal(got['a']['kernel'], params['a']['kernel'])
-  warm = soft.pdp_channels(params, full(state, 0.0), norms, readers)
-  jax.tree.map(np.testing.assert_array_equal, warm, params)
-
-
-def test_closed_channels_are_removable():
-  params, x = weights(), jax.random.normal(jax.random.key(2), (16, 4))
-  state = soft.pdp_init(norms(params), 0.5, which=everything)
-  hard = soft.harden(norms(params), state)
-  kept = np.flatnonzero(hard.masks['hidden'])
-  assert kept.size == 3
-  closed = soft.pdp_channels(params, hard, norms, readers)
-  small = {
-    'a': {k: v[..., kept] for k, v in params['a'].items()},
-    'b': {'kernel': params['b']['kernel'][kept]},
-  }
-  np.testing.assert_allclose(forward(closed, x), forward(small, x), 1e-5, 1e-6)
-
-
-def test_channels_that_a_rule_leaves_out_stay_open():
-  params = weights()
-  state = soft.pdp_init(
-    {'hidden': norms(params)['hidden'], 'other': jnp.ones(2)},
-    0.5,
-    which={'hidden': True, 'other': False},
+  hard = soft.harden(params, state)
+  np.testing.assert_array_equal(
+    soft.mask(params, hard)['b']['kernel'], hard.masks['b']['kernel']
   )
-  both = lambda p: {**norms(p), 'other': jnp.ones(2)}
-  seen = {}
-
-  def expand(groups):
-    seen.update(groups)
-    return readers(groups)
-
-  soft.pdp_channels(params, full(state), both, expand)
-  np.testing.assert_array_equal(seen['other'], 1)
 
 
-def test_kernel_channels_mask_filters_and_warn_about_norms():
-  params = {'conv/kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
-  reduce, expand = soft.kernel_channels(params)
-  state = soft.pdp_init(reduce(params), 0.5, which=everything)
-  hard = soft.harden(reduce(params), state)
-  got = soft.pdp_channels(params, hard, reduce, expand)['conv/kernel']
-  np.testing.assert_array_equal(got, [[3, 0], [4, 0]])
-  with pytest.warns(UserWarning, match="'norm/scale' looks like the norm"):
-    soft.kernel_channels({**params, 'norm/scale': jnp.ones(2)})
+def test_counts_that_are_given():
+  params = weights()
+  state = soft.pdp_init(params, pruned={'b/kernel': 7})
+  assert [int(n) for n in jax.tree.leaves(state.pruned)] == [0, 7]
+  assert zeros(_harden(params, state).masks) == 7
 
 
 # Diagnosis.
@@ -461,8 +379,10 @@ def test_extreme_leaves_stay_finite():
     ({'sparsity': 1.0}, r'`sparsity` must be in \[0, 1\), got 1.0'),
     ({'sparsity': {'a/.*': 1.5}}, r'must be in \[0, 1\), got a/kernel: 1.5'),
     ({'sparsity': {'c/.*': 0.5}}, "No leaf matches 'c/.*'"),
-    ({}, 'Give either `sparsity` or `n_by_m`'),
-    ({'sparsity': 0.5, 'n_by_m': (1, 2)}, 'Give either `sparsity` or `n_by_m`'),
+    ({}, 'Give one of `sparsity`, `n_by_m` and `pruned`'),
+    ({'sparsity': 0.5, 'n_by_m': (1, 2)}, 'Give one of `sparsity`'),
+    ({'pruned': {'c': 1}}, "'c' is no leaf to prune"),
+    ({'pruned': {'b/kernel': 30}}, "'b/kernel' has 30 weights, got 30"),
     ({'n_by_m': (4, 4)}, r'0 < n < m, got \(4, 4\)'),
     ({'sparsity': 0.5, 'tau': -1.0}, '`tau` must be at least 0, got -1.0'),
     ({'sparsity': 0.5, 'tau': 0, 'c': 0}, 'a mask needs a temperature'),

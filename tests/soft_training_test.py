@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import soft, soft_training
+from jaxprune import soft, soft_channels, soft_training
 
 
 def problem():
@@ -25,7 +25,7 @@ def problem():
 
 
 def ramp(step):
-  return jnp.clip((step - 1) / 4, 0.0, 1.0)
+  return jnp.clip((step + 1) / 4, 0.0, 1.0)  # Since the end of the warm-up.
 
 
 def train(tx, params, opt_state, x, apply, steps):
@@ -49,6 +49,18 @@ def test_ramp_by_epoch_and_by_step():
   got = [float(soft_training.ramp(e)) for e in epochs]
   np.testing.assert_allclose(got, [0, 0, 0.015, 0.03, 1], 1e-5)
   np.testing.assert_allclose(soft_training.ramp(16.5), 0.0225, 1e-5)
+
+
+def test_ramps_of_updates():
+  stairs = soft_training.ramp_schedule(10)
+  slope = soft_training.ramp_schedule(10, by='step')
+  steps = [0, 9, 10, 15]
+  np.testing.assert_allclose(
+    [float(stairs(s)) for s in steps], [0.015, 0.015, 0.03, 0.03], 1e-5
+  )
+  np.testing.assert_allclose(
+    [float(slope(s)) for s in steps], [0.015, 0.0285, 0.03, 0.0375], 1e-5
+  )
 
 
 def test_warm_is_a_run_above_one_half():
@@ -98,6 +110,83 @@ def test_budgets_are_those_of_the_params_after_warm_up():
   assert seen == [[4, 0], [0, 4], [0, 4], [0, 4]]
 
 
+def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
+  params, x, apply = problem()
+  tx = optax.chain(
+    optax.sgd(0.1), soft_training.track_pdp(0.7, begin=None, ramp=ramp)
+  )
+  state = tx.init(params)
+  gated = soft_training.with_pdp(apply)
+
+  @jax.jit
+  def step(params, state):
+    loss = lambda p: jnp.mean(jnp.square(gated(p, state, x) - 1.0))
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  ramps = []
+  for i in range(6):
+    if i == 3:
+      state = soft_training.end_warm_up(state)
+    params, state = step(params, state)
+    ramps.append(float(state[1].pdp.ramp))
+  assert ramps == [0, 0, 0, 0.25, 0.5, 0.75]
+  assert step._cache_size() == 1
+  with pytest.raises(ValueError, match='The warm-up is over since update 4'):
+    soft_training.end_warm_up(state)
+  with pytest.raises(ValueError, match='end_warm_up needs an optimizer state'):
+    soft_training.end_warm_up(optax.sgd(0.1).init(params))
+
+
+@pytest.mark.parametrize('groups', [False, True])
+def test_several_devices_train_as_one(groups):
+  params, x, apply = problem()
+  channels = None
+  if groups:
+    channels = soft_channels.Channels(
+      reduce=lambda p: {'hidden': jnp.linalg.norm(p['a']['kernel'], axis=0)},
+      scale=lambda p, g: {
+        **p,
+        'b': {'kernel': g['hidden'][:, None] * p['b']['kernel']},
+      },
+    )
+  options = {'which': (lambda *_: True) if groups else None}
+  tx = optax.chain(
+    optax.sgd(0.1),
+    soft_training.track_pdp(
+      0.5,
+      begin=1,
+      end=4,
+      ramp=ramp,
+      tau=0.0,
+      c=0.2,
+      channels=channels,
+      **options,
+    ),
+  )
+  gated = soft_training.with_pdp(apply, channels=channels)
+
+  def step(params, state, x, mean):
+    loss = lambda p: jnp.mean(jnp.square(gated(p, state, x) - 1.0))
+    updates, state = tx.update(mean(jax.grad(loss)(params)), state, params)
+    return optax.apply_updates(params, updates), state
+
+  one = jax.jit(lambda *args: step(*args, lambda g: g))
+  mean = lambda g: jax.lax.pmean(g, 'devices')
+  many = jax.pmap(lambda *args: step(*args, mean), 'devices')
+  copies = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * 4), tree)
+  wide, wide_state = copies(params), copies(tx.init(params))
+  state = tx.init(params)
+  for _ in range(5):
+    params, state = one(params, state, x)
+    wide, wide_state = many(wide, wide_state, x.reshape(4, 2, 4))
+  assert float((params['b']['kernel'] == 0).mean()) >= 0.4
+  for device in range(4):
+    theirs = jax.tree.map(lambda a, device=device: a[device], wide)
+    close = lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6)
+    jax.tree.map(close, theirs, params)
+
+
 def test_the_forward_pass_is_dense_in_warm_up():
   params, x, apply = problem()
   state = soft_training.track_pdp(0.5, begin=2, ramp=ramp).init(params)
@@ -137,3 +226,7 @@ def test_errors():
     tx.update(params, tx.init(params))
   with pytest.raises(ValueError, match='one state of track_pdp, found 0'):
     soft_training.with_pdp(apply)(params, optax.sgd(0.1).init(params), x)
+  with pytest.raises(ValueError, match='must be at least 1, got 0'):
+    soft_training.ramp_schedule(0)
+  with pytest.raises(ValueError, match="be 'epoch' or 'step', got 'day'"):
+    soft_training.ramp_schedule(1, by='day')
