@@ -8,7 +8,7 @@ from leaves to groups (``reduce``) and back (``expand``).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,12 +19,10 @@ import optax
 from jaxprune import tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.blocks import Block, Blocks, blocks
-from jaxprune.structure.program import (
-  Program,
-  Run,
-)
+from jaxprune.structure.blocks import Block, Blocks, blocks, live
+from jaxprune.structure.program import Program
 from jaxprune.structure.readers import Readers, readers
+from jaxprune.structure.run import Run, Without
 from jaxprune.structure.slices import Group, Leaf, Member, occurrences
 
 Norm = Literal['l1', 'l2', 'max', 'mean']
@@ -243,14 +241,10 @@ class Graph:
 
 
 def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-  """Aligns a table of a name, a number and a text."""
-  wide = [max(len(row[k]) for row in rows) for k in (0, 1)]
-  return [
-    '  '.join(
-      part for part in (f'{a:<{wide[0]}}', f'{b:>{wide[1]}}', c) if part
-    ).rstrip()
-    for a, b, c in rows
-  ]
+  """Aligns a table of a name, a number (or nothing) and a text."""
+  name, number = (max(len(row[k]) for row in rows) for k in (0, 1))
+  number += 2 if number else 0
+  return [f'{a:<{name}}{b:>{number}}  {c}'.rstrip() for a, b, c in rows]
 
 
 def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:
@@ -338,24 +332,51 @@ def like(params: tree.PyTree, named: Mapping[str, Any]) -> tree.PyTree:
   )
 
 
-def runner(graph: Graph, kept: Mapping[str, Any], masked: bool = False) -> Run:
-  """Returns the evaluation of a graph for the kept indices of its groups."""
+def runner(
+  graph: Graph,
+  kept: Mapping[str, Any],
+  masked: bool = False,
+  dropped: Sequence[str] = (),
+) -> Run:
+  """Returns the evaluation of a graph for what is kept of its groups.
+
+  Args:
+    graph: the graph.
+    kept: group -> kept indices.
+    masked: whether at full size.
+    dropped: names of blocks to leave out.
+  """
+  without = None
+  if dropped:
+    blocks = [graph.blocks[name] for name in dropped]
+    without = Without(
+      {block.result: block.shortcut for block in blocks},
+      live(graph.program, graph.outputs_like, blocks),
+    )
   return Run(
     {graph.atoms[name]: np.asarray(index) for name, index in kept.items()},
     masked,
+    without,
   )
 
 
-def leaves_like(graph: Graph, params: tree.PyTree) -> dict[str, Any]:
+def leaves_like(
+  graph: Graph, params: tree.PyTree, gone: Container[str] = ()
+) -> dict[str, Any]:
   """Returns the leaves of params by path, once they are those of a graph.
+
+  Args:
+    graph: the graph.
+    params: the pytree.
+    gone: paths of leaves that must not be there.
 
   Raises:
     ValueError: if a leaf is missing or left over.
   """
   named = tree.leaves(params)
-  if named.keys() != graph.leaves.keys():
-    missing = [path for path in graph.leaves if path not in named]
-    extra = [path for path in named if path not in graph.leaves]
+  missing = [p for p in graph.leaves if p not in named and p not in gone]
+  extra = [p for p in named if p not in graph.leaves or p in gone]
+  if missing or extra:
     raise ValueError(
       f'The params must have the leaves that were traced; missing: {missing}, '
       f'left over: {extra}.'

@@ -1,10 +1,8 @@
-"""The typed program: a jaxpr, flat, every axis typed, and how to run it small.
+"""The typed program: a jaxpr, flat, every axis typed.
 
 ``build`` walks a jaxpr once, inlines calls and types every equation by its
 rule; control flow and custom derivatives keep typed bodies of their own.
-``Run`` evaluates the program again for what is kept of each atom, either small
-(the sizes recomputed, constants cut) or masked (the original sizes, every
-removed entry absent): the two compute the same, which is what a check checks.
+:mod:`jaxprune.structure.run` evaluates it again, smaller or masked.
 """
 
 import dataclasses
@@ -22,10 +20,8 @@ from jax.interpreters import partial_eval
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
-from jaxprune.structure.axes import Axis
 from jaxprune.structure.rules import Equation, Value
-
-Kept = Mapping[Axis, np.ndarray]  # Atom -> indices that are kept, ascending.
+from jaxprune.structure.run import Run as Run
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -88,147 +84,6 @@ def all_equations(program: Program) -> list[tuple[Equation, int]]:
     for body in eqn.programs:
       found += [(inner, n * times) for inner, n in all_equations(body)]
   return found
-
-
-class Run:
-  """An evaluation of programs for what is kept of each atom.
-
-  Attributes:
-    kept: atom -> kept indices; an atom that is absent is kept whole.
-    masked: whether to run at the original sizes, with removed entries zero.
-  """
-
-  def __init__(self, kept: Kept, masked: bool = False):
-    self.kept = kept
-    self.masked = masked
-    self._masks: dict[Axis, np.ndarray | None] = {}
-
-  def size(self, axis: Axis) -> ax.Size:
-    """Entries of an axis that are left."""
-    mask = self.mask(axis)
-    return ax.find(axis).size if mask is None else int(mask.sum())
-
-  def mask(self, axis: Axis) -> np.ndarray | None:
-    """Which entries of an axis are left, bool[size]; None if all are."""
-    axis = ax.find(axis)
-    if axis not in self._masks:
-      self._masks[axis] = self._compute_mask(axis)
-    return self._masks[axis]
-
-  def _compute_mask(self, axis: Axis) -> np.ndarray | None:
-    if axis.kind == 'atom':
-      if axis not in self.kept:
-        return None
-      mask = np.zeros(axis.size, bool)
-      mask[self.kept[axis]] = True
-      return mask
-    masks = [self.mask(part) for part in axis.parts]
-    if all(mask is None for mask in masks):
-      return None
-    full = [
-      np.ones(ax.find(part).size, bool) if mask is None else mask
-      for part, mask in zip(axis.parts, masks, strict=True)
-    ]
-    if axis.kind == 'sum':
-      return np.concatenate(full)
-    mask = full[0]
-    for factor in full[1:]:
-      mask = np.logical_and.outer(mask, factor).reshape(-1)
-    return mask
-
-  def take(self, array: Any, axes: Sequence[Axis]) -> Any:
-    """Returns an array with what is left of it: cut, or masked."""
-    if self.masked:
-      return self.fill(array, axes, 0)
-    on_host = not isinstance(array, jax.Array)
-    for k, axis in enumerate(axes):
-      mask = self.mask(axis)
-      if mask is not None:
-        index = np.flatnonzero(mask)
-        array = (
-          np.take(array, index, k) if on_host else jnp.take(array, index, k)
-        )
-    return array
-
-  def fill(self, array: Any, axes: Sequence[Axis], value: Any) -> Any:
-    """Returns an array with ``value`` where an entry is removed."""
-    shape = np.shape(array)
-    for k, axis in enumerate(axes):
-      mask = self.mask(axis)
-      if mask is not None:
-        mask = mask.reshape([-1 if j == k else 1 for j in range(len(shape))])
-        fill = jnp.asarray(value, jnp.asarray(array).dtype)
-        array = jnp.where(np.broadcast_to(mask, shape), array, fill)
-    return array
-
-  def bind(self, primitive: Any, values: Sequence[Any], params: Any) -> Any:
-    """Applies a primitive, as every JAX version wants it."""
-    prepared = primitive.get_bind_params(dict(params))
-    if isinstance(prepared, tuple):
-      functions, params = prepared
-      return primitive.bind(*functions, *values, **params)
-    return primitive.bind(*values, **prepared)
-
-  def __call__(self, program: Program, inputs: Sequence[Any]) -> list[Any]:
-    """Runs a program on inputs that are already cut (or masked)."""
-    env: dict[Value, Any] = dict(zip(program.inputs, inputs, strict=True))
-
-    def read(value: Value) -> Any:
-      if value not in env:
-        env[value] = self.take(value.constant, value.axes)
-      return env[value]
-
-    for eqn in program.equations:
-      values = [read(value) for value in eqn.inputs]
-      for value, out in zip(eqn.outputs, self.apply(eqn, values), strict=True):
-        env[value] = out
-    return [read(value) for value in program.outputs]
-
-  def apply(self, eqn: Equation, values: list[Any]) -> list[Any]:
-    """Runs one equation."""
-    if eqn.evaluate is not None:
-      return eqn.evaluate(self, values)
-    params = eqn.params
-    if self.masked:
-      values = self._absent(eqn, values)
-    elif eqn.resize is not None:
-      params = {**params, **eqn.resize(self.size)}
-    outs = self.bind(eqn.primitive, values, params)
-    outs = list(outs) if eqn.primitive.multiple_results else [outs]
-    if self.masked:
-      outs = [
-        self.take(out, value.axes)
-        if jnp.issubdtype(value.dtype, jnp.inexact)
-        else out
-        for out, value in zip(outs, eqn.outputs, strict=True)
-      ]
-    return outs
-
-  def _absent(self, eqn: Equation, values: list[Any]) -> list[Any]:
-    """Gives removed entries the value that a reduction ignores."""
-    neutral = _NEUTRAL.get(eqn.primitive.name)
-    if neutral is None:
-      return values
-    (value,), x = values, eqn.inputs[0]
-    return [self.fill(value, x.axes, neutral(value.dtype))]
-
-
-_NEUTRAL: dict[str, Callable[[Any], Any]] = {
-  'reduce_max': lambda dtype: _extreme(dtype, -1),
-  'reduce_min': lambda dtype: _extreme(dtype, 1),
-  'reduce_prod': lambda dtype: 1,
-  'reduce_and': lambda dtype: True,
-  'reduce_or': lambda dtype: False,
-}
-
-
-def _extreme(dtype: Any, sign: int) -> Any:
-  if np.dtype(dtype) == np.bool_:
-    return sign > 0
-  if jnp.issubdtype(dtype, jnp.inexact):
-    return sign * np.inf
-  info = jnp.iinfo(dtype)
-  return info.max if sign > 0 else info.min
 
 
 _INLINED = frozenset(

@@ -29,6 +29,7 @@ class Value:
     constant: its value, where the program closes over it or spells it out.
     sources: paths of the leaves it is computed from, if from leaves alone.
     has_data: whether it depends on an argument of the function.
+    recompute: its value at other sizes, if it follows from them.
   """
 
   shape: tuple[Size, ...]
@@ -37,6 +38,7 @@ class Value:
   constant: Any = None
   sources: frozenset[str] = frozenset()
   has_data: bool = False
+  recompute: Callable[[SizeOf], Any] | None = None
 
 
 @dataclasses.dataclass(eq=False, slots=True)
