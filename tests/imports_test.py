@@ -18,7 +18,8 @@ LAYERS = {
   'ground': 'tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
   'training': (
-    'drawing dynamic gates reparam soft soft_channels soft_training transforms'
+    'drawing dynamic gates recovery reparam soft soft_channels soft_training '
+    'transforms'
   ),
   'structure': 'cost plans proof structure',
   'search': 'joint stagewise',

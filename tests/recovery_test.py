@@ -1,0 +1,166 @@
+"""Statistics re-estimated and distillation losses, by hand and by law."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import recovery
+
+
+class Net(nn.Module):
+  momentum: float = 0.99
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(4)(x)
+    x = nn.BatchNorm(not train, momentum=self.momentum, name='first')(x)
+    x = nn.relu(x)
+    return nn.BatchNorm(not train, momentum=0.9, name='second')(nn.Dense(3)(x))
+
+
+DATA = np.random.default_rng(0).normal(2, 3, (24, 5)).astype(np.float32)
+NET = Net()
+VARIABLES = NET.init(jax.random.key(0), DATA[:2], train=False)
+STATS = VARIABLES['batch_stats']
+
+
+def update(stats, x):
+  variables = {'params': VARIABLES['params'], 'batch_stats': stats}
+  return NET.apply(variables, x, train=True, mutable=['batch_stats'])[1][
+    'batch_stats'
+  ]
+
+
+def close(a, b, rtol):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+def test_statistics_are_those_of_all_examples_whatever_the_momentum():
+  """Of the first norm, whose input knows no batches, in float64."""
+  dense = VARIABLES['params']['Dense_0']
+  y = DATA.astype(np.float64) @ np.asarray(dense['kernel'], np.float64)
+  y += np.asarray(dense['bias'])
+  ragged = [DATA[:10], DATA[10:20], DATA[20:]]
+  found = recovery.batch_statistics(update, STATS, iter(ragged))
+  np.testing.assert_allclose(found['first']['mean'], y.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(found['first']['var'], y.var(0), rtol=1e-5)
+
+
+def test_one_batch_gives_the_output_of_training_form():
+  """In the form for inference, with the statistics of the same examples."""
+  found = recovery.batch_statistics(update, STATS, [DATA])
+  variables = {'params': VARIABLES['params'], 'batch_stats': found}
+  trained, _ = NET.apply(
+    {**variables, 'batch_stats': STATS},
+    DATA,
+    train=True,
+    mutable=['batch_stats'],
+  )
+  wanted = NET.apply(variables, DATA, train=False)
+  np.testing.assert_allclose(wanted, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_order_and_the_old_statistics_do_not_matter():
+  batches = [DATA[:8], DATA[8:12], DATA[12:]]
+  once = recovery.batch_statistics(update, STATS, batches)
+  other = jax.tree.map(lambda x: x + 7, STATS)
+  again = recovery.batch_statistics(update, other, batches[::-1])
+  close(once, again, 1e-7)
+
+
+def test_dtypes_and_structure_stay():
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), STATS)
+  cast = lambda s, x: jax.tree.map(
+    lambda a: a.astype(jnp.bfloat16),
+    update(jax.tree.map(lambda a: a.astype(jnp.float32), s), x),
+  )
+  found = recovery.batch_statistics(cast, half, [DATA])
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), half
+  )
+
+
+def test_logit_distillation_by_hand():
+  """At T = 2 the teacher's logits 2 log 3, 0 are 3/4, 1/4 and the student 1/2.
+
+  KL = 3/4 log(3/2) + 1/4 log(1/2); times 4.
+  """
+  teacher = jnp.array([[2 * np.log(3.0), 0.0]])
+  found = recovery.logit_distillation(
+    jnp.zeros((1, 2)), teacher, temperature=2.0
+  )
+  wanted = 4 * (0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+  np.testing.assert_allclose(found, [wanted], rtol=1e-5)
+
+
+def test_the_gradient_of_distillation_keeps_its_size():
+  """d/dz = T (softmax(z / T) - softmax(t / T)): for large T (z - t) / classes.
+
+  Both have mean 0 (Hinton et al., equation 4, times T^2).
+  """
+  z, t = jnp.array([0.5, -0.5, 0.0]), jnp.array([0.1, 0.2, -0.3])
+  loss = lambda z, heat: recovery.logit_distillation(z, t, temperature=heat)
+  np.testing.assert_allclose(
+    jax.grad(loss)(z, 100.0), (z - t) / 3, rtol=2e-2, atol=1e-3
+  )
+  soft = lambda x: np.exp(x / 3) / np.exp(x / 3).sum()
+  np.testing.assert_allclose(
+    jax.jit(jax.grad(loss))(z, 3.0), 3 * (soft(z) - soft(t)), rtol=1e-4
+  )
+
+
+def test_feature_distillation_by_hand():
+  """Channels 0 and 2 of [1, 2, 3] and [4, 5, 6] against zeros and ones."""
+  teacher = jnp.array([[[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]])
+  found = recovery.feature_distillation(
+    jnp.array([[[0.0, 0.0], [1.0, 1.0]]]), teacher, kept=(0, 2), axis=1
+  )
+  assert found.tolist() == [0.5 * (1 + 16 + 4 + 25)]
+
+
+def test_no_gradient_reaches_the_teacher():
+  x, y = jnp.arange(6.0).reshape(2, 3), jnp.zeros((2, 3))
+  for loss in (recovery.logit_distillation, recovery.feature_distillation):
+    slope = jax.grad(lambda t, loss=loss: loss(x, t).sum())(y)
+    assert not slope.any()
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (
+      lambda: recovery.batch_statistics(update, STATS, []),
+      'need one batch or more',
+    ),
+    (
+      lambda: recovery.batch_statistics(update, {'a': {'mean': 1.0}}, [DATA]),
+      'these have no partner: a/mean',
+    ),
+    (
+      lambda: recovery.batch_statistics(lambda s, x: s, STATS, [DATA]),
+      'leaves statistics as they were: first/mean, .* the training form',
+    ),
+    (
+      lambda: recovery.logit_distillation(jnp.ones(3), jnp.ones(2)),
+      r'The logits .* one shape, got \(3,\) and \(2,\)',
+    ),
+    (
+      lambda: recovery.logit_distillation(
+        jnp.ones(2), jnp.ones(2), temperature=0
+      ),
+      '`temperature` must be above 0, got 0',
+    ),
+    (
+      lambda: recovery.feature_distillation(
+        jnp.ones((1, 2)), jnp.ones((1, 4)), kept=[0, 1, 2]
+      ),
+      r'The features .* got \(1, 2\) and \(1, 3\)',
+    ),
+  ],
+)
+def test_bad_input_is_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
