@@ -35,7 +35,7 @@ import numpy as np
 import tqdm
 
 import jaxprune as jp
-from experiments import flags, methods, timing, train, workdir
+from experiments import flags, methods, recipes, timing, train, workdir
 from jaxprune import (
   checkpoint,
   cost,
@@ -181,7 +181,7 @@ def set_up(task: Task, stage: Stage, plan: Any) -> Setup:
   else:
     method = flags.UNSTRUCTURED[stage.name](config.sparsity, steps)
   rate, decay = stage.learning_rate, config.weight_decay
-  tx = train.optimizer(rate, decay, steps, method.link)
+  tx = recipes.sgd(rate, decay, steps, method.link)
 
   def start(variables):
     stats = dict(method.start(variables))

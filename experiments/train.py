@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import augment, data, tree
+from jaxprune import augment, data
 
 Apply = Callable[..., Any]  # flax.linen's Module.apply.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images).
@@ -238,31 +238,6 @@ def make_runner(
 def own(state: Any) -> Any:
   """Returns a copy of a state that a runner may take over (donate)."""
   return jax.tree.map(jnp.copy, state)
-
-
-def optimizer(
-  learning_rate: float, weight_decay: float, steps: int, *links: Any
-) -> optax.GradientTransformation:
-  """Returns SGD with momentum along a cosine, and ``links`` at the end.
-
-  The rate rises over the first tenth of the steps and falls to zero; weight
-  decay is on kernels alone.
-
-  Args:
-    learning_rate: the highest.
-    weight_decay: coefficient of w in the gradient.
-    steps: of the whole stage, at least 1.
-    *links: what comes last in the chain.
-  """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, steps // 10), max(2, steps)
-  )
-  kernels = lambda params: tree.map_with_path(tree.is_prunable, params)
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay, kernels),
-    optax.sgd(schedule, momentum=0.9, nesterov=True),
-    *links,
-  )
 
 
 def make_evaluate(

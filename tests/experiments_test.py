@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from experiments import flags, methods, prune, timing, train, workdir
+from experiments import flags, methods, prune, recipes, timing, train, workdir
 from jaxprune import checkpoint, digits, export, models, plans, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def toy():
   prepare = train.preparation(images)
 
   def setup(*links, view=lambda params, _: params):
-    tx = train.optimizer(0.5, 1e-4, 8, *links)
+    tx = recipes.sgd(0.5, 1e-4, 8, *links)
     step = train.make_step(
       module.apply, tx, prepare, change=lambda key, x: x, view=view
     )
