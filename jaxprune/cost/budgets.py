@@ -1,27 +1,49 @@
 """Budgets: the best units within bounds on what a network costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune import plans, tree
-from jaxprune.cost.polynomials import evaluate
-from jaxprune.cost.totals import macs_polynomial, parameters_polynomial
+from jaxprune.cost import latency, polynomials, totals
+from jaxprune.cost.polynomials import Polynomial
 from jaxprune.structure.graph import Graph
+
+TOLERANCE = 1e-3  # Of a bound: what may be left of it unused.
 
 
 class Budget(NamedTuple):
-  """Upper bounds: a fraction of the whole in (0, 1], or an absolute int."""
+  """Upper bounds: a fraction of the whole in (0, 1], or an absolute int.
+
+  Milliseconds are absolute.
+  """
 
   macs: float | int | None = None
   parameters: float | int | None = None
+  bytes: float | int | None = None
+  ms: float | None = None
+
+
+class Reached(NamedTuple):
+  """What a plan makes of a bound, in the unit of the bound."""
+
+  asked: float
+  reached: float
+  whole: float  # What the whole network costs.
+
+  @property
+  def gap(self) -> float:
+    """The part of the bound that is left unused; negative beyond it."""
+    return 1 - self.reached / self.asked
 
 
 def budget(
   *,
   macs: float | int | None = None,
   parameters: float | int | None = None,
+  bytes: float | int | None = None,
+  ms: float | None = None,
 ) -> Budget:
   """Returns a budget for :func:`plan`; several bounds hold together.
 
@@ -29,18 +51,25 @@ def budget(
     macs: multiply-adds at the traced arguments: a float is a fraction of the
       whole network's in (0, 1], an int an absolute number.
     parameters: entries of the leaves, in the same two ways.
+    bytes: bytes of all leaves, statistics too, in the same two ways.
+    ms: milliseconds of a call by a table of :func:`jaxprune.cost.measure`,
+      always absolute.
 
   Raises:
     ValueError: if there is no bound or one is out of range.
 
   Examples:
-    >>> budget(macs=0.5)
-    Budget(macs=0.5, parameters=None)
+    >>> budget(macs=0.5).macs
+    0.5
   """
-  found = Budget(macs, parameters)
+  found = Budget(macs, parameters, bytes, ms)
   if all(bound is None for bound in found):
-    raise ValueError('A budget needs a bound: `macs` or `parameters`.')
-  for name, bound in found._asdict().items():
+    raise ValueError(
+      'A budget needs a bound: `macs`, `parameters`, `bytes` or `ms`.'
+    )
+  if ms is not None and not ms > 0:
+    raise ValueError(f'`ms` must be above 0, got {ms}.')
+  for name, bound in found._replace(ms=None)._asdict().items():
     if isinstance(bound, float) and not 0 < bound <= 1:
       raise ValueError(
         f'`{name}` as a fraction must lie in (0, 1], got {bound}; an absolute '
@@ -51,12 +80,82 @@ def budget(
   return found
 
 
+class _Bound(NamedTuple):
+  what: str
+  cost: Callable[[np.ndarray], np.ndarray]  # Of widths, int64[..., groups].
+  whole: float
+  limit: float
+
+
+def _bounds(
+  graph: Graph, bound: Budget, table: latency.Table | None
+) -> list[_Bound]:
+  """What is bounded, with its cost as a function of the widths."""
+  if bound.ms is not None and table is None:
+    raise ValueError(
+      'A bound in `ms` needs `table`: measure one with `cost.measure(graph)`.'
+    )
+  names, whole, found = list(graph.groups), _whole(graph), []
+  makers: dict[str, tuple[str, Callable[[Graph], Polynomial]]] = {
+    'macs': ('MACs', totals.macs_polynomial),
+    'parameters': ('parameters', totals.parameters_polynomial),
+    'bytes': ('bytes', totals.weight_bytes_polynomial),
+  }
+  for field, (what, make) in makers.items():
+    limit = getattr(bound, field)
+    if limit is not None:
+      polynomial = make(graph)
+      cost = polynomials.on_rows(polynomial, names)
+      full = polynomials.evaluate(polynomial, totals.variables(graph))
+      limit = limit if isinstance(limit, int) else limit * full
+      found.append(_Bound(what, cost, full, limit))
+  if bound.ms is not None and table is not None:
+    cost = lambda widths: latency.predict(
+      table, dict(zip(names, np.moveaxis(widths, -1, 0), strict=True))
+    )
+    found.append(_Bound('ms', cost, float(cost(whole)), bound.ms))
+  return found
+
+
+def _whole(graph: Graph) -> np.ndarray:
+  return np.array([group.size for group in graph.groups.values()], np.int64)
+
+
+def reached(
+  graph: Graph,
+  plan: plans.Plan,
+  bound: Budget,
+  *,
+  table: latency.Table | None = None,
+) -> dict[str, Reached]:
+  """Returns what a plan costs beside each bound of a budget.
+
+  Args:
+    graph: the graph.
+    plan: a plan of it.
+    bound: the budget.
+    table: of :func:`jaxprune.cost.measure`, for a bound in ``ms``.
+
+  Returns:
+    'MACs', 'parameters', 'bytes', 'ms' -> :class:`Reached`, those bounded.
+
+  Raises:
+    ValueError: if ``ms`` is bounded and there is no table.
+  """
+  widths = [after for _, after in plans.widths(graph, plan).values()]
+  return {
+    what: Reached(limit, cost(np.array(widths, np.int64)).item(), whole)
+    for what, cost, whole, limit in _bounds(graph, bound, table)
+  }
+
+
 def plan(
   graph: Graph,
   scores: Mapping[str, Any],
   bound: Budget,
   *,
-  round_to: int = 1,
+  table: latency.Table | None = None,
+  round_to: int | tree.Rules = 1,
   keep: tree.Rules | None = None,
   normalise: bool = True,
 ) -> plans.Plan:
@@ -64,14 +163,23 @@ def plan(
 
   Units leave in the order of their scores, all groups together, until every
   bound holds; what still fits is then put back, best first. The last unit of a
-  group never leaves.
+  group never leaves. With several bounds the score of a unit is divided by
+
+    sum_k w_k c_k / mean_k c_k,
+
+  c_k the part of cost k that a unit of its group carries; the weights w (of
+  mean 1) are chosen so that all bounds are used up, where widths exist that do
+  so. Where more than a thousandth of a bound would be left, units are traded
+  between groups to come nearer; :func:`reached` says how near.
 
   Args:
     graph: the graph.
     scores: group -> float[size], larger = keep; a group without scores stays
       whole. Ties leave the higher index first.
     bound: a :func:`budget`.
-    round_to: widths are multiples of it (or the whole group), and at least it.
+    table: of :func:`jaxprune.cost.measure`, for a bound in ``ms``.
+    round_to: widths are multiples of it (or the whole group), and at least it;
+      or rules over group names -> such a number.
     keep: rules over group names -> what must stay: a fraction (float) or a
       number of units (int); ``{'head.*': 1.0}`` protects.
     normalise: whether to divide the scores of each group by their mean, so
@@ -79,87 +187,225 @@ def plan(
 
   Raises:
     ValueError: if a group is unknown, scores are of another shape or not
-      finite, ``round_to`` is below 1, a rule matches no group, or the budget
-      cannot be met (the message says what can).
+      finite, ``round_to`` is below 1, a rule matches no group, ``ms`` is
+      bounded without a table, or the budget cannot be met or asks for more
+      than the whole network has (the message says what can be reached).
   """
-  if round_to < 1:
-    raise ValueError(f'`round_to` must be at least 1, got {round_to}.')
-  orders, steps = {}, []
-  floors = _floors(graph, keep, round_to)
-  for number, (name, values) in enumerate(scores.items()):
-    values = _checked(graph, name, values)
-    if normalise:
-      values = values / (values.mean() or 1.0)
-    order = np.argsort(-values, kind='stable')[::-1]  # First to leave first.
-    orders[name] = order
-    sizes = _chunks(values.size, floors[name], round_to)
-    ends = np.cumsum([0, *sizes])
-    worst = -np.inf
-    for k, size in enumerate(sizes):
-      chunk = values[order[ends[k] : ends[k + 1]]]
-      worst = max(worst, float(chunk.mean()))
-      steps.append((worst, number, k, name, size))
-  steps.sort(key=lambda step: step[:3])
-  names = list(orders)
-  whole = {name: group.size for name, group in graph.groups.items()}
-  bounds = [
-    (what, polynomial, limit if isinstance(limit, int) else limit * full)
-    for what, polynomial, limit, full in (
-      (what, p, limit, evaluate(p, whole))
-      for what, p, limit in (
-        ('MACs', macs_polynomial(graph), bound.macs),
-        ('parameters', parameters_polynomial(graph), bound.parameters),
-      )
-      if limit is not None
-    )
+  values = {name: _checked(graph, name, v) for name, v in scores.items()}
+  pitches = _pitches(graph, round_to)
+  floors = _floors(graph, keep, pitches)
+  bounds = _bounds(graph, bound, table)
+  units = [
+    _units(values[name], floors[name], pitches[name], normalise)
+    if name in values
+    else _units(np.zeros(group.size), group.size, 1, False)
+    for name, group in graph.groups.items()
   ]
-  position = {name: k for k, name in enumerate(names)}
-  which = np.array([position[step[3]] for step in steps], int)
-  taken = np.array([step[4] for step in steps], int)
-
-  def after(count: int) -> dict[str, int]:
-    gone = np.bincount(
-      which[:count], weights=taken[:count], minlength=len(names)
-    )
-    return {
-      **whole,
-      **{name: whole[name] - int(gone[k]) for k, name in enumerate(names)},
-    }
-
-  fits = lambda widths: all(
-    evaluate(p, widths) <= limit for _, p, limit in bounds
-  )
-  smallest = after(len(steps))
-  if not fits(smallest):
-    left = [(evaluate(p, smallest), evaluate(p, whole)) for _, p, _ in bounds]
-    reached = ', '.join(
-      f'{least} {what} ({least / full:.1%}) where at most {limit:.0f} are asked'
-      for (what, _, limit), (least, full) in zip(bounds, left, strict=True)
-    )
-    raise ValueError(
-      f'The budget cannot be met: with every group at its smallest there '
-      f'remain {reached}. Ask for more, or allow smaller groups (`round_to`, '
-      f'`keep`).'
-    )
-  low, high = 0, len(steps)
-  while low < high:
-    middle = (low + high) // 2
-    low, high = (low, middle) if fits(after(middle)) else (middle + 1, high)
-  widths, closed = after(low), set()
-  for _, _, _, name, size in reversed(steps[:low]):
-    if name in closed:
-      continue
-    wider = {**widths, name: widths[name] + size}
-    if fits(wider):
-      widths = wider
-    else:
-      closed.add(name)
-  kept = {name: orders[name][whole[name] - widths[name] :] for name in names}
+  whole = _whole(graph)
+  _check_reach(bounds, whole, units)
+  tight = [b for b in bounds if b.limit < b.whole]
+  widths = whole
+  if tight:
+    widths = _trade(tight, whole, units, _solve(tight, whole, units))
+  kept = {
+    name: unit.order[unit.order.size - width :].tolist()
+    for name, unit, width in zip(graph.groups, units, widths, strict=True)
+  }
   return plans.from_kept(graph, kept)
 
 
+class _Units(NamedTuple):
+  """The chunks of units that leave a group at a time."""
+
+  order: np.ndarray  # The first unit to leave first.
+  sizes: np.ndarray  # Units of each chunk.
+  worths: np.ndarray  # Scores of chunks, never falling.
+
+
+def _units(
+  scores: np.ndarray, floor: int, pitch: int, normalise: bool
+) -> _Units:
+  if normalise:
+    scores = scores / (scores.mean() or 1.0)
+  order = np.argsort(-scores, kind='stable')[::-1]
+  sizes = _chunks(scores.size, floor, pitch)
+  starts = np.cumsum(sizes) - sizes
+  taken = scores[order[: sizes.sum()]]
+  means = np.add.reduceat(taken, starts) / sizes if sizes.size else sizes
+  return _Units(order, sizes, np.maximum.accumulate(means))
+
+
+def _slack(bounds: list[_Bound], widths: np.ndarray) -> np.ndarray:
+  """The part of the bounds that is left, summed; infinite if one is broken."""
+  left = np.stack([1 - b.cost(widths) / b.limit for b in bounds])
+  return np.where((left >= 0).all(0), left.sum(0), np.inf)
+
+
+def _solve(
+  bounds: list[_Bound], whole: np.ndarray, units: list[_Units]
+) -> np.ndarray:
+  """The widths of :func:`plan`, before any trade."""
+  shares = np.stack([_shares(b, whole) for b in bounds])
+  even = np.maximum(shares.mean(0), 1e-30)
+
+  def attempt(logs: np.ndarray) -> np.ndarray:
+    weights = np.exp(logs - logs.max())
+    prices = (weights / weights.mean()) @ shares / len(bounds) / even
+    return _leave(bounds, whole, units, np.maximum(prices, 1e-9))
+
+  logs = np.zeros(len(bounds))
+  best = attempt(logs)
+  for _ in range(3 if len(bounds) > 2 else 1):
+    # In turn, the weight of one bound: more of it leaves more of its cost.
+    for k in range(1, len(bounds)):
+      low, high = -12.0, 12.0
+      for _ in range(18):
+        if _slack(bounds, best) <= TOLERANCE:
+          return best
+        logs[k] = (low + high) / 2
+        widths = attempt(logs)
+        best = min(best, widths, key=lambda w: float(_slack(bounds, w)))
+        left = np.array([1 - b.cost(widths) / b.limit for b in bounds])
+        if left[k] > np.delete(left, k).min():  # It is another that binds.
+          high = logs[k]
+        else:
+          low = logs[k]
+  return best
+
+
+def _shares(bound: _Bound, whole: np.ndarray) -> np.ndarray:
+  """The part of a cost that one unit of each group carries."""
+  halved = whole - np.diag((whole + 1) // 2)
+  saved = 1 - bound.cost(halved) / bound.whole
+  return np.maximum(saved, 0) / ((whole + 1) // 2)
+
+
+def _leave(
+  bounds: list[_Bound],
+  whole: np.ndarray,
+  units: list[_Units],
+  prices: np.ndarray,
+) -> np.ndarray:
+  """The widths once the worst have left, and what still fits has come back."""
+  counts = [unit.sizes.size for unit in units]
+  which = np.repeat(np.arange(len(units)), counts)
+  rank = np.concatenate([np.arange(n) for n in counts])
+  taken = np.concatenate([unit.sizes for unit in units])
+  worth = np.concatenate([unit.worths for unit in units])
+  # A negative score is not raised by a high price.
+  worth = np.where(worth > 0, worth / prices[which], worth)
+  first = np.lexsort((rank, which, worth))
+  which, taken = which[first], taken[first]
+
+  def after(count: int) -> np.ndarray:
+    gone = np.bincount(which[:count], taken[:count], len(units))
+    return whole - gone.astype(np.int64)
+
+  fits = lambda widths: all(b.cost(widths) <= b.limit for b in bounds)
+  low, high = 0, len(taken)
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(after(middle)) else (middle + 1, high)
+  widths, is_open = after(low), [True] * len(units)
+  for group, size in zip(
+    which[:low][::-1].tolist(), taken[:low][::-1].tolist(), strict=True
+  ):
+    if is_open[group]:
+      widths[group] += size
+      if not fits(widths):
+        widths[group] -= size
+        is_open[group] = False
+  return widths
+
+
+def _trade(
+  bounds: list[_Bound],
+  whole: np.ndarray,
+  units: list[_Units],
+  widths: np.ndarray,
+) -> np.ndarray:
+  """Widths that use up more of the bounds: chunks of one group for another's.
+
+  Up to so many chunks a side that some ten thousand pairs are tried at once.
+  """
+  ladders = [
+    (size - np.cumsum([0, *unit.sizes]))[::-1]
+    for size, unit in zip(whole, units, strict=True)
+  ]
+  reach = max(1, 100 // max(1, sum(ladder.size > 1 for ladder in ladders)))
+  for _ in range(4):
+    if _slack(bounds, widths) <= TOLERANCE:
+      break
+    options = []
+    for group, ladder in enumerate(ladders):
+      now = int(np.searchsorted(ladder, widths[group]))
+      near = ladder[max(0, now - reach) : now + reach + 1]
+      options += [(group, int(width)) for width in near]
+    down = [(g, w) for g, w in options if w < widths[g]]
+    up = [(g, w) for g, w in options if w > widths[g]]
+    pairs = np.array(
+      [(*a, *b) for a in down for b in up if a[0] != b[0]], int
+    ).reshape(-1, 4)
+    if not pairs.size:
+      break
+    many = np.tile(widths, (len(pairs), 1))
+    rows = np.arange(len(pairs))
+    many[rows, pairs[:, 0]] = pairs[:, 1]
+    many[rows, pairs[:, 2]] = pairs[:, 3]
+    slack = _slack(bounds, many)
+    best = int(np.argmin(slack))
+    if not slack[best] < _slack(bounds, widths):
+      break
+    widths = many[best]
+  return widths
+
+
+def _check_reach(
+  bounds: list[_Bound], whole: np.ndarray, units: list[_Units]
+) -> None:
+  """Refuses a budget beyond what the widths can cost, at either end."""
+  least = whole - np.array([unit.sizes.sum() for unit in units], np.int64)
+  if any(b.cost(least) > b.limit for b in bounds):
+    found = ', '.join(
+      f'{_number(b.cost(least).item())} {b.what} '
+      f'({b.cost(least) / b.whole:.1%}) '
+      f'where at most {_number(b.limit)} are asked'
+      for b in bounds
+    )
+    raise ValueError(
+      f'The budget cannot be met: with every group at its smallest there '
+      f'remain {found}. Ask for more, or allow smaller groups (`round_to`, '
+      f'`keep`).'
+    )
+  if all(b.limit > b.whole for b in bounds):
+    found = ', '.join(
+      f'{_number(b.whole)} {b.what} where {_number(b.limit)} are asked'
+      for b in bounds
+    )
+    raise ValueError(
+      f'There is nothing to remove: the whole network has {found}. Ask for '
+      f'less than it has.'
+    )
+
+
+def _number(x: float) -> str:
+  return f'{x:.3g}' if isinstance(x, float) and x < 100 else f'{x:.0f}'
+
+
+def _pitches(graph: Graph, round_to: int | tree.Rules) -> dict[str, int]:
+  """The number that the width of each group is a multiple of."""
+  rules = {'.*': round_to} if isinstance(round_to, int) else round_to
+  if not graph.groups:
+    return {}
+  pitches = tree.match(rules, graph.groups, 1)
+  for pitch in pitches.values():
+    if not isinstance(pitch, int) or pitch < 1:
+      raise ValueError(f'`round_to` must be at least 1, got {pitch}.')
+  return pitches
+
+
 def _floors(
-  graph: Graph, keep: tree.Rules | None, round_to: int
+  graph: Graph, keep: tree.Rules | None, pitches: Mapping[str, int]
 ) -> dict[str, int]:
   """The smallest width of each group."""
   asked = tree.match(keep or {}, graph.groups, 1)
@@ -172,20 +418,16 @@ def _floors(
       raise ValueError(
         f'Group {name!r} has {size} units and cannot keep {least} of them.'
       )
-    floors[name] = min(size, max(least, round_to, 1))
+    floors[name] = min(size, max(least, pitches[name], 1))
   return floors
 
 
-def _chunks(size: int, floor: int, round_to: int) -> list[int]:
+def _chunks(size: int, floor: int, pitch: int) -> np.ndarray:
   """How many units leave at a time: the first chunk meets the rounding."""
-  chunks = []
-  while size > floor:
-    step = size % round_to or round_to
-    if size - step < floor:
-      break
-    chunks.append(step)
-    size -= step
-  return chunks
+  rest = size % pitch
+  top, bottom = size - rest, -(-floor // pitch) * pitch
+  chunks = [rest] if rest and top >= floor else []
+  return np.array(chunks + [pitch] * max(0, (top - bottom) // pitch), int)
 
 
 def _checked(graph: Graph, name: str, values: Any) -> np.ndarray:

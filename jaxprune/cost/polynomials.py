@@ -8,7 +8,7 @@ coefficients that are not negative, made once and evaluated by arithmetic.
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,38 @@ def _in_floats(polynomial: Polynomial, values: Mapping[str, Any]) -> Any:
     pairs = zip(terms[::2], terms[1::2], strict=False)
     terms = [a + b for a, b in pairs] + rest
   return terms[0] if terms else np.float32(0)
+
+
+def on_rows(
+  polynomial: Polynomial, names: Sequence[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns a polynomial as a fast exact function of int64[..., n] values.
+
+  Args:
+    polynomial: the polynomial.
+    names: the variable of each of the n columns.
+
+  Examples:
+    >>> cost = on_rows({('a', 'b'): 2, (): 1}, ['a', 'b'])
+    >>> cost(np.array([[3, 4], [1, 1]]))
+    array([25,  3])
+  """
+  column = {name: k for k, name in enumerate(names)}
+  degree = max(map(len, polynomial), default=0)
+  columns = np.full((len(polynomial), degree), len(names))  # That of ones.
+  for row, term in zip(columns, polynomial, strict=True):
+    row[: len(term)] = [column[name] for name in term]
+  coefficients = np.array(list(polynomial.values()), np.int64)
+
+  def cost(values: np.ndarray) -> np.ndarray:
+    ones = np.ones((*values.shape[:-1], 1), np.int64)
+    extended = np.concatenate([values, ones], -1)
+    total = np.broadcast_to(coefficients, (*values.shape[:-1], len(columns)))
+    for k in range(degree):
+      total = total * extended[..., columns[:, k]]
+    return total.sum(-1)
+
+  return cost
 
 
 def entries(axes: Iterable[Axis], names: Mapping[Axis, str]) -> dict[Term, int]:
