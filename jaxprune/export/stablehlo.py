@@ -66,29 +66,11 @@ def save(
       f'`platforms` must be some of {", ".join((*PLATFORMS, "rocm"))}, got '
       f'{", ".join(unknown) or "none"}.'
     )
-  named = tree.leaves(args)
-  scalars = [p for p, x in named.items() if batch and not len(x.shape)]
-  if not named or scalars:
-    raise ValueError(
-      f'Every array of `args` needs a first axis to leave open as the batch, '
-      f'got {", ".join(f"{p} of shape ()" for p in scalars) or "no array"}. '
-      f'Give batch=None to fix all shapes.'
-    )
-  specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in named.values()]
-  if batch:
-    (size,) = export.symbolic_shape(batch)
-    specs = [
-      jax.ShapeDtypeStruct((size, *spec.shape[1:]), spec.dtype)
-      for spec in specs
-    ]
-  shapes = jax.tree.unflatten(jax.tree.structure(args), specs)
+  shapes = open_batch(args, batch)
   exported = export.export(jax.jit(fn), platforms=tuple(platforms))(*shapes)
   content = bytes(exported.serialize())
-  path = pathlib.Path(path)
-  part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  part.write_bytes(content + _SEAL + hashlib.sha256(content).digest())
-  os.replace(part, path)
-  return path.stat().st_size
+  sealed = content + _SEAL + hashlib.sha256(content).digest()
+  return write(path, sealed)
 
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
@@ -110,3 +92,41 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
       f'does not match. Export it again.'
     )
   return export.deserialize(bytearray(body)).call
+
+
+def open_batch(args: tree.PyTree, batch: str | None) -> tree.PyTree:
+  """Returns the shapes of arguments, their first axis left open.
+
+  Args:
+    args: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+    batch: a name for the first axis of every array; None to leave none open.
+
+  Raises:
+    ValueError: if there is no array, or one has no axis to leave open.
+  """
+  named = tree.leaves(args)
+  scalars = [p for p, x in named.items() if batch and not len(x.shape)]
+  if not named or scalars:
+    raise ValueError(
+      f'Every array of `args` needs a first axis to leave open as the batch, '
+      f'got {", ".join(f"{p} of shape ()" for p in scalars) or "no array"}. '
+      f'Give batch=None to fix all shapes.'
+    )
+  sizes = export.symbolic_shape(batch) if batch else ()
+  specs = [
+    jax.ShapeDtypeStruct((*sizes, *x.shape[len(sizes) :]), x.dtype)
+    for x in named.values()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(args), specs)
+
+
+def write(path: str | os.PathLike, content: bytes) -> int:
+  """Writes a file that appears whole or not at all; returns its size."""
+  path = pathlib.Path(path)
+  part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  try:
+    part.write_bytes(content)
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+  return len(content)
