@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices
+from jaxprune.structure import choices, rescale
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
@@ -119,7 +119,8 @@ Member(path='b', axis=0, offset=0, stride=1))
         f'params, got {form!r}.'
       )
   forms = [_Form(f, jax.tree.map(_spec, xs)) for f, *xs in [(fn, *args), *also]]
-  how = _How(jax.tree.map(_spec, params), reductions)
+  specs = jax.tree.map(_spec, params)
+  how = _How(specs, reductions, _evidence(specs, narrow))
   return _trace(how, forms, rules or {})
 
 
@@ -135,6 +136,45 @@ class _How(NamedTuple):
 
   params: tree.PyTree
   reductions: Reductions
+  find: Callable[[Program], rescale.Findings]
+
+
+def _evidence(
+  params: tree.PyTree, narrow: tuple[Any, ...] | None
+) -> Callable[[Program], rescale.Findings]:
+  """What finds the numbers of a program that follow from its widths."""
+  if narrow is None:
+    return rescale.patterns
+  fn, small, *args = jax.tree.map(_spec_or_function, narrow)
+  if tree.leaves(small).keys() != tree.leaves(params).keys():
+    raise ValueError(
+      f'The params of `narrow` must have the same leaves, got '
+      f'{", ".join(tree.leaves(small))}.'
+    )
+  form, used = _Form(fn, args), set()
+  known: list[tuple[Program, rescale.Findings]] = []
+
+  def find(program: Program) -> rescale.Findings:
+    if known:
+      return rescale.transfer(*known[0], program)
+    other, *_ = _program(form, small, _leaves(small), used)
+    findings = rescale.patterns(program)
+    known.append((program, rescale.confirm(program, other, findings)))
+    return known[0][1]
+
+  return find
+
+
+def _spec_or_function(x: Any) -> Any:
+  return x if callable(x) else _spec(x)
+
+
+def _leaves(params: tree.PyTree) -> dict[str, Leaf]:
+  """The leaves of a pytree, each axis a type of its own."""
+  return {
+    path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
+    for path, spec in tree.leaves(params).items()
+  }
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
@@ -216,10 +256,7 @@ def _graphs(
   constrain: Callable[[Mapping[str, Choice]], Graph],
 ) -> list[Graph]:
   """The graph of the first form, which holds the others, and the others."""
-  leaves = {
-    path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
-    for path, spec in tree.leaves(how.params).items()
-  }
+  leaves = _leaves(how.params)
   used: set[str] = set()
   typed = [_program(form, how.params, leaves, used) for form in forms]
   programs = [program for program, *_ in typed]
@@ -227,6 +264,10 @@ def _graphs(
     if path not in used:
       for axis in leaf.axes:
         ax.lock(axis, 'the function does not use this leaf')
+  if how.reductions == 'rescale':
+    rescale.apply(how.find(programs[0]))
+    for program in programs[1:]:
+      rescale.apply(rescale.patterns(program))
   if how.reductions == 'protect':
     for atom, why in _reduced(programs).items():
       ax.lock(atom, f'{why[0]} reduces over it')

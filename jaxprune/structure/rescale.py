@@ -1,0 +1,521 @@
+"""Numbers in a program that stand for a width, and what they become.
+
+A module that is made at a smaller width divides its means by that width and
+scales its attention by that of a head. In a trace these are literals. Here they
+are found, each with the axes that it counts and to which power:
+
+  literal = c |axes|^p,    p in {1, -1, 1/2, -1/2, 1/4, -1/4},
+
+by the places where they stand (:func:`patterns`: next to the reduction or the
+contraction over those axes, c = 1), or by a second trace at other widths
+(:func:`confirm`). What cannot be told protects its axes, under its name.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure.axes import Axis
+from jaxprune.structure.program import Program
+from jaxprune.structure.rules import Equation, Value
+
+POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
+_PLAIN = (1.0, 2.0, 0.5)  # Numbers of formulas, rather than of widths.
+_REMEDY = 'trace it at two widths (`narrow`) to tell'
+
+_UNIFORM: dict[str, Callable[..., float]] = {
+  'add': lambda a, b: a + b,
+  'sub': lambda a, b: a - b,
+  'mul': lambda a, b: a * b,
+  'div': lambda a, b: a / b,
+  'max': max,
+  'min': min,
+  'pow': lambda a, b: a**b,
+  'neg': lambda a: -a,
+  'sqrt': math.sqrt,
+  'rsqrt': lambda a: 1 / math.sqrt(a),
+  'square': lambda a: a * a,
+}
+_NAMES = """
+  broadcast_in_dim convert_element_type copy expand_dims neg reduce_precision
+  reshape sharding_constraint squeeze stop_gradient transpose
+"""
+_UNCHANGED = frozenset(_NAMES.split())
+
+
+class Use(NamedTuple):
+  """A place where an equation reads a value."""
+
+  eqn: Equation
+  place: int
+
+
+class Law(NamedTuple):
+  """How a number follows from the sizes of axes: c |axes|^power."""
+
+  axes: tuple[Axis, ...]
+  power: float
+
+
+class Findings(NamedTuple):
+  """What is known of the numbers of a program.
+
+  Attributes:
+    laws: uses of numbers that follow from sizes.
+    doubts: uses of numbers of which it cannot be told, the axes that they may
+      stand for, and why.
+    tables: uses of constant arrays that vary along axes that may shrink.
+  """
+
+  laws: dict[Use, Law]
+  doubts: list[tuple[Use, tuple[Axis, ...], str]]
+  tables: list[tuple[Use, Axis, str]]
+
+
+class _Target(NamedTuple):
+  """A reduction or a contraction: what may be scaled, and by which size."""
+
+  axes: tuple[Axis, ...]
+  before: tuple[Value, ...]  # A factor may stand behind these,
+  after: tuple[Value, ...]  # or before those.
+  is_sum: bool  # Whether a factor that it does not explain is a doubt.
+  why: str
+
+
+def apply(findings: Findings) -> None:
+  """Lets the numbers of a program follow the sizes that are left.
+
+  What is in doubt locks its axes. An equation with such a number is known
+  after as one that reduces over the axes: it is not the same for a mask.
+
+  Args:
+    findings: of :func:`patterns` or :func:`confirm`; their program changes.
+  """
+  for _, axes, why in findings.doubts:
+    for axis in axes:
+      ax.lock(axis, why)
+  for _, axis, why in findings.tables:
+    ax.lock(axis, why)
+  for (eqn, place), law in findings.laws.items():
+    value = eqn.inputs[place]
+    eqn.inputs[place] = Value(
+      value.shape,
+      value.dtype,
+      value.axes,
+      value.constant,
+      recompute=_recompute(value, law),
+    )
+    eqn.reductions = [*eqn.reductions, *law.axes]
+
+
+def _recompute(value: Value, law: Law) -> Callable[[Any], Any]:
+  count = lambda size: math.prod(size(axis) for axis in law.axes)
+  whole = math.prod(ax.find(axis).size for axis in law.axes)
+  original = np.asarray(value.constant)
+
+  def recompute(size: Any) -> Any:
+    ratio = (count(size) / whole) ** law.power
+    if isinstance(ratio, float):
+      return np.asarray(original * ratio, original.dtype)
+    return jnp.asarray(original * ratio, original.dtype)
+
+  return recompute
+
+
+def patterns(program: Program) -> Findings:
+  """Returns what the places of its numbers tell of a typed program."""
+  findings = Findings({}, [], [])
+  targets: list[_Target] = []
+  for part, is_custom in _parts(program):
+    _Part(part, is_custom).read(findings, targets)
+  counts = [(target.axes, target.why) for target in targets if target.is_sum]
+  for part, _ in _parts(program):
+    _Part(part, False).doubt(findings, counts)
+  return findings
+
+
+def _parts(
+  program: Program, is_custom: bool = False
+) -> Iterator[tuple[Program, bool]]:
+  """A program and its bodies, and whether one has a derivative of its own."""
+  yield program, is_custom
+  for eqn in program.equations:
+    custom = is_custom or eqn.primitive.name.startswith('custom_')
+    for body in eqn.programs:
+      yield from _parts(body, custom)
+
+
+class _Part:
+  """The numbers of one flat list of equations."""
+
+  def __init__(self, program: Program, is_custom: bool):
+    self.program = program
+    self.is_custom = is_custom
+    self.makers = {out: eqn for eqn in program.equations for out in eqn.outputs}
+    self.readers: dict[Value, list[Use]] = {}
+    self.numbers: dict[Value, float] = {}
+    for eqn in program.equations:
+      for place, value in enumerate(eqn.inputs):
+        self.readers.setdefault(value, []).append(Use(eqn, place))
+        number = _number(value)
+        if number is not None:
+          self.numbers[value] = number
+      known = [self.numbers.get(value) for value in eqn.inputs]
+      if eqn.inputs and None not in known and len(eqn.outputs) == 1:
+        number = _fold(eqn, known)
+        if number is not None:
+          self.numbers[eqn.outputs[0]] = number
+
+  def read(self, findings: Findings, targets: list[_Target]) -> None:
+    """Adds the laws, doubts and targets of this part."""
+    for eqn in self.program.equations:
+      for target in _targets(eqn):
+        targets.append(target)
+        self._explain(target, findings)
+      for place, value in enumerate(eqn.inputs):
+        for axis in _varying(value):
+          why = f'a table of constants at {eqn.why} counts it: {_REMEDY}'
+          findings.tables.append((Use(eqn, place), axis, why))
+
+  def doubt(
+    self,
+    findings: Findings,
+    counts: Sequence[tuple[tuple[Axis, ...], str]],
+  ) -> None:
+    """Adds a doubt for each number that may well be a size, and has no law."""
+    in_doubt = {use for use, *_ in findings.doubts}
+    for eqn in self.program.equations:
+      if eqn.primitive.name not in ('mul', 'div'):
+        continue
+      for place, value in enumerate(eqn.inputs):
+        use, number = Use(eqn, place), self.numbers.get(value)
+        if number is None or abs(number) in _PLAIN or use in in_doubt:
+          continue
+        roots = list(self._roots(use))
+        if any(root in findings.laws for root in roots):
+          continue
+        own = eqn.inputs[1 - place].axes
+        for axes in [*((axis,) for axis in own), *(axes for axes, _ in counts)]:
+          if _is_live(axes) and _power(value, number, axes) is not None:
+            why = (
+              f'{number:g} in {eqn.why} may stand for its {_count(axes)} '
+              f'entries: {_REMEDY}'
+            )
+            findings.doubts.append((use, tuple(axes), why))
+
+  def _explain(self, target: _Target, findings: Findings) -> None:
+    """Looks for the factors of a target that are powers of its size."""
+    factors = [
+      *(use for value in target.before for use in self._behind(value)),
+      *(use for value in target.after for use in self._ahead(value)),
+    ]
+    left, found = [], False
+    for use in factors:
+      law = self._law(use, target.axes)
+      if law is None:
+        left.append(use)
+      elif self.is_custom:
+        why = f'{target.why} has a derivative of its own: {_REMEDY}'
+        findings.doubts.append((use, target.axes, why))
+      else:
+        findings.laws.update(law)
+        found = True
+    if found or not target.is_sum:
+      return
+    for use in left:
+      number = self.numbers[use.eqn.inputs[use.place]]
+      if abs(number) != 1 and not self._has_law(use, findings):
+        why = (
+          f'{target.why} sums {_count(target.axes)} entries and {number:g} in '
+          f'{use.eqn.why} scales it: {_REMEDY}'
+        )
+        findings.doubts.append((use, target.axes, why))
+
+  def _has_law(self, use: Use, findings: Findings) -> bool:
+    return any(root in findings.laws for root in self._roots(use))
+
+  def _law(self, use: Use, axes: tuple[Axis, ...]) -> dict[Use, Law] | None:
+    """The law of a factor, at the literals it is made of or as it stands."""
+    for root in [*self._roots(use), use]:
+      value = root.eqn.inputs[root.place]
+      power = _power(value, self.numbers[value], axes)
+      if power is not None and value.constant is not None:
+        return {root: Law(axes, power)}
+    return None
+
+  def _roots(self, use: Use) -> Iterator[Use]:
+    """The literals that a number is made of."""
+    maker = self.makers.get(use.eqn.inputs[use.place])
+    if maker is None:
+      yield use
+      return
+    for place in range(len(maker.inputs)):
+      yield from self._roots(Use(maker, place))
+
+  def _ahead(self, value: Value) -> Iterator[Use]:
+    """The numbers that multiply or divide a value, in what follows."""
+    for eqn, place in self.readers.get(value, ()):
+      name = eqn.primitive.name
+      if name in _UNCHANGED and place == 0:
+        yield from self._ahead(eqn.outputs[0])
+      elif (name == 'mul' or (name == 'div' and place == 0)) and (
+        eqn.inputs[1 - place] in self.numbers
+      ):
+        yield Use(eqn, 1 - place)
+        yield from self._ahead(eqn.outputs[0])
+
+  def _behind(self, value: Value) -> Iterator[Use]:
+    """The numbers that multiply or divide a value, in what came before."""
+    eqn = self.makers.get(value)
+    if eqn is None:
+      return
+    name = eqn.primitive.name
+    if name in _UNCHANGED:
+      yield from self._behind(eqn.inputs[0])
+    elif name in ('mul', 'div'):
+      for place, other in ((1, 0), (0, 1)):
+        is_factor = eqn.inputs[place] in self.numbers
+        if is_factor and not (name == 'div' and place == 0):
+          yield Use(eqn, place)
+          yield from self._behind(eqn.inputs[other])
+          return
+
+
+def _targets(eqn: Equation) -> Iterator[_Target]:
+  """What of an equation may be scaled by a size."""
+  name, out = eqn.primitive.name, eqn.outputs[0] if eqn.outputs else None
+  if out is None:
+    return
+  if name == 'reduce_sum' and _is_live(eqn.reductions):
+    x = eqn.inputs[0]
+    yield _Target(tuple(eqn.reductions), (x,), (out,), True, eqn.why)
+  elif name == 'broadcast_in_dim':  # The derivative of a sum.
+    x, kept = eqn.inputs[0], eqn.params['broadcast_dimensions']
+    new = [axis for k, axis in enumerate(out.axes) if k not in kept]
+    if _is_live(new):
+      yield _Target(tuple(new), (x,), (out,), False, eqn.why)
+  elif name == 'dot_general' and all(v.has_data for v in eqn.inputs):
+    (left, right), numbers = eqn.inputs, eqn.params['dimension_numbers']
+    (contract, batch) = numbers
+    summed = tuple(left.axes[k] for k in contract[0])
+    if _is_live(summed):
+      yield _Target(summed, (left, right), (out,), True, eqn.why)
+    for value, gone in ((left, 0), (right, 1)):  # The derivatives of that.
+      free = tuple(
+        axis
+        for k, axis in enumerate(value.axes)
+        if k not in (*contract[gone], *batch[gone])
+      )
+      live = tuple(axis for axis in free if _is_live([axis]))
+      if live:
+        yield _Target(live, (left, right), (out,), False, eqn.why)
+
+
+def _number(value: Value) -> float | None:
+  """The number that a constant of one entry is."""
+  if value.constant is None or math.prod(value.shape) != 1:
+    return None
+  if not jnp.issubdtype(value.dtype, jnp.number):
+    return None
+  return float(np.asarray(value.constant).reshape(()))
+
+
+def _fold(eqn: Equation, known: Sequence[Any]) -> float | None:
+  """The number that an operation on numbers gives, in every entry."""
+  name = eqn.primitive.name
+  try:
+    if name in _UNIFORM:
+      return _UNIFORM[name](*known)
+    if name == 'integer_pow':
+      return known[0] ** eqn.params['y']
+  except (ValueError, ZeroDivisionError, OverflowError):
+    return None
+  return known[0] if name in _UNCHANGED else None
+
+
+def _count(axes: Iterable[Axis]) -> Any:
+  return math.prod(ax.find(axis).size for axis in axes)
+
+
+def _is_live(axes: Iterable[Axis]) -> bool:
+  """Whether an entry of the axes may go, and their number is known."""
+  axes = list(axes)
+  sizes = [ax.find(axis).size for axis in axes]
+  return all(isinstance(n, int) for n in sizes) and any(
+    not leaf.locked for axis in axes for leaf in ax.atoms(axis)
+  )
+
+
+def _power(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
+  """The power of the size of axes that a number is, if it is one."""
+  count = _count(axes)
+  if not isinstance(count, int) or count < 2:
+    return None
+  exact = not jnp.issubdtype(value.dtype, jnp.inexact)
+  tolerance = 0.0 if exact else 2 * float(jnp.finfo(value.dtype).eps)
+  for power in POWERS:
+    wanted = count**power
+    if abs(abs(number) - wanted) <= tolerance * wanted:
+      return power
+  return None
+
+
+def _varying(value: Value) -> list[Axis]:
+  """The axes that may shrink along which a constant is not the same."""
+  if value.constant is None or not value.shape:
+    return []
+  live = [k for k, axis in enumerate(value.axes) if _is_live([axis])]
+  if not live or not jnp.issubdtype(value.dtype, jnp.number):
+    return []
+  table = np.asarray(value.constant)
+  return [
+    value.axes[k] for k in live if np.any(table != np.take(table, [0], k))
+  ]
+
+
+def confirm(program: Program, other: Program, findings: Findings) -> Findings:
+  """Returns what a second trace at other widths says of the numbers.
+
+  A number that is the same in both follows from no width; one that differs
+  must follow from the sizes that differ, in one way.
+
+  Args:
+    program: the typed program.
+    other: the program of the same operations at other widths.
+    findings: of :func:`patterns`.
+
+  Raises:
+    ValueError: if the second trace has other operations.
+  """
+  pairs = list(_pairs(program, other))
+  sizes: dict[Axis, Any] = {}
+  for eqn, twin in pairs:
+    for value, its in zip(
+      [*eqn.inputs, *eqn.outputs], [*twin.inputs, *twin.outputs], strict=True
+    ):
+      for axis, n in zip(value.axes, its.shape, strict=True):
+        sizes[ax.find(axis)] = n
+  laws: dict[Use, Law] = {}
+  doubts: list[tuple[Use, tuple[Axis, ...], str]] = []
+  tables: list[tuple[Use, Axis, str]] = []
+  for eqn, twin in pairs:
+    for place, value in enumerate(eqn.inputs):
+      use, its = Use(eqn, place), twin.inputs[place]
+      if value.constant is None or its.constant is None:
+        continue
+      a, b = _number(value), _number(its)
+      if a is None or b is None:
+        tables += [
+          (use, axis, f'{eqn.why} has another table at another width')
+          for axis in _varying(value)
+          if not _is_part(its, value)
+        ]
+      elif a != b:
+        near = findings.laws.get(use)
+        found = _explanations(value, a, b, sizes, near)
+        if len(found) == 1:
+          laws[use] = found[0]
+        else:
+          axes = tuple(axis for law in found for axis in law.axes)
+          axes = axes or tuple(
+            axis for axis, n in sizes.items() if axis.size != n
+          )
+          why = f'{a:g} in {eqn.why} may follow from several widths'
+          doubts.append((use, axes, why))
+  return Findings(laws, doubts, tables)
+
+
+def transfer(program: Program, findings: Findings, other: Program) -> Findings:
+  """Returns findings of a program as those of the same at another batch.
+
+  Raises:
+    ValueError: if the other has other operations.
+  """
+  pairs = list(_pairs(program, other))
+  twins = {id(eqn): twin for eqn, twin in pairs}
+  axes: dict[Axis, Axis] = {}
+  for eqn, twin in pairs:
+    for value, its in zip(
+      [*eqn.inputs, *eqn.outputs], [*twin.inputs, *twin.outputs], strict=True
+    ):
+      for a, b in zip(value.axes, its.axes, strict=True):
+        axes.setdefault(ax.find(a), b)
+  use = lambda old: Use(twins[id(old.eqn)], old.place)
+  known = lambda found: tuple(
+    axes[ax.find(axis)] for axis in found if ax.find(axis) in axes
+  )
+  return Findings(
+    {use(u): Law(known(x.axes), x.power) for u, x in findings.laws.items()},
+    [(use(u), known(found), why) for u, found, why in findings.doubts],
+    [(use(u), axes[ax.find(axis)], why) for u, axis, why in findings.tables],
+  )
+
+
+def _pairs(
+  program: Program, other: Program
+) -> Iterator[tuple[Equation, Equation]]:
+  """The equations of two programs, side by side, those of bodies too."""
+  names = lambda p: [eqn.primitive.name for eqn in p.equations]
+  if names(program) != names(other):
+    differ = [
+      (a.why, b.why)
+      for a, b in zip(program.equations, other.equations, strict=False)
+      if a.primitive is not b.primitive
+    ]
+    first = ' and '.join(differ[0]) if differ else 'their number'
+    raise ValueError(
+      f'The function has other operations at the other widths (`narrow`), '
+      f'first: {first}.'
+    )
+  for eqn, twin in zip(program.equations, other.equations, strict=True):
+    yield eqn, twin
+    for body, its in zip(eqn.programs, twin.programs, strict=True):
+      yield from _pairs(body, its)
+
+
+def _explanations(
+  value: Value,
+  a: float,
+  b: float,
+  sizes: Mapping[Axis, Any],
+  near: Law | None,
+) -> list[Law]:
+  """The laws by which a number is a at these sizes and b at those."""
+  is_law = lambda law: np.isclose(
+    abs(b / a),
+    (_count_at(law.axes, sizes) / _count(law.axes)) ** law.power,
+    rtol=4 * float(jnp.finfo(value.dtype).eps)
+    if jnp.issubdtype(value.dtype, jnp.inexact)
+    else 1e-9,
+  )
+  if not a or not b:
+    return []
+  if near is not None and is_law(near):
+    return [near]
+  seen: dict[tuple[Any, ...], Law] = {}
+  for axis, n in sizes.items():
+    if isinstance(n, int) and isinstance(axis.size, int) and n != axis.size:
+      for power in POWERS:
+        law = Law((axis,), power)
+        if is_law(law):
+          seen.setdefault((*map(ax.find, ax.atoms(axis)), power), law)
+  laws = list(seen.values())
+  exact = [law for law in laws if _power(value, a, law.axes) == law.power]
+  return exact or laws
+
+
+def _count_at(axes: Iterable[Axis], sizes: Mapping[Axis, Any]) -> Any:
+  return math.prod(sizes.get(ax.find(axis), 0) for axis in axes)
+
+
+def _is_part(part: Value, whole: Value) -> bool:
+  """Whether a table is the first entries of another."""
+  if len(part.shape) != len(whole.shape):
+    return False
+  cut = tuple(slice(n) for n in part.shape)
+  a, b = np.asarray(whole.constant)[cut], np.asarray(part.constant)
+  return a.shape == b.shape and bool(np.array_equal(a, b))
