@@ -289,10 +289,7 @@ def _first_difference(
   ]
   for eqn in traced.program.equations:
     for run, known in zip((small, full), env, strict=True):
-      values = [
-        known[v] if v in known else run.take(v.constant, v.axes)
-        for v in eqn.inputs
-      ]
+      values = [known[v] if v in known else run.constant(v) for v in eqn.inputs]
       known.update(zip(eqn.outputs, run.apply(eqn, values), strict=True))
     for value in eqn.outputs:
       if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
