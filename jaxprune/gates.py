@@ -320,7 +320,7 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   groups, count = len(structure.units), len(names)
   opened = lax.stop_gradient(values.open)
   hard = values._replace(open=opened)
-  now = _scalars(hard)
+  now = _scalars(hard)[None]
   eye = np.eye(count - groups, dtype=np.float32)
   scalars = jnp.concatenate(
     [jnp.tile(now, (1 + groups, 1)), jnp.maximum(now, eye), now * (1 - eye)]
@@ -452,29 +452,85 @@ def closed(scalars: Scalars) -> tuple[str, ...]:
   return tuple(name for name, x in scalars.items() if not float(x))
 
 
+def shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns x in another shape, without parameters.
+
+  Average pooling over windows that do not overlap where a side shrinks (what
+  does not fill a window is left out); then the first channels, or zero channels
+  at the end.
+
+  Args:
+    x: shape (batch, ..., channels).
+    shape: of the result: the same batch, and sides no larger than those of x.
+
+  Raises:
+    ValueError: if the number of axes or the batch differ, or a side grows.
+
+  References:
+    Ours, for what the abstract of arXiv:2010.02623 calls no constraint on the
+    spatial dimensions.
+
+  Examples:
+    >>> x = jnp.arange(4.0).reshape(1, 4, 1)
+    >>> print(shortcut(x, (1, 2, 2))[0])
+    [[0.5 0. ]
+     [2.5 0. ]]
+  """
+  fits = len(shape) == x.ndim >= 2 and shape[0] == x.shape[0]
+  if not fits or any(
+    not 1 <= n <= m for n, m in zip(shape[1:-1], x.shape[1:-1], strict=True)
+  ):
+    raise ValueError(
+      f'A shortcut can shrink the sides of {x.shape} and change its channels, '
+      f'but not give {tuple(shape)}.'
+    )
+  for axis, n in enumerate(shape[1:-1], 1):
+    window = x.shape[axis] // n
+    if x.shape[axis] != n:
+      x = lax.slice_in_dim(x, 0, n * window, axis=axis)
+      parts = (*x.shape[:axis], n, window, *x.shape[axis + 1 :])
+      x = jnp.mean(x.reshape(parts), axis + 1)
+  extra = shape[-1] - x.shape[-1]
+  if extra > 0:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+  return x[..., : shape[-1]]
+
+
+def nothing(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns zeros: what a closed branch adds to a sum; see :func:`bypass`.
+
+  Args:
+    x: for its dtype.
+    shape: of the result.
+  """
+  return jnp.zeros(shape, x.dtype)
+
+
 def bypass(
   layer: Callable[[jax.Array], jax.Array],
   x: jax.Array,
   gate: float | jax.Array,
+  *,
+  around: Callable[[jax.Array, tuple[int, ...]], jax.Array] = shortcut,
+  shape: tuple[int, ...] | None = None,
 ) -> jax.Array:
-  """Returns gate * layer(x) + (1 - gate) * shortcut(x).
+  """Returns gate * layer(x) + (1 - gate) * around(x).
 
-  The gate of a sequential layer, across which shapes may change: a model
-  composes it, or wraps a layer from outside (``nn.intercept_methods``).
+  The gate of a sequential layer, across which shapes may change, or with
+  ``around=nothing`` of one term of a sum: a model composes it, or wraps a layer
+  from outside (``nn.intercept_methods``).
 
   Args:
     layer: of x alone.
     x: shape (batch, ..., channels).
     gate: a traced scalar in training. A Python number is static: at 1 (True)
-      the layer alone is there, at 0 (False) only the shortcut, which is how the
-      finished network is traced.
+      the layer alone is there, at 0 (False) only the way around, which is how
+      the finished network is traced.
+    around: (x, shape) -> what takes the layer's place.
+    shape: of what the layer returns; only needed where its params are gone.
 
   Raises:
-    ValueError: as :func:`shortcut`.
-
-  References:
-    Ours, for what the abstract of arXiv:2010.02623 calls no constraint on the
-    spatial dimensions.
+    ValueError: as ``around``.
 
   Examples:
     >>> double = lambda x: 2 * x
@@ -484,50 +540,10 @@ def bypass(
   if isinstance(gate, bool | int | float) and gate in (0, 1):
     if gate:
       return layer(x)
-    return shortcut(x, jax.eval_shape(layer, x).shape)
+    return around(x, shape or jax.eval_shape(layer, x).shape)
   y = layer(x)
   gate = jnp.asarray(gate, y.dtype)
-  return gate * y + (1 - gate) * shortcut(x, y.shape).astype(y.dtype)
-
-
-def shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns x in another shape, without parameters.
-
-  Average pooling with windows that do not overlap where a side shrinks; the
-  first channels, or zero channels at the end.
-
-  Args:
-    x: shape (batch, ..., channels).
-    shape: of the result: the same batch, and sides that divide those of x, or
-      as often as they go into it (the rest is left out).
-
-  Raises:
-    ValueError: if the number of axes or the batch differ, or a side grows.
-
-  Examples:
-    >>> x = jnp.arange(4.0).reshape(1, 4, 1)
-    >>> print(shortcut(x, (1, 2, 2))[0])
-    [[0.5 0. ]
-     [2.5 0. ]]
-  """
-  same = len(shape) == x.ndim >= 2 and shape[0] == x.shape[0]
-  if not same or any(
-    not 1 <= n <= m for n, m in zip(shape[1:-1], x.shape[1:-1], strict=True)
-  ):
-    raise ValueError(
-      f'A shortcut can shrink the sides of {x.shape} and change its channels, '
-      f'but not give {tuple(shape)}.'
-    )
-  for axis, n in enumerate(shape[1:-1], 1):
-    window = x.shape[axis] // n
-    if window > 1 or x.shape[axis] != n:
-      x = lax.slice_in_dim(x, 0, n * window, axis=axis)
-      parts = (*x.shape[:axis], n, window, *x.shape[axis + 1 :])
-      x = jnp.mean(x.reshape(parts), axis + 1)
-  extra = shape[-1] - x.shape[-1]
-  if extra > 0:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
-  return x[..., : shape[-1]]
+  return gate * y + (1 - gate) * around(x, y.shape).astype(y.dtype)
 
 
 def slimming(
