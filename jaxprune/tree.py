@@ -64,7 +64,10 @@ def leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def map_with_path(
-  fn: Callable[..., Any], tree: PyTree, *rest: PyTree
+  fn: Callable[..., Any],
+  tree: PyTree,
+  *rest: PyTree,
+  is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
   """Maps ``fn(path, leaf, *rest_leaves)`` over a pytree.
 
@@ -72,13 +75,33 @@ def map_with_path(
     fn: called with the path as a string and one leaf of each tree.
     tree: the pytree that decides the structure.
     *rest: pytrees of which ``tree`` is a prefix.
+    is_leaf: what counts as a leaf beside those, as for ``jax.tree.map``.
 
   Examples:
     >>> map_with_path(lambda path, x: f'{path}={x}', {'a': 1, 'b': 2})
     {'a': 'a=1', 'b': 'b=2'}
   """
   call = lambda path, *xs: fn(path_string(path), *xs)
-  return jax.tree_util.tree_map_with_path(call, tree, *rest)
+  return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_leaf)
+
+
+def compact(tree: PyTree) -> PyTree:
+  """Returns nested dicts without the entries that hold no leaf.
+
+  What :func:`jaxprune.plans.shrink` leaves of a network with a dropped block
+  becomes the params of the module built without it.
+
+  Args:
+    tree: a pytree; mappings become dicts, anything else stays as it is.
+
+  Examples:
+    >>> compact({'a': {'kernel': None, 'bias': None}, 'b': {'kernel': 1}})
+    {'b': {'kernel': 1}}
+  """
+  if not isinstance(tree, Mapping):
+    return tree
+  inner = {name: compact(child) for name, child in tree.items()}
+  return {n: child for n, child in inner.items() if jax.tree.leaves(child)}
 
 
 def match(

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxprune.structure import scaling
-from jaxprune.structure.flow import Binding, Flow, flow, read
-from jaxprune.structure.program import Program
+from jaxprune.structure.flow import Binding, Flow, read
 from jaxprune.structure.rules import Equation, Value
 
 
@@ -56,7 +55,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(
-  program: Program,
+  stream: Flow,
   paths: Sequence[str],
   outputs_like: Sequence[str | None],
   taken: Sequence[str],
@@ -64,12 +63,12 @@ def blocks(
   """Returns the residual branches of a program.
 
   Args:
-    program: the typed program, whose first inputs are the leaves.
+    stream: the flow of the program, whose first inputs are the leaves.
     paths: of the leaves, in order.
     outputs_like: for each output the leaf that it hands back, or None.
     taken: names that no block may have.
   """
-  search = _Search(flow(program), program, paths, outputs_like)
+  search = _Search(stream, paths, outputs_like)
   drafts, refused = [], {}
   for step in search.flow.steps:
     if isinstance(step, Equation) and step.primitive.name in ('add', 'sub'):
@@ -92,7 +91,7 @@ def blocks(
 
 
 def live(
-  program: Program,
+  stream: Flow,
   outputs_like: Sequence[str | None],
   dropped: Sequence[Block],
 ) -> set[Value]:
@@ -100,11 +99,11 @@ def live(
   gone = {path for block in dropped for path in block.leaves}
   roots = [
     out
-    for out, path in zip(program.outputs, outputs_like, strict=True)
+    for out, path in zip(stream.outputs, outputs_like, strict=True)
     if path not in gone
   ]
   cut = {block.result: (block.shortcut,) for block in dropped}
-  return flow(program).ancestors(roots, cut)
+  return stream.ancestors(roots, cut)
 
 
 class _Search:
@@ -113,15 +112,14 @@ class _Search:
   def __init__(
     self,
     stream: Flow,
-    program: Program,
     paths: Sequence[str],
     outputs_like: Sequence[str | None],
   ):
     self.flow = stream
-    self.leaves = dict(zip(program.inputs, paths, strict=False))
-    self.data = stream.descendants(program.inputs[len(paths) :], ())
+    self.leaves = dict(zip(stream.inputs, paths, strict=False))
+    self.data = stream.descendants(stream.inputs[len(paths) :], ())
     self.weights = stream.descendants(self.leaves, ()) - self.data
-    pairs = list(zip(program.outputs, outputs_like, strict=True))
+    pairs = list(zip(stream.outputs, outputs_like, strict=True))
     self.handed_back = {out: path for out, path in pairs if path is not None}
     self.results = [out for out, path in pairs if path is None]
 

@@ -39,13 +39,15 @@ class Flow:
     makers: value -> the steps that make it: several where a loop or a branch
       ends.
     uses: value -> the steps that read it.
-    outputs: what the program returns.
+    inputs: what the program takes.
+    outputs: what it returns.
   """
 
   steps: tuple[Step, ...]
   parents: dict[Value, list[Value]]
   makers: dict[Value, list[Step]]
   uses: dict[Value, list[Step]]
+  inputs: tuple[Value, ...]
   outputs: tuple[Value, ...]
 
   def is_zero(self, value: Value) -> bool:
@@ -111,7 +113,8 @@ def flow(program: Program) -> Flow:
       makers.setdefault(value, []).append(step)
     for value in dict.fromkeys(values):
       uses.setdefault(value, []).append(step)
-  return Flow(steps, parents, makers, uses, tuple(program.outputs))
+  ends = tuple(program.inputs), tuple(program.outputs)
+  return Flow(steps, parents, makers, uses, *ends)
 
 
 def _steps(program: Program) -> Iterator[Step]:

@@ -20,6 +20,7 @@ from jaxprune import tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.blocks import Block, Blocks, blocks, live
+from jaxprune.structure.flow import Flow, flow
 from jaxprune.structure.program import Program
 from jaxprune.structure.readers import Readers, readers
 from jaxprune.structure.run import Run, Without
@@ -69,8 +70,13 @@ class Graph:
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
 
   @functools.cached_property
+  def flow(self) -> Flow:
+    """What flows where in the program."""
+    return flow(self.program)
+
+  @functools.cached_property
   def _readers(self) -> Readers:
-    return readers(self.program, self.leaves, self.atoms)
+    return readers(self.flow, self.leaves, self.atoms)
 
   @property
   def readers(self) -> dict[str, tuple[Member, ...]]:
@@ -85,7 +91,7 @@ class Graph:
   @functools.cached_property
   def _blocks(self) -> Blocks:
     names = list(self.groups)
-    return blocks(self.program, list(self.leaves), self.outputs_like, names)
+    return blocks(self.flow, list(self.leaves), self.outputs_like, names)
 
   @property
   def blocks(self) -> dict[str, Block]:
@@ -351,7 +357,7 @@ def runner(
     blocks = [graph.blocks[name] for name in dropped]
     without = Without(
       {block.result: block.shortcut for block in blocks},
-      live(graph.program, graph.outputs_like, blocks),
+      live(graph.flow, graph.outputs_like, blocks),
     )
   return Run(
     {graph.atoms[name]: np.asarray(index) for name, index in kept.items()},

@@ -15,8 +15,7 @@ import numpy as np
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules, scaling
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.flow import Binding, Flow, Step, flow, made, read
-from jaxprune.structure.program import Program
+from jaxprune.structure.flow import Binding, Flow, Step, made, read
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.slices import Leaf, Member, member, occurrences
 
@@ -42,7 +41,7 @@ class _Read(NamedTuple):
 
 
 def readers(
-  program: Program, leaves: Mapping[str, Leaf], atoms: Mapping[str, Axis]
+  stream: Flow, leaves: Mapping[str, Leaf], atoms: Mapping[str, Axis]
 ) -> Readers:
   """Returns the slices of each group that read it.
 
@@ -52,12 +51,11 @@ def readers(
   used elsewhere too). A norm over the group passes, and the gate comes after.
 
   Args:
-    program: the typed program, whose first inputs are the leaves.
+    stream: the flow of the program, whose first inputs are the leaves.
     leaves: path -> leaf, in the order of the inputs.
     atoms: group -> its axis.
   """
-  search = _Search(flow(program), program, leaves, atoms)
-  return search.result()
+  return _Search(stream, leaves, atoms).result()
 
 
 class _Search:
@@ -66,7 +64,6 @@ class _Search:
   def __init__(
     self,
     stream: Flow,
-    program: Program,
     leaves: Mapping[str, Leaf],
     atoms: Mapping[str, Axis],
   ):
@@ -74,8 +71,8 @@ class _Search:
     self.leaves = leaves
     self.groups = {atom: name for name, atom in atoms.items()}
     self.atoms = atoms
-    self.paths = dict(zip(program.inputs, leaves, strict=False))
-    arguments = program.inputs[len(leaves) :]
+    self.paths = dict(zip(stream.inputs, leaves, strict=False))
+    arguments = stream.inputs[len(leaves) :]
     self.data = stream.descendants(arguments, ())
     self.refused: dict[str, str] = {}
     self.fresh: dict[Value, list[Axis]] = {}

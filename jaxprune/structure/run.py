@@ -208,9 +208,10 @@ class Switched:
     self.masks = masks
     self.switches = switches
 
-  def size(self, axis: Axis) -> ax.Size:
-    """Entries of an axis: all."""
-    return ax.find(axis).size
+  def size(self, axis: Axis) -> Any:
+    """Entries of an axis that are left; traced where a mask is."""
+    mask = self.mask(axis)
+    return ax.find(axis).size if mask is None else jnp.sum(mask)
 
   def mask(self, axis: Axis) -> Any:
     """Which entries of an axis are left, bool[size]; None if all are."""
@@ -253,8 +254,7 @@ class Switched:
     for k, mask in masks.items():
       wide = [-1 if j == k else 1 for j in range(np.ndim(array))]
       kept = kept & mask.reshape(wide)
-    dtype = jnp.asarray(array).dtype
-    return jnp.where(kept, array, jnp.asarray(value, dtype))
+    return jnp.where(kept, array, jnp.asarray(value, jnp.result_type(array)))
 
   def bind(self, primitive: Any, values: Sequence[Any], params: Any) -> Any:
     """Applies a primitive, as every JAX version wants it."""

@@ -1,0 +1,34 @@
+"""Plans: what is kept of a network, as plain data, and what follows from it.
+
+A :class:`Plan` names groups of a :class:`jaxprune.structure.Graph` and the
+indices kept of each, the blocks it drops, and the resolution of its input. It
+is data: JSON, hashable, comparable. From it follow the masks of the full
+network, the smaller pytree (:func:`shrink`), the smaller function
+(:func:`specialise`) and the proof that the two compute what the masked network
+computes (:func:`jaxprune.proof.check`). A :func:`supernet` computes all plans
+of a graph in one compile.
+"""
+
+from jaxprune.plans.cutting import grow as grow
+from jaxprune.plans.cutting import leaf_masks as leaf_masks
+from jaxprune.plans.cutting import masks as masks
+from jaxprune.plans.cutting import shrink as shrink
+from jaxprune.plans.record import FORMAT as FORMAT
+from jaxprune.plans.record import Change as Change
+from jaxprune.plans.record import Diff as Diff
+from jaxprune.plans.record import Plan as Plan
+from jaxprune.plans.record import compose as compose
+from jaxprune.plans.record import diff as diff
+from jaxprune.plans.record import from_json as from_json
+from jaxprune.plans.record import from_kept as from_kept
+from jaxprune.plans.record import from_masks as from_masks
+from jaxprune.plans.record import from_widths as from_widths
+from jaxprune.plans.record import kept_indices as kept_indices
+from jaxprune.plans.record import open_blocks as open_blocks
+from jaxprune.plans.record import to_json as to_json
+from jaxprune.plans.record import vanished as vanished
+from jaxprune.plans.record import widths as widths
+from jaxprune.plans.running import at as at
+from jaxprune.plans.running import masked as masked
+from jaxprune.plans.running import specialise as specialise
+from jaxprune.plans.running import supernet as supernet

@@ -1,0 +1,504 @@
+"""The plan itself: what is kept of a network, as plain data."""
+
+import dataclasses
+import json
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure import choices
+from jaxprune.structure.graph import Graph, runner
+from jaxprune.structure.run import Run
+from jaxprune.structure.slices import Group, member, occurrences
+
+FORMAT = 2
+READABLE = (1, 2)  # Format 1 knew of groups alone.
+Kept = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is kept of a network.
+
+  Attributes:
+    graph: the fingerprint of the graph it was made for.
+    kept: (group, ascending indices that stay), sorted by group; a group that
+      is absent is kept whole, or goes with its block.
+    dropped: names of the blocks to leave out, sorted, with the blocks inside.
+    resolution: sides of the first argument after its batch, (rows, columns) of
+      images; None for those of the trace.
+    version: of the format.
+  """
+
+  graph: str
+  kept: Kept = ()
+  dropped: tuple[str, ...] = ()
+  resolution: tuple[int, ...] | None = None
+  version: int = FORMAT
+
+
+class Change(NamedTuple):
+  """What became of the units of a group.
+
+  Attributes:
+    removed: indices that the first plan keeps and the second does not.
+    restored: the reverse.
+  """
+
+  removed: tuple[int, ...]
+  restored: tuple[int, ...]
+
+
+class Diff(NamedTuple):
+  """What a second plan does otherwise than a first; print it.
+
+  Attributes:
+    groups: group -> :class:`Change`.
+    dropped: blocks that the second alone drops.
+    restored: blocks that the first alone drops.
+    resolution: (before, after); None if they agree.
+  """
+
+  groups: dict[str, Change]
+  dropped: tuple[str, ...]
+  restored: tuple[str, ...]
+  resolution: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
+
+  def __str__(self) -> str:
+    """Returns one line for each group, block and resolution that differs."""
+    lines = [
+      f'{name}: {_signed("-", change.removed)}{_signed("+", change.restored)}'
+      for name, change in self.groups.items()
+    ]
+    lines += [f'{name}: dropped' for name in self.dropped]
+    lines += [f'{name}: restored' for name in self.restored]
+    if self.resolution is not None:
+      before, after = (
+        'x'.join(map(str, sides)) if sides else 'as traced'
+        for sides in self.resolution
+      )
+      lines.append(f'resolution: {before} -> {after}')
+    return '\n'.join(line.rstrip() for line in lines) or 'no difference'
+
+
+def _signed(sign: str, index: Sequence[int]) -> str:
+  return f'{sign}{",".join(map(str, index))} ' if index else ''
+
+
+def from_kept(
+  graph: Graph,
+  kept: Mapping[str, Sequence[int]],
+  dropped: Iterable[str] = (),
+  resolution: Sequence[int] | None = None,
+) -> Plan:
+  """Returns the plan that keeps these indices and drops these blocks.
+
+  Args:
+    graph: the graph.
+    kept: group -> indices to keep, in any order; at least one.
+    dropped: names of blocks of ``graph.blocks``; those inside go too.
+    resolution: sides of the first argument after its batch; None for those of
+      the trace.
+
+  Raises:
+    ValueError: if a group or block is unknown, the indices of a group are none,
+      double or out of range, a rule of the graph allows no such width, or a
+      side is no positive int.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 2))}
+    >>> mlp = lambda p, x: x + x @ p['a'] @ p['b']
+    >>> graph = trace(mlp, params, jnp.ones((1, 2)))
+    >>> from_kept(graph, {'a': [2, 0]}).kept
+    (('a', (0, 2)),)
+    >>> from_kept(graph, {}, dropped=['+a']).dropped
+    ('+a',)
+  """
+  closed = _with_inner(graph, dropped)
+  lost = vanished_groups(graph, closed)
+  entries = []
+  for name, index in sorted(kept.items()):
+    size = group(graph, name).size
+    chosen = sorted({int(i) for i in index})
+    if not chosen or len(chosen) != len(index):
+      raise ValueError(
+        f'Group {name!r} must keep one or more indices, each once, got '
+        f'{list(index)}.'
+      )
+    if chosen[0] < 0 or chosen[-1] >= size:
+      raise ValueError(
+        f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
+      )
+    if len(chosen) < size and name not in lost:
+      entries.append((name, tuple(chosen)))
+  for name, found in graph.groups.items():
+    if name not in lost:
+      choices.check_width(found, len(kept.get(name, range(found.size))))
+  sides = None
+  if resolution is not None:
+    sides = tuple(int(side) for side in resolution)
+    if not sides or min(sides) < 1 or sides != tuple(resolution):
+      raise ValueError(
+        f'`resolution` must be positive ints, one or more, got {resolution}.'
+      )
+  return Plan(graph.fingerprint, tuple(entries), closed, sides)
+
+
+def from_masks(
+  graph: Graph,
+  masks: Mapping[str, Any],
+  dropped: Iterable[str] = (),
+  resolution: Sequence[int] | None = None,
+) -> Plan:
+  """Returns the plan that keeps what masks of groups keep.
+
+  Args:
+    graph: the graph.
+    masks: group -> bool[size], True = kept.
+    dropped: as :func:`from_kept`.
+    resolution: as :func:`from_kept`.
+
+  Raises:
+    ValueError: as :func:`from_kept`, or if a mask has another shape.
+  """
+  kept = {}
+  for name, mask in masks.items():
+    size = group(graph, name).size
+    if np.shape(mask) != (size,):
+      raise ValueError(
+        f'The mask of group {name!r} must have shape ({size},), got '
+        f'{np.shape(mask)}.'
+      )
+    kept[name] = np.flatnonzero(np.asarray(mask))
+  return from_kept(graph, kept, dropped, resolution)
+
+
+def from_widths(
+  graph: Graph,
+  widths: Mapping[str, int],
+  scores: Mapping[str, Any] | None = None,
+  dropped: Iterable[str] = (),
+  resolution: Sequence[int] | None = None,
+) -> Plan:
+  """Returns the plan that keeps so many units, the best or the first.
+
+  Args:
+    graph: the graph.
+    widths: group -> units to keep, from 1 to its size.
+    scores: group -> score of each unit, larger = keep, ties to the lower
+      index; without them (or a group in them) the first units stay.
+    dropped: as :func:`from_kept`.
+    resolution: as :func:`from_kept`.
+
+  Raises:
+    ValueError: as :func:`from_kept`, or if a width is out of range.
+  """
+  kept = {}
+  for name, width in widths.items():
+    size = group(graph, name).size
+    if not 1 <= width <= size:
+      raise ValueError(
+        f'Group {name!r} can keep 1 to {size} units, got {width}.'
+      )
+    order = np.arange(size)
+    if scores is not None and name in scores:
+      order = np.argsort(-np.asarray(scores[name]), kind='stable')
+    kept[name] = order[:width]
+  return from_kept(graph, kept, dropped, resolution)
+
+
+def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
+  """Returns the units of every group, (before, after).
+
+  After is 0 for a group that goes with its blocks.
+  """
+  kept = kept_indices(graph, plan)
+  lost = vanished_groups(graph, plan.dropped)
+  return {
+    name: (
+      found.size,
+      0 if name in lost else len(kept.get(name, range(found.size))),
+    )
+    for name, found in graph.groups.items()
+  }
+
+
+def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
+  """Returns block -> 1 if it stays, 0 if the plan drops it."""
+  check(graph, plan)
+  return {name: int(name not in plan.dropped) for name in graph.blocks}
+
+
+def compose(
+  graph: Graph, first: Plan, small_graph: Graph, second: Plan
+) -> Plan:
+  """Returns the plan that does at once what two do one after the other.
+
+  Args:
+    graph: the graph of the original function.
+    first: a plan of it.
+    small_graph: the graph of ``specialise(graph, first)`` with shrunk params.
+    second: a plan of that.
+
+  Returns:
+    A plan of ``graph``: its indices are those of the original units.
+
+  Raises:
+    ValueError: if a plan is not of its graph, ``small_graph`` is not of what
+      ``first`` leaves, or ``second`` cuts a group or drops a block that is
+      none of ``graph`` (a group that falls apart without a dropped block).
+  """
+  kept = dict(kept_indices(graph, first))
+  run = runner(graph, kept)
+  gone = vanished(graph, first.dropped)
+  shapes = {
+    path: tuple(run.size(axis) for axis in leaf.axes)
+    for path, leaf in graph.leaves.items()
+    if path not in gone
+  }
+  if shapes != {path: leaf.shape for path, leaf in small_graph.leaves.items()}:
+    raise ValueError(
+      'The small graph has other leaves than the first plan leaves: trace '
+      'specialise(graph, first) with shrunk params.'
+    )
+  for name, index in kept_indices(small_graph, second).items():
+    original, units = _original(graph, run, gone, small_graph, name)
+    kept[original] = tuple(int(units[i]) for i in index)
+  dropped = [*first.dropped]
+  for name in second.dropped:
+    leaves = {*small_graph.blocks[name].leaves}
+    match = [
+      b.name for b in graph.blocks.values() if {*b.leaves} - gone == leaves
+    ]
+    if not match:
+      raise ValueError(f'Block {name!r} is no block of the original graph.')
+    dropped.append(match[0])
+  resolution = second.resolution or first.resolution
+  return from_kept(graph, kept, dropped, resolution)
+
+
+def _original(
+  graph: Graph, run: Run, gone: Container[str], small_graph: Graph, name: str
+) -> tuple[str, dict[int, int]]:
+  """The original of a group of a smaller graph: its name, unit -> unit."""
+  found = small_graph.groups[name]
+  path, axis = found.members[0][:2]
+  small = next(
+    labels
+    for atom, labels in occurrences(small_graph.leaves[path].axes[axis])
+    if atom is ax.find(small_graph.atoms[name])
+    and member(path, axis, labels) == found.members[0]
+  )
+  full = graph.leaves[path].axes[axis]
+  mask = run.mask(full)
+  names = {atom: group for group, atom in graph.atoms.items()}
+  for atom, labels in occurrences(full):
+    labels = labels if mask is None else labels[mask]
+    pairs = {*zip(small.tolist(), labels.tolist(), strict=True)} - {(-1, -1)}
+    units = dict(pairs)
+    if (
+      atom in names
+      and len(pairs) == len(units) == found.size == len({*units.values()})
+      and -1 not in units
+    ):
+      members = [
+        m for m in graph.groups[names[atom]].members if m[0] not in gone
+      ]
+      if len(members) == len(found.members):
+        return names[atom], units
+  raise ValueError(
+    f'Group {name!r} of the small graph is no group of the original one: '
+    f'without the dropped blocks it stands alone.'
+  )
+
+
+def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
+  """Returns what a second plan does otherwise than a first.
+
+  Args:
+    graph: the graph of both.
+    first: a plan.
+    second: another.
+
+  Raises:
+    ValueError: if one is of another graph.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 2))}
+    >>> mlp = lambda p, x: x + x @ p['a'] @ p['b']
+    >>> graph = trace(mlp, params, jnp.ones((1, 2)))
+    >>> narrow = from_kept(graph, {'a': [1]}, resolution=[2])
+    >>> print(diff(graph, from_kept(graph, {}), narrow))
+    a: -0,2
+    resolution: as traced -> 2
+    >>> print(diff(graph, narrow, from_kept(graph, {}, ['+a'])))
+    +a: dropped
+    resolution: 2 -> as traced
+  """
+  before, after = kept_indices(graph, first), kept_indices(graph, second)
+  lost = {
+    *vanished_groups(graph, first.dropped),
+    *vanished_groups(graph, second.dropped),
+  }
+  groups = {}
+  for name, found in graph.groups.items():
+    whole = range(found.size)
+    had, has = {*before.get(name, whole)}, {*after.get(name, whole)}
+    if had != has and name not in lost:
+      groups[name] = Change(tuple(sorted(had - has)), tuple(sorted(has - had)))
+  agree = first.resolution == second.resolution
+  return Diff(
+    groups,
+    tuple(name for name in second.dropped if name not in first.dropped),
+    tuple(name for name in first.dropped if name not in second.dropped),
+    None if agree else (first.resolution, second.resolution),
+  )
+
+
+def to_json(plan: Plan) -> str:
+  """Returns a plan as JSON, one group a line, the same bytes each time.
+
+  Examples:
+    >>> print(to_json(Plan('c0ffee', (('conv1', (0, 2)),), ('block3',))))
+    {
+     "version": 2,
+     "graph": "c0ffee",
+     "kept": {
+      "conv1": [0, 2]
+     },
+     "dropped": ["block3"],
+     "resolution": null
+    }
+  """
+  lines = [
+    f'  {json.dumps(name)}: {json.dumps(list(index))}'
+    for name, index in plan.kept
+  ]
+  kept = '{\n' + ',\n'.join(lines) + '\n }' if lines else '{}'
+  return (
+    f'{{\n "version": {plan.version},\n "graph": {json.dumps(plan.graph)},\n'
+    f' "kept": {kept},\n "dropped": {json.dumps(list(plan.dropped))},\n'
+    f' "resolution": {json.dumps(plan.resolution)}\n}}'
+  )
+
+
+def from_json(text: str) -> Plan:
+  """Returns the plan that :func:`to_json` wrote.
+
+  Raises:
+    ValueError: if the text is no plan, or of a format this version does not
+      know.
+
+  Examples:
+    >>> plan = Plan('c0ffee', (('conv1', (0, 2)),), resolution=(24, 24))
+    >>> from_json(to_json(plan)) == plan
+    True
+  """
+  try:
+    data = json.loads(text)
+    version = data['version']
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(
+      'This is no plan: a JSON object with "version", "graph" and "kept" is.'
+    ) from None
+  if version not in READABLE:
+    raise ValueError(
+      f'The plan has format {version}, this version of jaxprune reads formats '
+      f'{" and ".join(map(str, READABLE))}; install the version that wrote it.'
+    )
+  try:
+    kept = tuple(
+      (str(name), tuple(int(i) for i in index))
+      for name, index in sorted(data['kept'].items())
+    )
+    dropped = tuple(str(name) for name in data.get('dropped', ()))
+    sides = data.get('resolution')
+    resolution = None if sides is None else tuple(int(side) for side in sides)
+    return Plan(str(data['graph']), kept, dropped, resolution)
+  except (KeyError, TypeError, ValueError, AttributeError):
+    raise ValueError(
+      'The plan is damaged: "graph" must be a string, "kept" map each group to '
+      'a list of indices, "dropped" be a list of blocks and "resolution" a '
+      'list of ints or null.'
+    ) from None
+
+
+def check(graph: Graph, plan: Plan) -> None:
+  """Raises unless a plan is of a graph and asks for what is there.
+
+  Raises:
+    ValueError: if it is of another graph, keeps an index that a group does not
+      have, or drops a block that is not there.
+  """
+  if plan.graph != graph.fingerprint:
+    raise ValueError(
+      f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
+      f'trace the function and params that it was made for.'
+    )
+  for name, index in plan.kept:
+    if index and max(index) >= group(graph, name).size:
+      raise ValueError(
+        f'Group {name!r} has units 0 to {graph.groups[name].size - 1}, the '
+        f'plan keeps {max(index)}.'
+      )
+  _with_inner(graph, plan.dropped)
+
+
+def kept_indices(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:
+  """Returns group -> kept indices, once the plan is known to be of the graph.
+
+  Raises:
+    ValueError: as :func:`check`.
+  """
+  check(graph, plan)
+  return dict(plan.kept)
+
+
+def group(graph: Graph, name: str) -> Group:
+  """Returns a group by name.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  if name not in graph.groups:
+    raise ValueError(
+      f'There is no group {name!r}; the groups are: '
+      f'{", ".join(graph.groups) or "none"}.'
+    )
+  return graph.groups[name]
+
+
+def vanished(graph: Graph, dropped: Iterable[str]) -> set[str]:
+  """Returns the paths of the leaves that go with dropped blocks."""
+  return {path for name in dropped for path in graph.blocks[name].leaves}
+
+
+def vanished_groups(graph: Graph, dropped: Iterable[str]) -> set[str]:
+  """Returns the groups whose every slice goes with dropped blocks."""
+  gone = vanished(graph, dropped)
+  return {
+    name
+    for name, found in graph.groups.items()
+    if all(slice_.path in gone for slice_ in found.members)
+  }
+
+
+def _with_inner(graph: Graph, dropped: Iterable[str]) -> tuple[str, ...]:
+  """Blocks and those inside of them, sorted, once all are known."""
+  names = {*dropped}
+  for name in sorted(names):
+    if name not in graph.blocks:
+      raise ValueError(
+        f'There is no block {name!r} to drop; the blocks are: '
+        f'{", ".join(graph.blocks) or "none"}.'
+      )
+  inner = [
+    b.name for b in graph.blocks.values() if names.intersection(b.inside)
+  ]
+  return tuple(sorted(names.union(inner)))
