@@ -192,7 +192,29 @@ def test_kth_largest_and_boundaries():
   assert (float(least['b']), float(most['b'])) == (1.0, -2.0)
 
 
+@pytest.mark.parametrize('method', ['histogram', 'bisection'])
+def test_boundaries_are_the_ends_of_a_sort(method):
+  x = jnp.array([3.0, 1.0, 3.0, jnp.nan, 2.0, -0.0, 3.0])
+  order = [3.0, 3.0, 3.0, 2.0, 1.0, 0.0]
+  fn = jax.jit(lambda k: select.boundaries({'a': x}, {'a': k}, method=method))
+  for k in range(1, 6):
+    low, high = fn(jnp.uint32(k))
+    assert (float(low['a']), float(high['a'])) == (order[k - 1], order[k])
+  assert float(fn(jnp.uint32(0))[0]['a']) == np.inf
+  assert float(fn(jnp.uint32(6))[1]['a']) == -np.inf
+
+
+def test_boundaries_keep_the_dtype_of_each_leaf():
+  scores = {'a': jnp.array([1.0, 2.0], jnp.bfloat16), 'b': jnp.ones(2)}
+  low, high = select.boundaries(scores, {'a': 1, 'b': 1})
+  assert low['a'].dtype == high['a'].dtype == jnp.bfloat16
+  assert (float(low['a']), float(high['a'])) == (2, 1)
+  assert low['b'].dtype == jnp.float32
+
+
 def test_errors():
+  with pytest.raises(ValueError, match='a count for each of the 2 leaves, as'):
+    select.boundaries({'a': jnp.ones(3), 'b': jnp.ones(3)}, 2)
   with pytest.raises(TypeError, match=r"Scores of 'a' must be floating, got i"):
     select.top_masks({'a': jnp.arange(3)}, 1)
   with pytest.raises(
