@@ -1,0 +1,148 @@
+"""The comparison of PDP with its baselines, on a problem of a moment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from experiments import channel_contenders, contenders, pdp, phases
+from jaxprune import models, tree
+
+RATES = (0.05, 0.1)
+
+
+def problem(net, **options):
+  """Four classes that a linear function tells apart."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((96, 4, 4, 1)).astype(np.float32)
+  y = (x[:, 0, 0, 0] > 0) * 2 + (x[:, 1, 1, 0] > 0)
+  part = lambda i: phases.Split(jnp.asarray(x[i]), jnp.asarray(y[i], jnp.int32))
+  splits = part(slice(0, 64)), part(slice(64, 80)), part(slice(80, 96))
+  sgd = lambda rate, decay: optax.chain(
+    optax.add_decayed_weights(1e-4 * decay), optax.sgd(rate, momentum=0.9)
+  )
+  return pdp.make_problem(
+    'toy', net, splits, epochs=5, batch=8, tx=sgd, **options
+  )
+
+
+@pytest.fixture(scope='module')
+def toy():
+  return problem(models.MLP(hidden=(12,), num_classes=4))
+
+
+QUICK = {
+  'dense': contenders.dense(RATES),
+  'PDP': contenders.pdp(RATES, None),
+  'GMP': contenders.gradual(RATES, None),
+}
+SLOW = {
+  'published': contenders.pdp_published(RATES, None),
+  'one-shot': contenders.one_shot(RATES, None),
+  'STR': contenders.soft_threshold(RATES, None),
+  'CS': contenders.sigmoid_gates(RATES, None),
+  'movement': contenders.movement(RATES, None),
+  'PDP 1:4': contenders.pdp(RATES, None, (1, 4)),
+  'SR-STE 1:4': contenders.sr_ste(RATES, None, (1, 4)),
+  'ASP 1:4': contenders.n_by_m_one_shot(RATES, None, (1, 4)),
+}
+
+
+@pytest.mark.parametrize(
+  'name', [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
+def test_a_method_ends_with_the_zeros_it_was_asked_for(toy, name):
+  method = {**QUICK, **SLOW}[name]
+  assert len(method.grid) == 4  # The same number of trials for all.
+  out = phases.runner(toy, method)(0, method.grid[-1], 0.75, 'test')
+  kernels = tree.leaves(tree.prunable(out.lane.params))
+  zeros = sum(int((w == 0).sum()) for w in kernels.values())
+  size = sum(w.size for w in kernels.values())
+  assert zeros == (0 if name == 'dense' else round(0.75 * size))
+  assert out.zeros == zeros / size
+  if '1:4' in name:
+    for w in kernels.values():
+      groups = np.asarray(w != 0).reshape(-1, 4, w.shape[-1])
+      np.testing.assert_array_equal(groups.sum(1), 1)
+
+
+def test_a_run_is_a_function_of_its_seed(toy):
+  method = QUICK['GMP']
+  run = phases.runner(toy, method)
+  one, two, other = (run(seed, method.grid[0], 0.5) for seed in (0, 0, 1))
+  same = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
+  assert same(one.lane.params, two.lane.params)
+  assert not same(one.lane.params, other.lane.params)
+
+
+def contest(problem, methods):
+  return pdp.Contest(problem, ('0.5',), '0.5', 2, lambda target: methods)
+
+
+def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
+  path = tmp_path / 'toy.jsonl'
+  two = contest(toy, {name: QUICK[name] for name in ('PDP', 'GMP')})
+  pdp.compete(two, pdp.Book(path), ['GMP'])
+  assert len(pdp.Book(path).rows) == 4 + 2  # Trials and seeds.
+  pdp.compete(two, pdp.Book(path), [])
+  book = pdp.Book(path)
+  assert len(book.rows) == 2 * (4 + 2)
+  tried = book.find(method='PDP', split='validation')
+  best = max(tried, key=lambda row: row['accuracy'])
+  assert book.find(method='PDP', trial=None)[0]['hyper'] == best['hyper']
+  capsys.readouterr()
+  pdp.compete(two, book, [])
+  assert not capsys.readouterr().out  # Nothing was left to run.
+  table = pdp.summarise(book)
+  assert '| PDP | rate ' in table
+  assert 'CPU-minutes' in table
+
+
+def test_the_scan_and_the_loop_agree(toy):
+  method = QUICK['PDP']
+  outs = [
+    phases.runner(toy._replace(fused=fused), method)(0, method.grid[0], 0.5)
+    for fused in (True, False)
+  ]
+  a, b = (out.lane.params for out in outs)
+  close = lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5)
+  jax.tree.map(close, a, b)
+
+
+def test_a_student_learns_from_its_teacher(toy):
+  lane = phases.runner(toy, QUICK['dense'])(0, {'rate': 0.1}, 0.0).lane
+  taught = phases.logits(toy, lane.params, lane.stats)
+  assert taught.shape == (64, 4)
+  start = lambda seed: (toy.start(1)[0], {}, -taught)  # The wrong way round.
+  student = toy._replace(start=start, distil=1.0)
+  out = phases.runner(student, QUICK['dense'])(0, {'rate': 0.1}, 0.0)
+  sound = phases.runner(toy, QUICK['dense'])(0, {'rate': 0.1}, 0.0)
+  assert out.accuracy < sound.accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['readers', 'writers', 'l1', 'l2'])
+def test_channels_are_removed_for_real(name):
+  net = models.resnet_digits(channels=(4, 8, 8), num_classes=4)
+  x = jnp.zeros((2, 4, 4, 1))
+  variables = dict(jax.jit(net.init)(jax.random.key(0), x))
+  graph = jp.trace(lambda v, x: net.apply(v, x), variables, x[:1])
+  params = variables.pop('params')
+  toy = problem(
+    net,
+    apply=pdp.apply_with_statistics(net),
+    start=lambda seed: (params, variables, None),
+    fused=False,
+  )
+  if name in ('l1', 'l2'):
+    method = channel_contenders.filters(RATES, graph, name)
+  else:
+    channels = getattr(channel_contenders, name)(graph)
+    method = channel_contenders.pdp(RATES, graph, channels)
+  out = phases.runner(toy, method)(0, method.grid[0], 0.5)
+  noise = jax.random.normal(jax.random.key(1), (4, 4, 4, 1))
+  figures = channel_contenders.report(graph, noise)(out)
+  assert 0.4 < figures['macs'] <= 0.5
+  assert figures['error'] < 1e-5
