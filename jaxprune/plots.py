@@ -134,6 +134,71 @@ def sparsity(layers: Mapping[str, float], width: float = 7.5) -> Any:
   return _bars(bars, width, 'b')
 
 
+def gates(
+  history: Sequence[Mapping[str, Any]], width: float = 7.5, unit: str = 'epoch'
+) -> Any:
+  """Returns a figure of gates over time, one panel a granularity.
+
+  Each line is a gate, each column a moment; white is closed, and the deeper the
+  colour the larger the factor. The gates that close first are at the top.
+
+  Args:
+    history: for each moment, name of a granularity -> factor of every gate,
+      a float array of any length, 0 where closed.
+    width: in inches.
+    unit: what the moments are.
+
+  Raises:
+    ImportError: if matplotlib is not installed.
+    ValueError: if there is no gate, or if their numbers change.
+  """
+  names = list(history[0]) if history else []
+  if not names:
+    raise ValueError('There is no gate to draw.')
+  height = 0.45 + 1.75 * len(names)
+  figure = _figure(width, height)
+  for k, name in enumerate(names):
+    sizes = sorted({len(moment[name]) for moment in history})
+    if len(sizes) > 1:
+      raise ValueError(
+        f'The gates of {name!r} must stay as many as they are, got {sizes}.'
+      )
+    table = [[float(moment[name][i]) for moment in history]
+             for i in range(sizes[0])]  # fmt: skip
+    open_for = lambda row: (sum(x != 0 for x in row), row[-1])
+    table.sort(key=open_for)
+    low = 0.45 + 1.75 * (len(names) - 1 - k)
+    box = (0.02, low / height, 0.96, 1.42 / height)
+    axes = figure.add_axes(box)
+    axes.imshow(
+      [[abs(x) for x in row] for row in table],
+      aspect='auto',
+      cmap='Blues',
+      vmin=0,
+      interpolation='nearest',
+      extent=(0.5, len(history) + 0.5, len(table), 0),
+    )
+    for spine in axes.spines.values():
+      spine.set_color(COLOURS['line'])
+    axes.set_yticks([])
+    last = k == len(names) - 1
+    axes.tick_params(
+      length=0, labelcolor=COLOURS['soft'], labelsize=_SIZE, labelbottom=last
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    still = sum(row[-1] != 0 for row in table)
+    axes.set_title(
+      f'{name}: {still:,} of {len(table):,} open at the end',
+      loc='left',
+      color=COLOURS['ink'],
+      weight='bold',
+      fontsize=_SIZE,
+      parse_math=False,
+    )
+  figure.axes[-1].set_xlabel(unit, color=COLOURS['soft'], fontsize=_SIZE)
+  return figure
+
+
 def _figure(width: float, height: float) -> Any:
   """Returns an empty figure that is not known to pyplot."""
   try:

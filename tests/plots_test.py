@@ -128,3 +128,28 @@ def test_matplotlib_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
   with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments"):
     plots.widths({'a': (2, 1)})
+
+
+def test_gates_are_lines_that_end_where_they_close():
+  history = [
+    {'filters': [1.0, 1.0, 0.5], 'blocks': [1.0]},
+    {'filters': [0.0, 0.8, 0.5], 'blocks': [1.0]},
+    {'filters': [0.0, 1.2, 0.0], 'blocks': [0.9]},
+  ]
+  figure = plots.gates(history)
+  assert [axes.get_title('left') for axes in figure.axes] == [
+    'filters: 1 of 3 open at the end',
+    'blocks: 1 of 1 open at the end',
+  ]
+  (image,) = figure.axes[0].images
+  assert image.get_array().tolist() == [
+    [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.8, 1.2]
+  ]  # fmt: skip
+  assert figure.axes[1].get_xlabel() == 'epoch'
+
+
+def test_gates_that_cannot_be_drawn_are_refused():
+  with pytest.raises(ValueError, match='There is no gate to draw'):
+    plots.gates([])
+  with pytest.raises(ValueError, match=r"'f' must stay .* got \[1, 2\]"):
+    plots.gates([{'f': [1.0]}, {'f': [1.0, 1.0]}])
