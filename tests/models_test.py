@@ -428,6 +428,7 @@ BYPASSED = {
   'bottleneck': 'stage2_block2',
   'option_a': 'stage2_block2',
   'wide': 'stage1_block2',
+  'mobilenet_v1': 'stage2_block2',
   'mobilenet_v2': 'stage2_block2',
   'mobilenet_v3': 'stage2_block2',
   'bert': 'layer2',

@@ -72,6 +72,7 @@ class MobileNetV1(nn.Module):
     dropout: rate before the last layer in training; needs the rng 'dropout'.
     widths: path of a layer -> width, where it is not the one above. A depthwise
       convolution has the width of its input.
+    drop: names of blocks to leave out, of those that keep width and resolution.
     grouped: see :class:`jaxprune.models.layers.DepthwiseConv`.
     remat: recompute each block in the backward pass instead of storing it.
     dtype: dtype of the computation; parameters and logits are float32.
@@ -86,6 +87,7 @@ class MobileNetV1(nn.Module):
   tensorflow_padding: bool = True
   dropout: float = 1e-3
   widths: Mapping[str, int] = field(default_factory=dict)
+  drop: Sequence[str] = ()
   grouped: bool | None = None
   remat: bool = False
   dtype: Any = jnp.float32
@@ -95,6 +97,11 @@ class MobileNetV1(nn.Module):
     """The number of stages, for ``start`` and ``stop``."""
     return len(self.blocks)
 
+  @property
+  def bypassable(self) -> list[str]:
+    """Names of the blocks that can be skipped: same width and resolution."""
+    return [name for name, _, _, _, same in self._plan() if same]
+
   @nn.compact
   def __call__(
     self,
@@ -103,6 +110,7 @@ class MobileNetV1(nn.Module):
     *,
     start: int = 0,
     stop: int | None = None,
+    keep: Keep | None = None,
   ) -> Array:
     """Returns the logits, or the features at the end of a stage.
 
@@ -114,16 +122,21 @@ class MobileNetV1(nn.Module):
       start: first stage to run; 0 also runs the stem. Static.
       stop: stage to stop before; None, or their number, also runs the head.
         Static.
+      keep: name of a block -> bool, of those in ``bypassable``; False skips it:
+        there is no shortcut, what enters it leaves it. A Python bool is static,
+        an array may be traced.
 
     Returns:
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, or if ``widths`` names what is not
-        there or contradicts the width of a depthwise convolution.
+      ValueError: if x is no batch of images, if ``widths``, ``drop`` or
+        ``keep`` name what is not there, or if a width contradicts that of a
+        depthwise convolution.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    keep = layers.kept(keep, self.drop, self.bypassable)
     stop = layers.check_stages(start, stop, self.num_stages)
     block = (
       nn.remat(Separable, static_argnums=(2,)) if self.remat else Separable
@@ -136,15 +149,13 @@ class MobileNetV1(nn.Module):
       x = layers.conv(width, 3, stride, padding, self.dtype, 'stem')(x)
       x = layers.norm(train, 0.99, 1e-3, self.dtype, 'stem_norm')(x)
       x = nn.relu6(x)
-    for stage in range(start, stop):
-      for i in range(self.blocks[stage]):
-        name = f'stage{stage + 1}_block{i + 1}'
-        width = int(self.channels[stage] * self.multiplier)
-        width = self.widths.get(f'{name}/pointwise', width)
-        stride = self.strides[stage] if i == 0 else 1
-        options = (self.grouped, self.dtype)
-        run = block(width, stride, pad(3, stride), *options, name=name)
-        x = run(x, train)
+    for name, stage, width, stride, _ in self._plan():
+      if not start <= stage < stop:
+        continue
+      width = self.widths.get(f'{name}/pointwise', width)
+      options = (self.grouped, self.dtype)
+      run = block(width, stride, pad(3, stride), *options, name=name)
+      x = layers.bypass(run, x, train, keep=keep.get(name, True))
     if stop == self.num_stages:
       x = nn.Dropout(self.dropout, deterministic=not train)(layers.pool(x))
       classes = self.widths.get('head', self.num_classes)
@@ -152,6 +163,23 @@ class MobileNetV1(nn.Module):
       x = x.astype(jnp.float32)
     layers.check_widths(self, self.widths)
     return x
+
+  def _plan(self) -> list[tuple[str, int, int, int, bool]]:
+    """Returns name, stage, width, stride, bypassable or not, of each block."""
+    # By the published widths, not by those given: a network keeps its blocks
+    # when it shrinks.
+    plan, before = [], 32
+    for stage, count in enumerate(self.blocks):
+      for i in range(count):
+        name = f'stage{stage + 1}_block{i + 1}'
+        stride = self.strides[stage] if i == 0 else 1
+        after = self.channels[stage]
+        width = int(after * self.multiplier)
+        plan.append(
+          (name, stage, width, stride, stride == 1 and before == after)
+        )
+        before = after
+    return plan
 
 
 class InvertedResidual(nn.Module):
