@@ -22,7 +22,7 @@ LAYERS = {
     'transforms'
   ),
   'structure': 'cost plans proof structure',
-  'search': 'joint stagewise',
+  'search': 'estimator evolution joint stagewise',
   'edge': 'augment checkpoint data digits export plots report text weights',
 }
 BARRED = {'structure': ['training']}  # Lower, and still not its business.
