@@ -1,0 +1,598 @@
+"""One program for every size: a small image in the corner of a large canvas.
+
+A function is traced at each of its allowed sizes and the traces are laid side
+by side. Where they differ is what depends on the size: lengths of axes, and
+constants such as the divisor of a mean. :func:`on_canvas` runs the largest of
+them with both looked up by an index that may be traced, and clears what lies
+outside of the image wherever an operation would see it: before a convolution,
+a padding, a pooling, a sum. Inside it, everything is what the function computes
+at that size, to rounding.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.structure.program import (
+  _INLINED,
+  Run,
+  _body,
+  _where,
+  eliminate_dead_code,
+)
+from jaxprune.structure.rules.base import ELEMENTWISE
+
+
+class _Table(NamedTuple):
+  """The values of one constant at every size, padded to the largest."""
+
+  values: np.ndarray  # [sizes, ...]
+
+
+def on_canvas(
+  fn: Callable[..., Any], examples: Sequence[Sequence[Any]]
+) -> Callable[..., Any]:
+  """Returns a function that computes ``fn`` at any of several sizes at once.
+
+  ``call(index, *args)`` is ``fn`` of args of the shapes of ``examples[index]``,
+  in one compile for all of them: args have the shapes of the last example, and
+  only the leading part of each axis, as long as in ``examples[index]``, is
+  read. An output whose shape depends on the size is right in its leading part.
+
+  Axes of different lengths may be slid over (convolutions with the same
+  explicit padding at every size, pooling), padded, sliced from the same start,
+  reduced, contracted, and worked on point by point; a mean divides by the
+  number of entries at the size. ``'SAME'`` padding at stride 2 is another at
+  even than at odd sizes, and refused where the sizes mix both.
+
+  Args:
+    fn: a pure function of arrays.
+    examples: its arguments, arrays or shapes, at every size; the last is the
+      largest along every axis.
+
+  Returns:
+    A pure function for jit, vmap (over the index too) and grad.
+
+  Raises:
+    ValueError: if an operation along such an axis is none of these, with its
+      name and line, or if the function is another program at another size (a
+      parameter whose shape depends on it, for one).
+
+  References:
+    Ours; the masked evaluation of several input resolutions that the search of
+    JointPruning needs (Liu et al., 2020, arXiv:2005.08931).
+
+  Examples:
+    >>> fn = lambda x: jnp.mean(x, axis=1)
+    >>> call = on_canvas(fn, [(jnp.ones((1, n)),) for n in (2, 4)])
+    >>> x = jnp.array([[1.0, 3.0, 100.0, 100.0]])
+    >>> call(0, x).tolist(), call(1, x).tolist()
+    ([2.0], [51.0])
+  """
+  traced, shapes, out = [], [], None
+  for k, args in enumerate(examples):
+    try:
+      closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    except Exception as error:
+      first = str(error).strip().splitlines()[0]
+      raise ValueError(
+        f'{_name(fn)} cannot be traced at size {k} of {len(examples)}, '
+        f'{_shapes(args)}: {first} A function whose parameters have a shape '
+        f'that depends on the size has no canvas.'
+      ) from error
+    traced.append((eliminate_dead_code(closed.jaxpr), closed.consts))
+    shapes.append([np.shape(x) for x in jax.tree.leaves(args)])
+  for k, found in enumerate(shapes):
+    fits = len(found) == len(shapes[-1]) and all(
+      len(a) == len(b) and all(m <= n for m, n in zip(a, b, strict=True))
+      for a, b in zip(found, shapes[-1], strict=True)
+    )
+    if not fits:
+      raise ValueError(
+        f'The last example must be the largest along every axis: {shapes[-1]} '
+        f'is not, against {found} of example {k}.'
+      )
+  program = _align(traced, _name(fn), '')
+  out_tree = jax.tree.structure(out)
+
+  def call(index: Any, *args: Any) -> Any:
+    run = _Canvas(jnp.asarray(index, jnp.int32))
+    outs = run(program, jax.tree.leaves(args))
+    return jax.tree.unflatten(out_tree, outs)
+
+  return call
+
+
+def resize(x: jax.Array, side: Any, largest: int | None = None) -> jax.Array:
+  """Returns images resized to a square, in the corner of a square canvas.
+
+  Bilinear, smoothed where it shrinks: the values of ``jax.image.resize`` at the
+  same side, for a side that may be traced; zero outside.
+
+  Args:
+    x: float images, [batch, height, width, channels].
+    side: of the result, at most ``largest``; static or a traced int.
+    largest: side of the canvas, static; without it a static ``side``.
+
+  Examples:
+    >>> x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    >>> print(resize(x, 1, 2)[0, :, :, 0])
+    [[1.5 0. ]
+     [0.  0. ]]
+  """
+  largest = int(side) if largest is None else largest
+  rows, columns = (_weights(n, side, largest) for n in x.shape[1:3])
+  y = jnp.einsum('bhwc,hi,wj->bijc', x, rows, columns, precision='highest')
+  return y.astype(x.dtype)
+
+
+def _weights(before: int, after: Any, largest: int) -> jax.Array:
+  """What each of the pixels before counts in each one after, [before, largest].
+
+  A triangle around the place of the pixel, as wide as the larger of the two
+  pixels, cut at the border and normalised.
+  """
+  after = jnp.asarray(after, jnp.float32)
+  pitch = before / after
+  centre = (jnp.arange(largest, dtype=jnp.float32) + 0.5) * pitch - 0.5
+  place = jnp.arange(before, dtype=jnp.float32)
+  distance = jnp.abs(centre[None] - place[:, None]) / jnp.maximum(pitch, 1.0)
+  weight = jnp.maximum(0.0, 1.0 - distance)
+  total = jnp.sum(weight, axis=0, keepdims=True)
+  inside = (jnp.arange(largest) < after)[None]
+  return jnp.where(inside, weight / jnp.where(inside, total, 1.0), 0.0)
+
+
+# --- Laying the traces side by side ------------------------------------------
+
+
+class _Slot:
+  """A value of a trace: where a call is inlined, one for each time."""
+
+  def __init__(self, aval: Any, constant: Any = None):
+    self.aval = aval
+    self.constant = constant
+
+
+class _Step(NamedTuple):
+  """One operation, with what is known of it at every size."""
+
+  eqn: Any  # At the largest size.
+  writes: list[_Slot]
+  reads: list[Any]  # A slot, or a _Table, or a value.
+  clear: list[Any]  # For each operand None, or (what to fill in, its sizes).
+  bodies: list[Any]  # Aligned programs of control flow.
+
+
+class _Program(NamedTuple):
+  inputs: list[_Slot]
+  steps: list[_Step]
+  outputs: list[Any]
+
+
+Sizes = tuple[tuple[int, ...], ...]  # The shape at every size.
+
+
+def _sizes(slots: Sequence[_Slot]) -> Sizes:
+  return tuple(tuple(slot.aval.shape) for slot in slots)
+
+
+def _varying(sizes: Sizes) -> list[int]:
+  """The axes whose length depends on the size."""
+  return [k for k, column in enumerate(zip(*sizes, strict=True))
+          if len(set(column)) > 1]  # fmt: skip
+
+
+def _align(
+  traces: Sequence[tuple[Any, Sequence[Any]]], name: str, outer: str
+) -> _Program:
+  """Lays traces side by side; refuses what has no canvas."""
+  flat = [_flatten(jaxpr, consts, outer) for jaxpr, consts in traces]
+  steps: list[_Step] = []
+  for k, last in enumerate(flat[-1].ops):
+    row = [f.ops[k] for f in flat if k < len(f.ops)]
+    alike = all(op.eqn.primitive is last.eqn.primitive for op in row)
+    if len(row) < len(flat) or not alike:
+      raise ValueError(
+        f'{name} has no canvas: it is another program at another size, from '
+        f'{_op(last)} on.'
+      )
+    steps.append(_step(row, name))
+  if any(len(f.ops) != len(flat[-1].ops) for f in flat):
+    raise ValueError(
+      f'{name} has no canvas: it has fewer operations at its largest size.'
+    )
+  outputs = zip(*(f.outputs for f in flat), strict=True)
+  return _Program(flat[-1].inputs, steps, [_operand(c) for c in outputs])
+
+
+class _Op(NamedTuple):
+  eqn: Any
+  where: str
+  reads: list[_Slot]
+  writes: list[_Slot]
+
+
+class _Flat(NamedTuple):
+  inputs: list[_Slot]
+  ops: list[_Op]
+  outputs: list[_Slot]
+
+
+def _flatten(jaxpr: Any, consts: Sequence[Any], outer: str) -> _Flat:
+  """The operations of a trace, calls inlined."""
+  found: list[_Op] = []
+
+  def walk(
+    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Slot], outer: str
+  ) -> list[_Slot]:
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    env |= {
+      var: _Slot(var.aval, value)
+      for var, value in zip(jaxpr.constvars, consts, strict=True)
+    }
+
+    def read(var: Any) -> _Slot:
+      aval = var.aval
+      if isinstance(var, jex.Literal):
+        return _Slot(aval, np.asarray(var.val, aval.dtype))
+      return env[var]
+
+    for eqn in jaxpr.eqns:
+      where = _where(eqn.source_info, outer)
+      reads = [read(var) for var in eqn.invars]
+      if eqn.primitive.name in _INLINED:
+        writes = walk(*_body(eqn.params), reads, where)
+      else:
+        writes = [_Slot(var.aval) for var in eqn.outvars]
+        found.append(_Op(eqn, where, reads, writes))
+      env |= dict(zip(eqn.outvars, writes, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+  inputs = [_Slot(var.aval) for var in jaxpr.invars]
+  outputs = walk(jaxpr, consts, inputs, outer)
+  return _Flat(inputs, found, outputs)
+
+
+def _operand(slots: Sequence[_Slot]) -> Any:
+  """A slot, or a constant: one value, or one for each size."""
+  if slots[-1].constant is None:
+    return slots[-1]
+  return _tabulate([slot.constant for slot in slots])
+
+
+def _tabulate(values: Sequence[Any]) -> Any:
+  """One value where all are equal, else all of them, padded at the end."""
+  last = values[-1]
+  if all(v is last for v in values) or jnp.issubdtype(
+    jnp.asarray(last).dtype, jax.dtypes.extended
+  ):
+    return last
+  host = [np.asarray(v) for v in values]
+  if all(np.array_equal(v, host[-1]) for v in host):
+    return last
+  padded = [np.zeros_like(host[-1]) for _ in host]
+  for full, value in zip(padded, host, strict=True):
+    full[tuple(slice(n) for n in value.shape)] = value
+  return _Table(np.stack(padded))
+
+
+def _op(op: _Op) -> str:
+  return f'{op.eqn.primitive.name} at {op.where}'
+
+
+def _step(row: Sequence[_Op], name: str) -> _Step:
+  """One operation at all sizes; refuses what does not fit on a canvas."""
+  last = row[-1]
+  primitive = last.eqn.primitive.name
+  reads = [
+    _operand(column) for column in zip(*(op.reads for op in row), strict=True)
+  ]
+  inputs = [
+    _sizes(column) for column in zip(*(op.reads for op in row), strict=True)
+  ]
+  outputs = [
+    _sizes(column) for column in zip(*(op.writes for op in row), strict=True)
+  ]
+  clear: list[Any] = [None] * len(reads)
+  bodies: list[Any] = []
+  eqns = [op.eqn for op in row]
+
+  def refuse(why: str) -> NoReturn:
+    raise ValueError(f'{name} has no canvas: {_op(last)}, {why}.')
+
+  if primitive in ('cond', 'remat', 'remat2', 'checkpoint'):
+    bodies = _bodies(row, name)
+  elif any(map(_varying, (*inputs, *outputs))):
+    rule = _RULES.get(primitive)
+    if primitive in ELEMENTWISE:
+      rule = _elementwise
+    if primitive in _POINTWISE_CALLS and _is_pointwise(eqns):
+      rule = _pointwise
+    if rule is None:
+      refuse('which cannot tell the image from what is around it')
+    neutral = rule(eqns, inputs, outputs, refuse)
+    clear = [
+      (value, sizes) if value is not None and _varying(sizes) else None
+      for value, sizes in zip(neutral, inputs, strict=True)
+    ]
+  elif not _same_params(eqns):
+    refuse('whose parameters depend on the size')
+  return _Step(last.eqn, last.writes, reads, clear, bodies)
+
+
+_POINTWISE_CALLS = (
+  'custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr',
+)  # fmt: skip
+
+
+def _is_pointwise(row: Sequence[Any]) -> bool:
+  """Whether a call with a derivative of its own works point by point."""
+  names = ELEMENTWISE | _INLINED | {'broadcast_in_dim'}
+
+  def fits(jaxpr: Any) -> bool:
+    return all(
+      eqn.primitive.name in names
+      and (eqn.primitive.name not in _INLINED or fits(_body(eqn.params)[0]))
+      for eqn in jaxpr.eqns
+    )
+
+  bodies = [_body(eqn.params)[0] for eqn in row]
+  return all(map(fits, bodies)) and len({_literals(b) for b in bodies}) == 1
+
+
+def _literals(jaxpr: Any) -> tuple[Any, ...]:
+  """The constants spelled out in a body, in order."""
+  found: list[Any] = []
+  for eqn in jaxpr.eqns:
+    found += [
+      np.asarray(v.val).tobytes()
+      for v in eqn.invars
+      if isinstance(v, jex.Literal)
+    ]
+    if eqn.primitive.name in _INLINED:
+      found += _literals(_body(eqn.params)[0])
+  return tuple(found)
+
+
+def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
+  """The aligned programs of a condition or of a recomputation."""
+  eqns, where = [op.eqn for op in row], row[-1].where
+  if eqns[-1].primitive.name != 'cond':
+    return [_align([_body(eqn.params) for eqn in eqns], name, where)]
+  branches = zip(*(eqn.params['branches'] for eqn in eqns), strict=True)
+  return [
+    _align([_body({'jaxpr': body}) for body in column], name, where)
+    for column in branches
+  ]
+
+
+def _same_params(row: Sequence[Any], *but: str) -> bool:
+  """Whether parameters are alike at every size, but for some."""
+  texts = {
+    str([(k, v) for k, v in sorted(eqn.params.items()) if k not in but])
+    for eqn in row
+  }
+  return len(texts) == 1
+
+
+# --- What may run along an axis whose length depends on the size -------------
+#
+# A rule raises (by `refuse`), or returns for each operand what to fill in
+# around the image before the operation; None leaves it as it is.
+
+Rule = Callable[[Sequence[Any], list[Sizes], list[Sizes], Any], list[Any]]
+_RULES: dict[str, Rule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+  def register(fn: Rule) -> Rule:
+    _RULES.update(dict.fromkeys(names, fn))
+    return fn
+
+  return register
+
+
+def _elementwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row, 'sharding'):
+    refuse('whose parameters depend on the size')
+  return [None] * len(inputs)
+
+
+def _pointwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  return [None] * len(inputs)
+
+
+@_rule('broadcast_in_dim', 'iota', 'optimization_barrier', 'transpose',
+       'squeeze', 'expand_dims')  # fmt: skip
+def _shaped(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row, 'shape', 'sharding'):
+    refuse('whose parameters depend on the size')
+  return [None] * len(inputs)
+
+
+@_rule('reshape')
+def _reshape(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  """An axis of several lengths has to stay an axis of its own."""
+  (before, *_), (after,) = inputs, outputs
+  ones = lambda sizes: [
+    [shape[k] for shape in sizes]
+    for k in range(len(sizes[0]))
+    if any(shape[k] != 1 for shape in sizes)
+  ]
+  varying = lambda columns: [
+    (int(np.prod([c[-1] for c in columns[:k]], dtype=int)), column)
+    for k, column in enumerate(columns)
+    if len(set(column)) > 1
+  ]
+  left, right = varying(ones(before)), varying(ones(after))
+  if left != right:
+    refuse('which joins an axis that depends on the size to another')
+  return [None] * len(inputs)
+
+
+def _fill(neutral: Any) -> Rule:
+  def rule(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+    if not _same_params(row, 'out_sharding'):
+      refuse('whose parameters depend on the size')
+    return [neutral] * len(inputs)
+
+  return rule
+
+
+_RULES['reduce_sum'] = _fill(0)
+_RULES['reduce_max'] = _fill(-np.inf)
+_RULES['reduce_min'] = _fill(np.inf)
+_RULES['argmax'] = _fill(-np.inf)
+_RULES['argmin'] = _fill(np.inf)
+_RULES['reduce_and'] = _fill(True)
+_RULES['reduce_or'] = _fill(False)
+
+
+@_rule('dot_general')
+def _dot(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row, 'out_sharding'):
+    refuse('whose parameters depend on the size')
+  contracted = row[-1].params['dimension_numbers'][0]
+  return [
+    0 if set(axes) & set(_varying(sizes)) else None
+    for axes, sizes in zip(contracted, inputs, strict=True)
+  ]
+
+
+@_rule('conv_general_dilated')
+def _convolution(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row, 'lhs_shape', 'rhs_shape'):
+    refuse("whose padding is not the same at every size ('SAME' at stride 2)")
+  params = row[-1].params
+  spatial = params['dimension_numbers'].lhs_spec[2:]
+  if any(d != 1 for d in params['lhs_dilation']):
+    refuse('which is dilated')
+  if _varying(inputs[1]) or set(_varying(inputs[0])) - set(spatial):
+    refuse('whose kernel or channels depend on the size')
+  return [0, None]
+
+
+@_rule('reduce_window_max', 'reduce_window_min', 'reduce_window_sum')
+def _window(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row):
+    refuse("whose padding is not the same at every size ('SAME' at stride 2)")
+  if any(d != 1 for d in row[-1].params['base_dilation']):
+    refuse('which is dilated')
+  name = row[-1].primitive.name
+  return [{'max': -np.inf, 'min': np.inf, 'sum': 0}[name.rpartition('_')[2]]]
+
+
+@_rule('pad')
+def _pad(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row):
+    refuse('which pads by another amount at another size')
+  for k in _varying(inputs[0]):
+    _, high, inner = row[-1].params['padding_config'][k]
+    if high < 0 or inner:
+      refuse('which cuts the end of an axis or spreads its entries')
+  return [_PADDING, None]
+
+
+_PADDING = object()  # Fill in what the pad fills in.
+
+
+@_rule('slice')
+def _slice(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not _same_params(row, 'limit_indices'):
+    refuse('which starts elsewhere at another size')
+  return [None]
+
+
+@_rule('concatenate')
+def _concatenate(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if row[-1].params['dimension'] in _varying(outputs[0]):
+    refuse('which joins axes that depend on the size')
+  return [None] * len(inputs)
+
+
+# --- Running -----------------------------------------------------------------
+
+
+class _Canvas:
+  """A run of aligned programs at one size, given by a traced index."""
+
+  def __init__(self, index: jax.Array):
+    self.index = index
+
+  def __call__(self, program: _Program, args: Sequence[Any]) -> list[Any]:
+    env = dict(zip(program.inputs, args, strict=True))
+
+    def read(operand: Any) -> Any:
+      if isinstance(operand, _Slot):
+        return env[operand]
+      if isinstance(operand, _Table):
+        return jnp.asarray(operand.values)[self.index]
+      return operand
+
+    for step in program.steps:
+      values = [read(operand) for operand in step.reads]
+      env |= dict(zip(step.writes, self.apply(step, values), strict=True))
+    return [read(operand) for operand in program.outputs]
+
+  def apply(self, step: _Step, values: list[Any]) -> list[Any]:
+    """Runs one operation."""
+    eqn = step.eqn
+    if eqn.primitive.name == 'cond':
+      which, *rest = values
+      calls = [
+        lambda *xs, body=body: tuple(self(body, xs)) for body in step.bodies
+      ]
+      return list(lax.switch(which.astype(jnp.int32), calls, *rest))
+    if step.bodies:
+      (body,) = step.bodies
+      options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
+      call = lambda *xs: tuple(self(body, xs))
+      return list(jax.checkpoint(call, **options)(*values))
+    values = [
+      value if clear is None else self.clear(value, clear, values)
+      for value, clear in zip(values, step.clear, strict=True)
+    ]
+    outs = Run({}).bind(eqn.primitive, values, eqn.params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+  def clear(self, value: Any, clear: Any, values: list[Any]) -> Any:
+    """Fills in what is around the image."""
+    neutral, sizes = clear
+    value = jnp.asarray(value)
+    if neutral is _PADDING:
+      fill = jnp.asarray(values[1], value.dtype)
+    else:
+      fill = _extreme(neutral, value.dtype)
+    inside = jnp.ones((1,) * value.ndim, bool)
+    for k in _varying(sizes):
+      length = jnp.asarray([shape[k] for shape in sizes])[self.index]
+      axis = lax.broadcasted_iota(
+        jnp.int32, [n if j == k else 1 for j, n in enumerate(value.shape)], k
+      )
+      inside = inside & (axis < length)
+    return jnp.where(inside, value, fill.reshape((1,) * value.ndim))
+
+
+def _extreme(neutral: Any, dtype: Any) -> jax.Array:
+  """A value that a reduction ignores, of any dtype."""
+  if jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(neutral):
+    info = jnp.iinfo(dtype)
+    neutral = info.max if neutral > 0 else info.min
+  return jnp.asarray(neutral, dtype)
+
+
+def _name(fn: Callable[..., Any]) -> str:
+  while isinstance(fn, functools.partial):
+    fn = fn.func
+  return f'Function {getattr(fn, "__name__", type(fn).__name__)!r}'
+
+
+def _shapes(args: Any) -> str:
+  return ', '.join(str(np.shape(x)) for x in jax.tree.leaves(args)[-3:])
