@@ -1,6 +1,7 @@
 """Budgets: the best units within bounds on what a network costs."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,14 +89,19 @@ class _Bound(NamedTuple):
 
 
 def _bounds(
-  graph: Graph, bound: Budget, table: latency.Table | None
+  graph: Graph,
+  bound: Budget,
+  table: latency.Table | None,
+  frame: plans.Plan,
 ) -> list[_Bound]:
-  """What is bounded, with its cost as a function of the widths."""
+  """What is bounded, as functions of the widths within blocks and sides."""
   if bound.ms is not None and table is None:
     raise ValueError(
       'A bound in `ms` needs `table`: measure one with `cost.measure(graph)`.'
     )
-  names, whole, found = list(graph.groups), _whole(graph), []
+  names, found = list(graph.groups), []
+  blocks = plans.open_blocks(graph, frame)
+  seen = plans.at(graph, frame.resolution)
   makers: dict[str, tuple[str, Callable[[Graph], Polynomial]]] = {
     'macs': ('MACs', totals.macs_polynomial),
     'parameters': ('parameters', totals.parameters_polynomial),
@@ -104,21 +110,17 @@ def _bounds(
   for field, (what, make) in makers.items():
     limit = getattr(bound, field)
     if limit is not None:
-      polynomial = make(graph)
-      cost = polynomials.on_rows(polynomial, names)
-      full = polynomials.evaluate(polynomial, totals.variables(graph))
+      polynomial = polynomials.substitute(make(seen), blocks)
+      rows = polynomials.on_rows([polynomial], names)
+      cost = lambda widths, rows=rows: rows(widths)[..., 0]
+      full = polynomials.evaluate(make(graph), totals.variables(graph))
       limit = limit if isinstance(limit, int) else limit * full
       found.append(_Bound(what, cost, full, limit))
   if bound.ms is not None and table is not None:
-    cost = lambda widths: latency.predict(
-      table, dict(zip(names, np.moveaxis(widths, -1, 0), strict=True))
-    )
-    found.append(_Bound('ms', cost, float(cost(whole)), bound.ms))
+    full = float(latency.predict(table, totals.variables(graph)))
+    cost = latency.on_rows(table, names, blocks)
+    found.append(_Bound('ms', cost, full, bound.ms))
   return found
-
-
-def _whole(graph: Graph) -> np.ndarray:
-  return np.array([group.size for group in graph.groups.values()], np.int64)
 
 
 def reached(
@@ -145,7 +147,7 @@ def reached(
   widths = [after for _, after in plans.widths(graph, plan).values()]
   return {
     what: Reached(limit, cost(np.array(widths, np.int64)).item(), whole)
-    for what, cost, whole, limit in _bounds(graph, bound, table)
+    for what, cost, whole, limit in _bounds(graph, bound, table, plan)
   }
 
 
@@ -158,12 +160,15 @@ def plan(
   round_to: int | tree.Rules = 1,
   keep: tree.Rules | None = None,
   normalise: bool = True,
+  dropped: Iterable[str] = (),
+  resolution: Sequence[int] | None = None,
 ) -> plans.Plan:
   """Returns the plan that keeps the best units within a budget.
 
   Units leave in the order of their scores, all groups together, until every
   bound holds; what still fits is then put back, best first. The last unit of a
-  group never leaves. With several bounds the score of a unit is divided by
+  group never leaves, and the rules of the graph hold. With several bounds the
+  score of a unit is divided by
 
     sum_k w_k c_k / mean_k c_k,
 
@@ -178,40 +183,50 @@ def plan(
       whole. Ties leave the higher index first.
     bound: a :func:`budget`.
     table: of :func:`jaxprune.cost.measure`, for a bound in ``ms``.
-    round_to: widths are multiples of it (or the whole group), and at least it;
-      or rules over group names -> such a number.
+    round_to: widths are multiples of it and of what the rules of the graph
+      say (or the whole group), and at least it; or rules over group names ->
+      such a number.
     keep: rules over group names -> what must stay: a fraction (float) or a
       number of units (int); ``{'head.*': 1.0}`` protects.
     normalise: whether to divide the scores of each group by their mean, so
       that groups of different scale compete fairly.
+    dropped: names of blocks to leave out; what they cost is not in the budget.
+    resolution: sides of the first argument after its batch, at which the
+      multiply-adds count; None for those of the trace.
 
   Raises:
-    ValueError: if a group is unknown, scores are of another shape or not
-      finite, ``round_to`` is below 1, a rule matches no group, ``ms`` is
+    ValueError: if a group or block is unknown, scores are of another shape or
+      not finite, ``round_to`` is below 1, a rule matches no group, ``ms`` is
       bounded without a table, or the budget cannot be met or asks for more
       than the whole network has (the message says what can be reached).
   """
   values = {name: _checked(graph, name, v) for name, v in scores.items()}
-  pitches = _pitches(graph, round_to)
-  floors = _floors(graph, keep, pitches)
-  bounds = _bounds(graph, bound, table)
-  units = [
-    _units(values[name], floors[name], pitches[name], normalise)
-    if name in values
-    else _units(np.zeros(group.size), group.size, 1, False)
-    for name, group in graph.groups.items()
-  ]
-  whole = _whole(graph)
-  _check_reach(bounds, whole, units)
-  tight = [b for b in bounds if b.limit < b.whole]
-  widths = whole
+  frame = plans.Plan(
+    graph.fingerprint,
+    dropped=tuple(sorted(dropped)),
+    resolution=None if resolution is None else tuple(resolution),
+  )
+  bounds = _bounds(graph, bound, table, frame)
+  ranges = _ranges(graph, round_to, keep, plans.widths(graph, frame))
+  units = []
+  for name, group in graph.groups.items():
+    score = values.get(name, np.zeros(group.size))
+    low, high, pitch = ranges[name]
+    units.append(
+      _units(score, low if name in values else high, high, pitch, normalise)
+    )
+  top = np.array([high for _, high, _ in ranges.values()], np.int64)
+  _check_reach(bounds, top, units)
+  tight = [b for b in bounds if b.limit < b.cost(top)]
+  widths = top
   if tight:
-    widths = _trade(tight, whole, units, _solve(tight, whole, units))
+    widths = _trade(tight, top, units, _solve(tight, top, units))
   kept = {
     name: unit.order[unit.order.size - width :].tolist()
     for name, unit, width in zip(graph.groups, units, widths, strict=True)
+    if width
   }
-  return plans.from_kept(graph, kept)
+  return plans.from_kept(graph, kept, frame.dropped, resolution)
 
 
 class _Units(NamedTuple):
@@ -223,14 +238,14 @@ class _Units(NamedTuple):
 
 
 def _units(
-  scores: np.ndarray, floor: int, pitch: int, normalise: bool
+  scores: np.ndarray, low: int, high: int, pitch: int, normalise: bool
 ) -> _Units:
   if normalise:
     scores = scores / (scores.mean() or 1.0)
   order = np.argsort(-scores, kind='stable')[::-1]
-  sizes = _chunks(scores.size, floor, pitch)
+  sizes = _chunks(high, low, pitch)
   starts = np.cumsum(sizes) - sizes
-  taken = scores[order[: sizes.sum()]]
+  taken = scores[order[order.size - high :][: sizes.sum()]]
   means = np.add.reduceat(taken, starts) / sizes if sizes.size else sizes
   return _Units(order, sizes, np.maximum.accumulate(means))
 
@@ -242,16 +257,16 @@ def _slack(bounds: list[_Bound], widths: np.ndarray) -> np.ndarray:
 
 
 def _solve(
-  bounds: list[_Bound], whole: np.ndarray, units: list[_Units]
+  bounds: list[_Bound], top: np.ndarray, units: list[_Units]
 ) -> np.ndarray:
   """The widths of :func:`plan`, before any trade."""
-  shares = np.stack([_shares(b, whole) for b in bounds])
+  shares = np.stack([_shares(b, top) for b in bounds])
   even = np.maximum(shares.mean(0), 1e-30)
 
   def attempt(logs: np.ndarray) -> np.ndarray:
     weights = np.exp(logs - logs.max())
     prices = (weights / weights.mean()) @ shares / len(bounds) / even
-    return _leave(bounds, whole, units, np.maximum(prices, 1e-9))
+    return _leave(bounds, top, units, np.maximum(prices, 1e-9))
 
   logs = np.zeros(len(bounds))
   best = attempt(logs)
@@ -273,16 +288,16 @@ def _solve(
   return best
 
 
-def _shares(bound: _Bound, whole: np.ndarray) -> np.ndarray:
+def _shares(bound: _Bound, top: np.ndarray) -> np.ndarray:
   """The part of a cost that one unit of each group carries."""
-  halved = whole - np.diag((whole + 1) // 2)
-  saved = 1 - bound.cost(halved) / bound.whole
-  return np.maximum(saved, 0) / ((whole + 1) // 2)
+  half = (top + 1) // 2
+  saved = 1 - bound.cost(top - np.diag(half)) / bound.cost(top)
+  return np.maximum(saved, 0) / np.maximum(half, 1)
 
 
 def _leave(
   bounds: list[_Bound],
-  whole: np.ndarray,
+  top: np.ndarray,
   units: list[_Units],
   prices: np.ndarray,
 ) -> np.ndarray:
@@ -299,7 +314,7 @@ def _leave(
 
   def after(count: int) -> np.ndarray:
     gone = np.bincount(which[:count], taken[:count], len(units))
-    return whole - gone.astype(np.int64)
+    return top - gone.astype(np.int64)
 
   fits = lambda widths: all(b.cost(widths) <= b.limit for b in bounds)
   low, high = 0, len(taken)
@@ -320,7 +335,7 @@ def _leave(
 
 def _trade(
   bounds: list[_Bound],
-  whole: np.ndarray,
+  top: np.ndarray,
   units: list[_Units],
   widths: np.ndarray,
 ) -> np.ndarray:
@@ -330,7 +345,7 @@ def _trade(
   """
   ladders = [
     (size - np.cumsum([0, *unit.sizes]))[::-1]
-    for size, unit in zip(whole, units, strict=True)
+    for size, unit in zip(top, units, strict=True)
   ]
   reach = max(1, 100 // max(1, sum(ladder.size > 1 for ladder in ladders)))
   for _ in range(4):
@@ -361,10 +376,10 @@ def _trade(
 
 
 def _check_reach(
-  bounds: list[_Bound], whole: np.ndarray, units: list[_Units]
+  bounds: list[_Bound], top: np.ndarray, units: list[_Units]
 ) -> None:
   """Refuses a budget beyond what the widths can cost, at either end."""
-  least = whole - np.array([unit.sizes.sum() for unit in units], np.int64)
+  least = top - np.array([unit.sizes.sum() for unit in units], np.int64)
   if any(b.cost(least) > b.limit for b in bounds):
     found = ', '.join(
       f'{_number(b.cost(least).item())} {b.what} '
@@ -392,34 +407,32 @@ def _number(x: float) -> str:
   return f'{x:.3g}' if isinstance(x, float) and x < 100 else f'{x:.0f}'
 
 
-def _pitches(graph: Graph, round_to: int | tree.Rules) -> dict[str, int]:
-  """The number that the width of each group is a multiple of."""
+def _ranges(
+  graph: Graph,
+  round_to: int | tree.Rules,
+  keep: tree.Rules | None,
+  widths: Mapping[str, tuple[int, int]],
+) -> dict[str, tuple[int, int, int]]:
+  """The fewest and most units of each group, and what they are multiples of."""
   rules = {'.*': round_to} if isinstance(round_to, int) else round_to
-  if not graph.groups:
-    return {}
-  pitches = tree.match(rules, graph.groups, 1)
-  for pitch in pitches.values():
+  pitches = tree.match(rules, graph.groups, 1) if graph.groups else {}
+  floors = tree.match(keep or {}, graph.groups, 1)
+  ranges = {}
+  for name, group in graph.groups.items():
+    pitch, least = pitches[name], floors[name]
     if not isinstance(pitch, int) or pitch < 1:
       raise ValueError(f'`round_to` must be at least 1, got {pitch}.')
-  return pitches
-
-
-def _floors(
-  graph: Graph, keep: tree.Rules | None, pitches: Mapping[str, int]
-) -> dict[str, int]:
-  """The smallest width of each group."""
-  asked = tree.match(keep or {}, graph.groups, 1)
-  floors = {}
-  for name, least in asked.items():
-    size = graph.groups[name].size
     if isinstance(least, float):
-      least = int(np.ceil(least * size))
-    if not 0 <= least <= size:
+      least = math.ceil(least * group.size)
+    if not 0 <= least <= group.size:
       raise ValueError(
-        f'Group {name!r} has {size} units and cannot keep {least} of them.'
+        f'Group {name!r} has {group.size} units and cannot keep {least} of '
+        f'them.'
       )
-    floors[name] = min(size, max(least, pitches[name], 1))
-  return floors
+    high = min(group.most, widths[name][1])  # None of a dropped block.
+    low = min(high, max(least, group.least, pitch, 1))
+    ranges[name] = (low, high, math.lcm(pitch, group.round_to))
+  return ranges
 
 
 def _chunks(size: int, floor: int, pitch: int) -> np.ndarray:

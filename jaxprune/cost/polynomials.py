@@ -107,26 +107,49 @@ def _in_floats(polynomial: Polynomial, values: Mapping[str, Any]) -> Any:
   return terms[0] if terms else np.float32(0)
 
 
-def on_rows(
-  polynomial: Polynomial, names: Sequence[str]
-) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns a polynomial as a fast exact function of int64[..., n] values.
-
-  Args:
-    polynomial: the polynomial.
-    names: the variable of each of the n columns.
+def substitute(
+  polynomial: Polynomial, values: Mapping[str, int]
+) -> dict[Term, int]:
+  """Returns a polynomial with ints in the place of some variables.
 
   Examples:
-    >>> cost = on_rows({('a', 'b'): 2, (): 1}, ['a', 'b'])
-    >>> cost(np.array([[3, 4], [1, 1]]))
-    array([25,  3])
+    >>> substitute({('a', 'b'): 2, ('a',): 1}, {'b': 3})
+    {('a',): 7}
+  """
+  total: dict[Term, int] = {}
+  for term, coefficient in polynomial.items():
+    known = math.prod(values[name] for name in term if name in values)
+    rest = tuple(name for name in term if name not in values)
+    add(total, {rest: coefficient * known})
+  return total
+
+
+def on_rows(
+  many: Sequence[Polynomial], names: Sequence[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns polynomials as one fast exact function of int64[..., n] values.
+
+  Args:
+    many: the polynomials.
+    names: the variable of each of the n columns.
+
+  Returns:
+    A function to int64[..., polynomials].
+
+  Examples:
+    >>> cost = on_rows([{('a', 'b'): 2, (): 1}, {}], ['a', 'b'])
+    >>> cost(np.array([3, 4]))
+    array([25,  0])
   """
   column = {name: k for k, name in enumerate(names)}
-  degree = max(map(len, polynomial), default=0)
-  columns = np.full((len(polynomial), degree), len(names))  # That of ones.
-  for row, term in zip(columns, polynomial, strict=True):
-    row[: len(term)] = [column[name] for name in term]
-  coefficients = np.array(list(polynomial.values()), np.int64)
+  terms = [(*t, n) for p in many for t, n in ({(): 0} | dict(p)).items()]
+  degree = max((len(term) - 1 for term in terms), default=0)
+  columns = np.full((len(terms), degree), len(names))  # That of ones.
+  for row, term in zip(columns, terms, strict=True):
+    row[: len(term) - 1] = [column[name] for name in term[:-1]]
+  coefficients = np.array([term[-1] for term in terms], np.int64)
+  sizes = [len({(): 0} | dict(p)) for p in many]
+  starts = np.cumsum([0, *sizes])[:-1]
 
   def cost(values: np.ndarray) -> np.ndarray:
     ones = np.ones((*values.shape[:-1], 1), np.int64)
@@ -134,7 +157,7 @@ def on_rows(
     total = np.broadcast_to(coefficients, (*values.shape[:-1], len(columns)))
     for k in range(degree):
       total = total * extended[..., columns[:, k]]
-    return total.sum(-1)
+    return np.add.reduceat(total, starts, -1)
 
   return cost
 

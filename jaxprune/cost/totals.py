@@ -6,7 +6,7 @@ convolution has the same count whether it is written as one or as shifts.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -33,8 +33,19 @@ class Layer(NamedTuple):
   activation_bytes: int
 
 
-def macs_polynomial(graph: Graph, count: Collection[Count] = ()) -> Polynomial:
+Layers = Mapping[str, Collection[str]]  # Variable -> paths of leaves.
+
+
+def macs_polynomial(
+  graph: Graph,
+  count: Collection[Count] = (),
+  *,
+  layers: Layers | None = None,
+) -> Polynomial:
   """Returns the multiply-adds at the traced arguments as a polynomial.
+
+  Its variables are the groups, whose values are widths, and the blocks, whose
+  values are 1 (open) or 0 (dropped): see :func:`variables`.
 
   Args:
     graph: the graph; trace it with a batch of 1 for multiply-adds an example.
@@ -50,32 +61,48 @@ def macs_polynomial(graph: Graph, count: Collection[Count] = ()) -> Polynomial:
       - 'pooling': one for each entry that a window or a reduction reads, of
         which those of norms and softmaxes.
 
+    layers: further switches, as those of blocks: variable -> the leaves whose
+      operations it opens and closes.
+
   Raises:
     ValueError: if ``count`` names something else, or the graph was traced with
       a symbolic size.
   """
   total: dict[Term, int] = {}
-  for _, polynomial in _products(graph, count):
+  for _, polynomial in _products(graph, count, layers):
     polynomials.add(total, polynomial)
   return total
 
 
-def parameters_polynomial(graph: Graph) -> Polynomial:
+def parameters_polynomial(
+  graph: Graph, *, layers: Layers | None = None
+) -> Polynomial:
   """Returns the number of entries of all leaves as a polynomial.
 
   Where the leaves come in Flax's collections, those of ``params`` alone count.
+
+  Args:
+    graph: the graph.
+    layers: as :func:`macs_polynomial`.
   """
   total: dict[Term, int] = {}
-  for path, polynomial in _leaves(graph).items():
+  for path, polynomial in _leaves(graph, layers).items():
     if _is_parameter(graph, path):
       polynomials.add(total, polynomial)
   return total
 
 
-def weight_bytes_polynomial(graph: Graph) -> Polynomial:
-  """Returns the bytes of all leaves, statistics too, as a polynomial."""
+def weight_bytes_polynomial(
+  graph: Graph, *, layers: Layers | None = None
+) -> Polynomial:
+  """Returns the bytes of all leaves, statistics too, as a polynomial.
+
+  Args:
+    graph: the graph.
+    layers: as :func:`macs_polynomial`.
+  """
   total: dict[Term, int] = {}
-  for path, polynomial in _leaves(graph).items():
+  for path, polynomial in _leaves(graph, layers).items():
     size = graph.leaves[path].dtype.itemsize
     polynomials.add(total, polynomials.times(polynomial, size))
   return total
@@ -91,7 +118,7 @@ def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
   Polynomials that another exceeds at all widths are left out.
   """
   return polynomials.undominated(
-    polynomial for _, polynomial in _live(graph.program, _names(graph))
+    polynomial for _, polynomial in _Live(graph).points(graph.program)
   )
 
 
@@ -105,17 +132,23 @@ def macs(
     plan: what is kept; None for the whole network.
     count: what else counts; see :func:`macs_polynomial`.
   """
-  return evaluate(macs_polynomial(graph, count), variables(graph, plan))
+  return evaluate(
+    macs_polynomial(_at(graph, plan), count), variables(graph, plan)
+  )
 
 
 def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the number of entries of all leaves, an exact int."""
-  return evaluate(parameters_polynomial(graph), variables(graph, plan))
+  return evaluate(
+    parameters_polynomial(_at(graph, plan)), variables(graph, plan)
+  )
 
 
 def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the bytes of all leaves, statistics too, an exact int."""
-  return evaluate(weight_bytes_polynomial(graph), variables(graph, plan))
+  return evaluate(
+    weight_bytes_polynomial(_at(graph, plan)), variables(graph, plan)
+  )
 
 
 def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
@@ -123,7 +156,9 @@ def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
 
   See :func:`activation_bytes_polynomials`.
   """
-  return evaluate(activation_bytes_polynomials(graph), variables(graph, plan))
+  return evaluate(
+    activation_bytes_polynomials(_at(graph, plan)), variables(graph, plan)
+  )
 
 
 def layers(
@@ -141,7 +176,7 @@ def layers(
     plan: what is kept; None for the whole network.
     count: what else counts; see :func:`macs_polynomial`.
   """
-  values = variables(graph, plan)
+  values, graph = variables(graph, plan), _at(graph, plan)
   found: dict[str, list[int]] = {}
   row = lambda name: found.setdefault(name, [0, 0, 0, 0])
   for name, polynomial in _products(graph, count):
@@ -151,7 +186,7 @@ def layers(
     figures = row(_module(graph, path))
     figures[1] += size if _is_parameter(graph, path) else 0
     figures[2] += size * graph.leaves[path].dtype.itemsize
-  for (eqn, place), polynomial in _live(graph.program, _names(graph)):
+  for (eqn, place), polynomial in _Live(graph).points(graph.program):
     name = _owner(graph, eqn, place)
     if name in found:
       figures = found[name]
@@ -160,27 +195,45 @@ def layers(
 
 
 def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
-  """Returns the value of each variable: the widths that a plan leaves.
+  """Returns the value of each variable: the widths and blocks a plan leaves.
 
   Args:
     graph: the graph.
     plan: what is kept; None for the whole network.
+
+  Returns:
+    group -> width, and block -> 1 if it stays, else 0.
   """
-  if plan is None:
-    return {name: group.size for name, group in graph.groups.items()}
-  return {name: after for name, (_, after) in plans.widths(graph, plan).items()}
+  plan = plans.Plan(graph.fingerprint) if plan is None else plan
+  widths = {
+    name: after for name, (_, after) in plans.widths(graph, plan).items()
+  }
+  return {**widths, **plans.open_blocks(graph, plan)}
+
+
+def _at(graph: Graph, plan: plans.Plan | None) -> Graph:
+  """The graph at the resolution of a plan."""
+  return graph if plan is None else plans.at(graph, plan.resolution)
 
 
 def _names(graph: Graph) -> dict[Axis, str]:
   return {atom: name for name, atom in graph.atoms.items()}
 
 
-def _leaves(graph: Graph) -> dict[str, Polynomial]:
+def _leaves(
+  graph: Graph, layers: Layers | None = None
+) -> dict[str, Polynomial]:
   """The entries of each leaf."""
-  names = _names(graph)
-  return {
-    path: entries(leaf.axes, names) for path, leaf in graph.leaves.items()
-  }
+  names, found = _names(graph), {}
+  switches = {name: block.leaves for name, block in graph.blocks.items()}
+  for path, leaf in graph.leaves.items():
+    gate = [
+      n for n, own in {**switches, **(layers or {})}.items() if path in own
+    ]
+    found[path] = polynomials.times(
+      entries(leaf.axes, names), {tuple(sorted(gate)): 1}
+    )
+  return found
 
 
 def _in_collections(graph: Graph) -> bool:
@@ -208,21 +261,45 @@ def _owner(graph: Graph, eqn: Equation, place: str) -> str:
   return _module(graph, max(sorted(sources), key=size))
 
 
+class _Step(NamedTuple):
+  """An equation of a program or of a body in it."""
+
+  eqn: Equation
+  runs: int  # How often.
+  place: str  # The operation and line.
+  gate: Term  # The blocks that it goes with.
+  makers: dict[Value, Equation]
+
+
+def _gates(graph: Graph) -> dict[Equation, Term]:
+  """The blocks that each equation goes with, sorted."""
+  found: dict[Equation, Term] = {}
+  for name, block in graph.blocks.items():
+    for eqn in block.equations:
+      found[eqn] = tuple(sorted((*found.get(eqn, ()), name)))
+  return found
+
+
 def _walk(
-  program: Program, runs: int = 1, outer: str = ''
-) -> Iterator[tuple[Equation, int, str, dict[Value, Equation]]]:
-  """Every equation, how often it runs, where it is, and who made its inputs."""
+  program: Program,
+  gates: Mapping[Equation, Term],
+  runs: int = 1,
+  outer: str = '',
+  outer_gate: Term = (),
+) -> Iterator[_Step]:
+  """Every equation, those of bodies too."""
   makers = {value: eqn for eqn in program.equations for value in eqn.outputs}
   for eqn in program.equations:
     place = outer if eqn.why.endswith(' at ') and outer else eqn.why
-    yield eqn, runs, place, makers
+    gate = gates.get(eqn, outer_gate)
+    yield _Step(eqn, runs, place, gate, makers)
     steps = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
     for body in eqn.programs:
-      yield from _walk(body, runs * steps, place)
+      yield from _walk(body, gates, runs * steps, place, gate)
 
 
 def _products(
-  graph: Graph, count: Collection[Count] = ()
+  graph: Graph, count: Collection[Count] = (), layers: Layers | None = None
 ) -> list[tuple[str, Polynomial]]:
   """The multiply-adds of each operation that has some, by layer."""
   unknown = [repr(what) for what in count if what not in COUNTS]
@@ -232,14 +309,17 @@ def _products(
       f'{", ".join(unknown) or repr(count)}.'
     )
   names, found = _names(graph), []
-  for eqn, runs, place, makers in _walk(graph.program):
+  for eqn, runs, place, gate, makers in _walk(graph.program, _gates(graph)):
     axes = eqn.products
     if axes is None and _is_product(graph, eqn):
       axes = eqn.outputs[0].axes
     if axes is None:
       axes = _counted(eqn, makers, count)
     if axes is not None:
-      polynomial = polynomials.times(entries(axes, names), runs)
+      sources = {path for value in eqn.inputs for path in value.sources}
+      switched = [n for n, own in (layers or {}).items() if sources & {*own}]
+      term = tuple(sorted((*gate, *switched)))
+      polynomial = polynomials.times(entries(axes, names), {term: runs})
       found.append((_owner(graph, eqn, place), polynomial))
   return found
 
@@ -308,56 +388,69 @@ def _origin(value: Value, makers: Mapping[Value, Equation]) -> Value:
 Live = tuple[tuple[Equation, str], Polynomial]
 
 
-def _live(
-  program: Program,
-  names: Mapping[Axis, str],
-  around: Polynomial | None = None,
-  loops: bool = False,
-  outer: str = '',
-) -> list[Live]:
-  """The bytes that are live at each operation, in order.
+class _Live:
+  """The bytes that are live at each operation of a graph, in order."""
 
-  Args:
-    program: the program.
-    names: atom -> its group.
-    around: what is live outside of a body.
-    loops: whether it is the body of a loop: its inputs are arrays of their
-      own, and all depend on data after the first step.
-    outer: where the body is called.
-  """
-  live = dict(around or {})
+  def __init__(self, graph: Graph):
+    self.names = _names(graph)
+    self.gates = _gates(graph)
 
-  def bytes_of(values: Iterable[Value]) -> dict[Term, int]:
+  def bytes_of(
+    self, values: Mapping[Value, Term], loops: bool
+  ) -> dict[Term, int]:
+    """The bytes of arrays, each with the blocks that it goes with."""
     total: dict[Term, int] = {}
-    for value in dict.fromkeys(values):
+    for value, gate in values.items():
       if (value.has_data or loops) and value.dtype is not None:
-        size = entries(value.axes, names)
-        size = polynomials.times(size, value.dtype.itemsize)
+        size = {gate: value.dtype.itemsize}
+        size = polynomials.times(entries(value.axes, self.names), size)
         polynomials.add(total, size)
     return total
 
-  last: dict[Value, int] = dict.fromkeys(
-    program.outputs, len(program.equations)
-  )
-  for k, eqn in reversed(list(enumerate(program.equations))):
-    for value in eqn.inputs:
-      last.setdefault(value, k)
-  # What a body reads from outside is live there already.
-  owned = set(program.inputs) if around is None or loops else set()
-  polynomials.add(live, bytes_of(owned))
-  found: list[Live] = []
-  for k, eqn in enumerate(program.equations):
-    place = outer if eqn.why.endswith(' at ') and outer else eqn.why
-    before = dict(live)
-    polynomials.add(live, bytes_of(eqn.outputs))
-    owned.update(eqn.outputs)
-    found.append(((eqn, place), dict(live)))
-    is_loop = eqn.primitive.name in ('scan', 'while')
-    for body in eqn.programs:
-      # A loop fills arrays that exist already; other bodies make them.
-      found += _live(body, names, live if is_loop else before, is_loop, place)
-    gone = [v for v in (*eqn.inputs, *eqn.outputs) if last.get(v, k) == k]
-    gone = [value for value in gone if value in owned]
-    polynomials.add(live, bytes_of(gone), -1)
-    owned.difference_update(gone)
-  return found
+  def points(
+    self,
+    program: Program,
+    around: Polynomial | None = None,
+    loops: bool = False,
+    outer: str = '',
+    outer_gate: Term = (),
+  ) -> list[Live]:
+    """Every operation with what is live there.
+
+    Args:
+      program: the program.
+      around: what is live outside of a body.
+      loops: whether it is the body of a loop: its inputs are arrays of their
+        own, and all depend on data after the first step.
+      outer: where the body is called.
+      outer_gate: the blocks that the call goes with.
+    """
+    equations = program.equations
+    last: dict[Value, int] = dict.fromkeys(program.outputs, len(equations))
+    for k, eqn in reversed(list(enumerate(equations))):
+      for value in eqn.inputs:
+        last.setdefault(value, k)
+    live, owned = dict(around or {}), {}
+    if around is None or loops:  # Else they are live outside already.
+      owned = dict.fromkeys(program.inputs, outer_gate)
+    polynomials.add(live, self.bytes_of(owned, loops))
+    found: list[Live] = []
+    for k, eqn in enumerate(equations):
+      place = outer if eqn.why.endswith(' at ') and outer else eqn.why
+      gate = self.gates.get(eqn, outer_gate)
+      before, made = dict(live), dict.fromkeys(eqn.outputs, gate)
+      polynomials.add(live, self.bytes_of(made, loops))
+      owned.update(made)
+      found.append(((eqn, place), dict(live)))
+      is_loop = eqn.primitive.name in ('scan', 'while')
+      for body in eqn.programs:
+        # A loop fills arrays that exist already; other bodies make them.
+        live_there = live if is_loop else before
+        found += self.points(body, live_there, is_loop, place, gate)
+      gone = {
+        value: owned.pop(value)
+        for value in dict.fromkeys((*eqn.inputs, *eqn.outputs))
+        if value in owned and last.get(value, k) == k
+      }
+      polynomials.add(live, self.bytes_of(gone, loops), -1)
+    return found
