@@ -1,4 +1,4 @@
-"""How much drawing masks costs, against the ways it replaces.
+"""How much masks, plans and the small network cost, against other ways.
 
   python -m experiments.benchmark
   python -m experiments.benchmark --rows=global,erk --pairs=5
@@ -10,7 +10,8 @@ weights). ``global``, ``uniform`` and ``erk`` draw masks from |w|, against an
 argsort of each group; ``step`` is a step of Adam and ``sparsify`` between two
 drawings, against Adam and one fused ``where``; ``vmap`` is an ensemble that
 draws at every step, against one that applies fixed masks. Temporaries and
-compile times are those of the first of the two.
+compile times are those of the first of the two. The rows of planning and
+shrinking are described in ``experiments.shrinking``.
 """
 
 import json
@@ -25,10 +26,11 @@ import optax
 from absl import app, flags
 
 import jaxprune
+from experiments import shrinking
 from jaxprune import distributions, masks, scores, select, transforms
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap')
-_ROWS = flags.DEFINE_list('rows', list(ROWS), 'What to measure.')
+_ROWS = flags.DEFINE_list('rows', [*ROWS, *shrinking.ROWS], 'What to measure.')
 _PAIRS = flags.DEFINE_integer('pairs', 5, 'Interleaved pairs.', lower_bound=1)
 _SECONDS = flags.DEFINE_float(
   'seconds', 300, 'Wall time of a row after which no pair is begun.'
@@ -215,14 +217,20 @@ def main(argv: list[str]) -> None:
   """Measures every row and prints one line of JSON for each."""
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}.')
-  unknown = set(_ROWS.value) - set(ROWS)
+  known = [*ROWS, *shrinking.ROWS]
+  unknown = set(_ROWS.value) - set(known)
   if unknown:
     raise app.UsageError(
       f'No row is called {", ".join(sorted(unknown))}; the rows: '
-      f'{", ".join(ROWS)}.'
+      f'{", ".join(known)}.'
     )
   params = resnet50(_WIDTH.value)
   for row in _ROWS.value:
+    if row in shrinking.ROWS:
+      figures = shrinking.measure(row, _PAIRS.value, _SECONDS.value)
+      print(shrinking.line(figures))
+      print(json.dumps(figures), flush=True)
+      continue
     figures = measure(row, params)
     low, high = figures['interval']
     print(
