@@ -17,7 +17,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 Size = Any  # int, or a symbolic dimension of jax.export
+_SINGLE = 'it has a single entry'
 
 
 class Axis:
@@ -40,7 +43,8 @@ class Axis:
     parts: Iterable['Axis'] = (),
     locked: str | None = None,
   ):
-    self.size = size
+    # NumPy's integers reach jaxprs through numpy.cumsum and the like.
+    self.size = int(size) if isinstance(size, np.integer) else size
     self.kind = kind
     self.parts = list(parts)
     self.bound: Axis | None = None
@@ -49,8 +53,8 @@ class Axis:
 
 def atom(size: Size, locked: str | None = None) -> Axis:
   """Returns a new atom; one of size 0 or 1 is locked: it cannot shrink."""
-  if isinstance(size, int) and size <= 1:
-    locked = locked or 'it has a single entry'
+  if isinstance(size, (int, np.integer)) and size <= 1:
+    locked = locked or _SINGLE
   return Axis(size, locked=locked)
 
 
@@ -208,6 +212,9 @@ def _bind(a: Axis, b: Axis, why: str) -> None:
     return lock(b, f'it would have to contain itself: {why}')
   if a.locked:
     lock(b, a.locked)
+  for leaf in atoms(b):
+    if leaf.locked == _SINGLE and leaf is not b:
+      leaf.locked = f'{why} takes it apart, entry by entry'
   a.bound = b
 
 
