@@ -16,12 +16,14 @@ from jaxprune import lookahead as lookahead
 from jaxprune import masks as masks
 from jaxprune import plans as plans
 from jaxprune import proof as proof
+from jaxprune import recovery as recovery
 from jaxprune import reparam as reparam
 from jaxprune import schedules as schedules
 from jaxprune import scores as scores
 from jaxprune import select as select
 from jaxprune import soft as soft
 from jaxprune import soft_training as soft_training
+from jaxprune import stagewise as stagewise
 from jaxprune import structure as structure
 from jaxprune import transforms as transforms
 from jaxprune import tree as tree
