@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure import choices
+from jaxprune.structure.branches import severed
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.run import Run
 from jaxprune.structure.slices import Group, member, occurrences
@@ -97,7 +98,8 @@ def from_kept(
 
   Args:
     graph: the graph.
-    kept: group -> indices to keep, in any order; at least one.
+    kept: group -> indices to keep, in any order; at least one, but for a
+      parallel branch of a concatenation, which may go whole.
     dropped: names of blocks of ``graph.blocks``; those inside go too.
     resolution: sides of the first argument after its batch; None for those of
       the trace.
@@ -120,24 +122,27 @@ def from_kept(
   """
   closed = _with_inner(graph, dropped)
   lost = vanished_groups(graph, closed)
+  empty = [name for name, index in kept.items() if not len(index)]
+  cut = severed(graph, [name for name in empty if name in graph.groups])
   entries = []
   for name, index in sorted(kept.items()):
     size = group(graph, name).size
     chosen = sorted({int(i) for i in index})
-    if not chosen or len(chosen) != len(index):
+    if name in cut or len(chosen) != len(index):
       raise ValueError(
         f'Group {name!r} must keep one or more indices, each once, got '
         f'{list(index)}.'
       )
-    if chosen[0] < 0 or chosen[-1] >= size:
+    if chosen and (chosen[0] < 0 or chosen[-1] >= size):
       raise ValueError(
         f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
       )
     if len(chosen) < size and name not in lost:
       entries.append((name, tuple(chosen)))
   for name, found in graph.groups.items():
-    if name not in lost:
-      choices.check_width(found, len(kept.get(name, range(found.size))))
+    width = len(kept.get(name, range(found.size)))
+    if name not in lost and (width or found.least > 1):
+      choices.check_width(found, width)
   sides = None
   if resolution is not None:
     sides = tuple(int(side) for side in resolution)

@@ -67,6 +67,32 @@ def branches(graph: Graph) -> Branches:
   )
 
 
+def severed(graph: Graph, empty: Collection[str]) -> list[str]:
+  """Returns the groups that must keep a unit, of those that would keep none.
+
+  A group may go whole if whatever reads it has other entries left to read, or
+  is itself left with nothing to write.
+
+  Args:
+    graph: the graph.
+    empty: groups without units.
+  """
+  gone = {graph.atoms[name] for name in empty}
+
+  def spared(path: str, axis: int) -> bool:
+    axes = list(graph.leaves[path].axes)
+    read = axes.pop(axis)
+    is_left = lambda k: not set(ax.atoms(k)) <= gone
+    return is_left(read) or not all(map(is_left, axes))
+
+  return [
+    name
+    for name in empty
+    if name not in graph.readers
+    or not all(spared(path, axis) for path, axis, *_ in graph.readers[name])
+  ]
+
+
 def _is_beside(graph: Graph, name: str) -> bool:
   """Whether other entries stand beside a group wherever it is read."""
   for path, axis, *_ in graph.readers[name]:

@@ -213,6 +213,9 @@ class Graph:
         lines.append(f'group {names[atom]} ({atom.size} units)')
       elif atom.size > 1:
         lines.append(f'protected ({atom.size}): {atom.locked}')
+    if not lines and leaf.shape[axis] > 1:
+      first = ax.atoms(leaf.axes[axis])[0]  # Of single entries, all alike.
+      lines = [f'protected ({leaf.shape[axis]}): {first.locked}']
     return '; '.join(lines) or 'protected: it has a single entry'
 
   def __str__(self) -> str:
@@ -360,7 +363,7 @@ def runner(
       live(graph.flow, graph.outputs_like, blocks),
     )
   return Run(
-    {graph.atoms[name]: np.asarray(index) for name, index in kept.items()},
+    {graph.atoms[name]: np.asarray(index, int) for name, index in kept.items()},
     masked,
     without,
   )
