@@ -29,7 +29,7 @@ References:
   (abstract); every formula here is ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,8 @@ class Gates(NamedTuple):
 class Values(NamedTuple):
   """What the gates say at one forward pass.
 
-  ``open`` is exactly 1 or 0, with the derivative that its gate function gives.
+  Factors are of what has a gate. ``open`` is exactly 1 or 0, with the
+  derivative that its gate function gives.
   """
 
   units: Mapping[str, jax.Array]  # Group -> factor of each unit; float32[n].
@@ -175,29 +176,42 @@ def sharp(beta: float | jax.Array) -> Function:
   )
 
 
-def init(structure: Structure, start: float = 1.0) -> Gates:
-  """Returns a gate for everything in a structure, all alike.
-
-  To gate less, leave names out: ``init(s)._replace(blocks={})``.
+def init(
+  structure: Structure,
+  start: float = 1.0,
+  *,
+  gated: Collection[str] | None = None,
+) -> Gates:
+  """Returns gates for what is in a structure, all alike.
 
   Args:
     structure: what can close.
     start: theta at first: 1 for :func:`scale`, at which the network computes
       what it does without gates; about 2 for :func:`binary`.
+    gated: names of the groups, layers and blocks to gate; all by default. A
+      group that no kernel reads (``graph.unread``) has no place for gates.
 
   Raises:
-    ValueError: if the structure contradicts itself.
+    ValueError: if the structure contradicts itself or lacks a name.
 
   Examples:
     >>> print(init(Structure({'conv1': 2})).units['conv1'])
     [1. 1.]
   """
   _check(structure)
+  names = _names(structure)
+  chosen = set(names if gated is None else gated)
+  if unknown := sorted(chosen - set(names)):
+    raise ValueError(
+      f'`gated` has {", ".join(map(repr, unknown))}, which the structure does '
+      f'not; it has: {", ".join(names)}.'
+    )
   full = lambda shape: jnp.full(shape, start, jnp.float32)
+  scalars = lambda some: {name: full(()) for name in some if name in chosen}
   return Gates(
-    {name: full(size) for name, size in structure.units.items()},
-    {name: full(()) for name in structure.layers},
-    {name: full(()) for name in structure.blocks},
+    {n: full(size) for n, size in structure.units.items() if n in chosen},
+    scalars(structure.layers),
+    scalars(structure.blocks),
   )
 
 
@@ -211,7 +225,7 @@ def evaluate(
   where all would, the one of largest theta stays, and has no part in the cost.
 
   Args:
-    gates: theta; names that are absent are open, with a factor of 1.
+    gates: theta; what is absent is open, and has no factor.
     structure: what can close.
     function: the gate function; :func:`scale` by default.
 
@@ -228,15 +242,9 @@ def evaluate(
   function = function or scale()
   _check(structure)
   _check_gates(gates, structure)
-  one = jnp.float32(1)
-
-  units, open_units = {}, {}
-  for name, size in structure.units.items():
-    units[name] = open_units[name] = jnp.ones(size, jnp.float32)
-    if name in gates.units:
-      theta = gates.units[name]
-      open_units[name] = _hold(theta, function.open(theta))
-      units[name] = function.value(theta, open_units[name])
+  whole = {n: jnp.ones(size) for n, size in structure.units.items()}
+  opened = {n: _hold(t, function.open(t)) for n, t in gates.units.items()}
+  units = {n: function.value(t, opened[n]) for n, t in gates.units.items()}
 
   theta = {**gates.layers, **gates.blocks}
   is_open = {name: function.open(t) for name, t in theta.items()}
@@ -251,17 +259,14 @@ def evaluate(
 
   for layer, groups in structure.layers.items():
     if layer in value:
-      units |= {name: units[name] * value[layer] for name in groups}
-  pick = lambda found, names: {name: found.get(name, one) for name in names}
+      own = {name: units.get(name, whole[name]) for name in groups}
+      units |= {name: factor * value[layer] for name, factor in own.items()}
+  scalars = lambda names: {n: is_open.get(n, jnp.float32(1)) for n in names}
   return Values(
     units,
-    pick(value, structure.layers),
-    pick(value, structure.blocks),
-    Gates(
-      open_units,
-      pick(is_open, structure.layers),
-      pick(is_open, structure.blocks),
-    ),
+    {name: value[name] for name in gates.layers},
+    {name: value[name] for name in gates.blocks},
+    Gates(whole | opened, scalars(structure.layers), scalars(structure.blocks)),
   )
 
 
@@ -284,7 +289,7 @@ def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:
     >>> print(*jax.jit(lambda g: widths(evaluate(g, s), s))(theta).values())
     0.0 2.0 0.0
   """
-  matrix = _variables(values, structure, _scalars(values)[None])
+  matrix = _variables(values, structure, _scalars(values, structure)[None])
   return dict(zip(_names(structure), matrix[0], strict=True))
 
 
@@ -320,7 +325,7 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   groups, count = len(structure.units), len(names)
   opened = lax.stop_gradient(values.open)
   hard = values._replace(open=opened)
-  now = _scalars(hard)[None]
+  now = _scalars(hard, structure)[None]
   eye = np.eye(count - groups, dtype=np.float32)
   scalars = jnp.concatenate(
     [jnp.tile(now, (1 + groups, 1)), jnp.maximum(now, eye), now * (1 - eye)]
@@ -340,8 +345,7 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   moved = jnp.stack(
     [
       *(_lift(jnp.sum(values.open.units[name])) for name in structure.units),
-      *(_lift(x) for x in values.open.layers.values()),
-      *(_lift(x) for x in values.open.blocks.values()),
+      *_lift(_scalars(values, structure)),
     ]
   )
   return (found[0] + jnp.sum(lost * moved)) / found[-1]
@@ -591,9 +595,12 @@ def _reach(structure: Structure, layer: str) -> set[str]:
   return {*structure.layers[layer], *structure.inside.get(layer, ())}
 
 
-def _scalars(values: Values) -> jax.Array:
+def _scalars(values: Values, structure: Structure) -> jax.Array:
   """Whether each layer and block is open; float32[layers + blocks]."""
-  found = [*values.open.layers.values(), *values.open.blocks.values()]
+  found = [
+    *(values.open.layers[name] for name in structure.layers),
+    *(values.open.blocks[name] for name in structure.blocks),
+  ]
   return jnp.stack(found) if found else jnp.zeros(0)
 
 
@@ -610,7 +617,7 @@ def _variables(
     bool,
   ).reshape(1, scalars.shape[1], len(structure.units))
   alive = jnp.prod(jnp.where(holds, scalars[:, :, None], 1), axis=1)
-  units = [jnp.sum(x) for x in values.open.units.values()]
+  units = [jnp.sum(values.open.units[name]) for name in structure.units]
   return jnp.concatenate([jnp.stack(units)[None] * alive, scalars], axis=1)
 
 
