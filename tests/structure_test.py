@@ -100,60 +100,6 @@ def concatenated():
   return fn, p
 
 
-@program(IMAGE, **{'a': 2, 'a.1': 4})
-def channel_shuffle():
-  p = {'a': normal(3, 3, 3, 8), 'b': normal(3, 3, 8, 2)}
-
-  def fn(p, x):
-    x = conv(x, p['a'])
-    n, h, w, c = x.shape
-    x = x.reshape(n, h, w, 2, c // 2).swapaxes(3, 4).reshape(n, h, w, c)
-    return conv(jnp.tanh(x), p['b'])
-
-  return fn, p
-
-
-@program(IMAGE, a=2)
-def pixel_shuffle():
-  p = {'a': normal(3, 3, 3, 8), 'b': normal(3, 3, 2, 2)}
-
-  def fn(p, x):
-    x = conv(x, p['a'])
-    n, h, w, c = x.shape
-    x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
-    return conv(jnp.tanh(x.reshape(n, 2 * h, 2 * w, c // 4)), p['b'])
-
-  return fn, p
-
-
-@program(IMAGE, a=6, b=2)
-def depthwise_with_multiplier():
-  p = {
-    'a': normal(3, 3, 3, 6),
-    'b': normal(3, 3, 1, 12),
-    'c': normal(3, 3, 12, 2),
-  }
-
-  def fn(p, x):
-    return conv(jnp.tanh(conv(conv(x, p['a']), p['b'], groups=6)), p['c'])
-
-  return fn, p
-
-
-@program(IMAGE, **{'a': 2, 'a.1': 4, 'b': 3})
-def grouped():
-  p = {
-    'a': normal(3, 3, 3, 8),
-    'b': normal(3, 3, 4, 6),
-    'c': normal(3, 3, 6, 2),
-  }
-
-  def fn(p, x):
-    return conv(jnp.tanh(conv(conv(x, p['a']), p['b'], groups=2)), p['c'])
-
-  return fn, p
-
-
 @program(TOKENS, qkv=2, **{'qkv.1': 4, 'qkv.2': 4, 'up': 6})
 def fused_qkv_attention():
   p = {
@@ -172,30 +118,6 @@ def fused_qkv_attention():
     x = x + mixed.reshape(n, t, d) @ p['out']
     gate, value = jnp.split(x @ p['up'], 2, -1)
     return x + (jax.nn.silu(gate) * value) @ p['down']
-
-  return fn, p
-
-
-@program(TOKENS, kernel=5, input=6)
-def recurrent_cell():
-  p = {
-    'kernel': normal(8, 5),
-    'input': normal(5, 18),
-    'recurrent': normal(6, 18),
-    'head': normal(6, 2),
-  }
-
-  def fn(p, x):
-    def step(h, x):
-      gates = (x @ p['kernel']) @ p['input'] + h @ p['recurrent']
-      r, z, n = jnp.split(gates, 3, -1)
-      z = jax.nn.sigmoid(z)
-      h = z * h + (1 - z) * jnp.tanh(jax.nn.sigmoid(r) * n)
-      return h, h
-
-    start = jnp.zeros((x.shape[0], 6))
-    last, _ = lax.scan(step, start, x.swapaxes(0, 1))
-    return last @ p['head']
 
   return fn, p
 
@@ -458,7 +380,7 @@ def test_bad_input_is_named(call, message):
 def test_trace_refuses_what_is_no_array_and_unknown_semantics():
   with pytest.raises(TypeError, match="Leaf 'rate' of params must be an array"):
     structure.trace(lambda p, x: x, {'rate': 0.5}, jnp.ones(2))
-  with pytest.raises(ValueError, match="must be 'protect' or 'keep', got 'x'"):
+  with pytest.raises(ValueError, match="must be 'protect', 'keep' or 'rescale', got"):
     structure.trace(lambda p, x: x, {}, jnp.ones(2), reductions='x')
 
 

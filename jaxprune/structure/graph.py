@@ -19,7 +19,7 @@ import optax
 from jaxprune import tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.blocks import Block, Blocks, blocks, live
+from jaxprune.structure.blocks import Block, Blocks, blocks, dead
 from jaxprune.structure.flow import Flow, flow
 from jaxprune.structure.program import Program
 from jaxprune.structure.readers import Readers, readers
@@ -360,7 +360,7 @@ def runner(
     blocks = [graph.blocks[name] for name in dropped]
     without = Without(
       {block.result: block.shortcut for block in blocks},
-      live(graph.flow, graph.outputs_like, blocks),
+      dead(graph.flow, graph.outputs_like, blocks),
     )
   return Run(
     {graph.atoms[name]: np.asarray(index, int) for name, index in kept.items()},

@@ -383,7 +383,10 @@ def _protected(leaves: Mapping[str, Leaf]) -> dict[str, str]:
   protected = {}
   for path, leaf in leaves.items():
     for k, axis in enumerate(leaf.axes):
-      why = [a.locked for a in ax.atoms(axis) if a.locked and a.size > 1]
+      parts = ax.atoms(axis)
+      if any(a.size > 1 for a in parts):
+        parts = [a for a in parts if a.size > 1]
+      why = [a.locked for a in parts if a.locked]
       if why and leaf.shape[k] > 1:
         protected[f'{path}:{k}'] = str(why[0])
   return protected

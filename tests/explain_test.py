@@ -1,0 +1,80 @@
+"""What protects an axis is named with the line of the user's own code."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxprune import structure
+
+PARAMS = {'a': jnp.ones((5, 6)), 'b': jnp.ones((6, 3))}
+X = jnp.ones((4, 5))
+PADS = ((0, 0, 0), (0, 0, 1))
+
+# kind -> what becomes of the 6 channels, and what is said of it.
+KINDS = {
+  'reduction': (lambda y: y / jnp.sum(y, -1, keepdims=True), 'reduces over it'),
+  'no rule': (lambda y: jnp.abs(jnp.fft.fft(y)), 'has no rule'),
+  'order': (lambda y: y[:, ::-1], 'runs along it'),
+  'running sum': (lambda y: jnp.cumsum(y, 1), 'runs along it'),
+  'sort': (lambda y: jnp.sort(y, 1), 'runs along it'),
+  'rank': (lambda y: jnp.argmax(y, 1)[:, None] * y, 'numbers its entries'),
+  'position': (lambda y: y * lax.iota(jnp.float32, 6)[None], 'numbers'),
+  'stride': (lambda y: jnp.repeat(y[:, ::2], 2, 1), 'takes a part of it'),
+  'gather': (lambda y: y[:, jnp.array([5, 4, 3, 2, 1, 0])], 'indexes it'),
+  'window': (
+    lambda y: lax.dynamic_slice(y, (0, 0), (4, 6)) + near(y),
+    'slides',
+  ),
+  'loop': (lambda y: lax.map(jnp.sin, y.T).T, 'steps along it'),
+  'gaps': (lambda y: lax.pad(y, 0.0, PADS)[:, :6], 'pads it'),
+  'each': (lambda y: jnp.stack([*y.T], 1), 'takes it apart'),
+}
+
+
+def near(y):
+  """Sums two neighbours."""
+  window, pads = (1, 2), ((0, 0), (1, 0))
+  return lax.reduce_window(y, 0.0, lax.add, window, (1, 1), pads)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_line_that_protects_an_axis_is_named(kind):
+  fn, why = KINDS[kind]
+  net = lambda p, x: fn(x @ p['a']) @ p['b']
+  graph = structure.trace(net, PARAMS, X)
+  said = graph.explain('a', 1)
+  assert said.startswith('protected (')
+  assert why in said
+  culprit = near if kind == 'window' else fn
+  first = culprit.__code__.co_firstlineno
+  lines = range(first, first + (4 if kind == 'window' else 1))
+  assert any(f' at explain_test.py:{line}' in said for line in lines), said
+
+
+def test_what_flax_does_is_named_by_the_line_that_calls_it():
+  import flax.linen as nn
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(6)(x)
+      x = nn.LayerNorm()(x)  # Here.
+      return nn.Dense(3)(x)
+
+  params = jax.eval_shape(Net().init, jax.random.key(0), X)
+  graph = structure.trace(Net().apply, params, X)
+  line = Net.__call__.__wrapped__.__code__.co_firstlineno + 3
+  said = graph.explain('params/Dense_0/kernel', 1)
+  assert said == (
+    f'protected (6): reduce_sum at explain_test.py:{line} reduces over it'
+  )
+
+
+def test_groups_and_single_entries():
+  net = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+  params = {'a': jnp.ones((5, 6)), 'b': jnp.ones((6, 1))}
+  graph = structure.trace(net, params, X)
+  assert graph.explain('a', 1) == 'group a (6 units)'
+  assert graph.explain('b', -2) == 'group a (6 units)'
+  assert graph.explain('b', 1) == 'protected: it has a single entry'
