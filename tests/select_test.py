@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import counts, select
+from jaxprune.select.secant import secant
 
 METHODS = ['histogram', 'bisection']
 
@@ -235,3 +236,39 @@ def test_errors():
   huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32)
   with pytest.raises(ValueError, match=r'fewer than 2\*\*31 entries'):
     jax.eval_shape(lambda x: select.top_mask(x, 1, method='histogram'), huge)
+
+
+@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.given(
+  st.integers(0, 10**6),
+  st.sampled_from(['spread', 'tied', 'one', 'zeros', 'tiny', 'odd']),
+  st.floats(0.0, 1.0),
+)
+def test_false_position_finds_the_boundaries_of_a_sort(seed, kind, part):
+  x = np.random.default_rng(seed).standard_normal((7, 11)).astype(np.float32)
+  if kind == 'spread':
+    x = np.sinh(25 * x).astype(np.float32)
+  elif kind == 'tied':
+    x = np.round(x)
+  elif kind == 'one':
+    x = np.full_like(x, -0.5)
+  elif kind == 'zeros':
+    x = 0 * x  # Of both signs.
+  elif kind == 'tiny':
+    x = (1e-38 * x).astype(np.float32)
+  elif kind == 'odd':
+    x[0, :5] = [np.inf, -np.inf, np.inf, 0.0, -0.0]
+  keep = round(part * x.size)
+  low, high = _secant(x, np.uint32(keep))
+  order = np.sort(x.ravel())[::-1]
+  assert float(low) == (order[keep - 1] if keep else np.inf)
+  assert float(high) == (order[keep] if keep < x.size else -np.inf)
+
+
+_secant = jax.jit(secant)
+
+
+def test_false_position_passes_over_nan():
+  x = jnp.array([jnp.nan, 2.0, 1.0])
+  low, high = _secant(x, jnp.uint32(2))
+  assert (float(low), float(high)) == (1.0, -np.inf)

@@ -15,6 +15,7 @@ from jaxprune.counts import Keep, Limbs
 from jaxprune.select import keys
 from jaxprune.select.bisection import bisection
 from jaxprune.select.histogram import histogram
+from jaxprune.select.secant import secant
 
 Method = Literal['auto', 'histogram', 'bisection']
 
@@ -128,7 +129,8 @@ def boundaries(
 ) -> tuple[tree_lib.PyTree, tree_lib.PyTree]:
   """Returns the smallest kept and the largest pruned score of every leaf.
 
-  The first is the order statistic itself, the second takes one more pass.
+  On a single device 'auto' parts the entries by false position, which is
+  twice as fast as the search for the order statistic and one more pass.
 
   Args:
     scores: pytree of scores, as :func:`top_masks` takes them; NaN is no
@@ -157,6 +159,11 @@ def boundaries(
       f'`keep` must be a count for each of the {len(xs)} leaves, as each has '
       'boundaries of its own; got one for all.'
     )
+  if method == 'auto' and jax.device_count() == 1 and _are_short(xs):
+    counts = (limbs[0] << 16) | limbs[1]
+    found = [secant(x.astype(jnp.float32), counts[i]) for i, x in enumerate(xs)]
+    lows, highs = zip(*found, strict=True) if found else ((), ())
+    return _like(scores, treedef, lows), _like(scores, treedef, highs)
   cuts, _ = _select(xs, limbs, splits, method)
   some = (limbs[0] | limbs[1]) > 0
   lows, highs = [], []
@@ -166,9 +173,17 @@ def boundaries(
     lows.append(low)
     below = jnp.max(jnp.where(x < low, x, -jnp.inf))
     highs.append(jnp.where(equal, low, below))
+  return _like(scores, treedef, lows), _like(scores, treedef, highs)
+
+
+def _are_short(xs: Sequence[jax.Array]) -> bool:
+  """Whether float32 holds the entries, and int32 their number."""
+  return all(x.dtype.itemsize <= 4 and x.size < 1 << 31 for x in xs)
+
+
+def _like(scores: Any, treedef: Any, bounds: Sequence[jax.Array]) -> Any:
   back = lambda x, bound: bound.astype(jnp.result_type(x))
-  sides = (treedef.unflatten(lows), treedef.unflatten(highs))
-  return tuple(jax.tree.map(back, scores, side) for side in sides)
+  return jax.tree.map(back, scores, treedef.unflatten(bounds))
 
 
 def _arguments(scores: Any, keep: Any, specs: Any):
