@@ -16,7 +16,7 @@ from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.program import Program
+from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
 
 Count = Literal['norms', 'activations', 'pooling']
@@ -113,9 +113,10 @@ def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
 
   One for each operation, in the order of the program: the bytes of all arrays
   that depend on the arguments and that it or a later one reads, its own result
-  too. An upper bound, since a compiler that fuses operations stores fewer;
-  scratch memory of its own is not in it. The arguments count, params do not.
-  Polynomials that another exceeds at all widths are left out.
+  too. An upper bound, since a compiler that fuses operations stores fewer; what
+  it sets aside beside them (copies of kernels in a layout of its own) is not in
+  it. The arguments count, params do not. Polynomials that another exceeds at
+  all widths are left out.
   """
   return polynomials.undominated(
     polynomial for _, polynomial in _Live(graph).points(graph.program)
@@ -302,7 +303,8 @@ def _products(
   graph: Graph, count: Collection[Count] = (), layers: Layers | None = None
 ) -> list[tuple[str, Polynomial]]:
   """The multiply-adds of each operation that has some, by layer."""
-  unknown = [repr(what) for what in count if what not in COUNTS]
+  given = [count] if isinstance(count, str) else count
+  unknown = [repr(what) for what in given if what not in COUNTS]
   if unknown or isinstance(count, str):
     raise ValueError(
       f'`count` takes any of {COUNTS}, in a tuple, got '
@@ -412,6 +414,7 @@ class _Live:
     program: Program,
     around: Polynomial | None = None,
     loops: bool = False,
+    constants: int = 0,
     outer: str = '',
     outer_gate: Term = (),
   ) -> list[Live]:
@@ -422,6 +425,7 @@ class _Live:
       around: what is live outside of a body.
       loops: whether it is the body of a loop: its inputs are arrays of their
         own, and all depend on data after the first step.
+      constants: how many of its first inputs are those outside, at any step.
       outer: where the body is called.
       outer_gate: the blocks that the call goes with.
     """
@@ -432,7 +436,7 @@ class _Live:
         last.setdefault(value, k)
     live, owned = dict(around or {}), {}
     if around is None or loops:  # Else they are live outside already.
-      owned = dict.fromkeys(program.inputs, outer_gate)
+      owned = dict.fromkeys(program.inputs[constants:], outer_gate)
     polynomials.add(live, self.bytes_of(owned, loops))
     found: list[Live] = []
     for k, eqn in enumerate(equations):
@@ -443,10 +447,10 @@ class _Live:
       owned.update(made)
       found.append(((eqn, place), dict(live)))
       is_loop = eqn.primitive.name in ('scan', 'while')
-      for body in eqn.programs:
+      for body, fixed in zip(eqn.programs, _constants(eqn), strict=True):
         # A loop fills arrays that exist already; other bodies make them.
         live_there = live if is_loop else before
-        found += self.points(body, live_there, is_loop, place, gate)
+        found += self.points(body, live_there, is_loop, fixed, place, gate)
       gone = {
         value: owned.pop(value)
         for value in dict.fromkeys((*eqn.inputs, *eqn.outputs))
@@ -454,3 +458,12 @@ class _Live:
       }
       polynomials.add(live, self.bytes_of(gone, loops), -1)
     return found
+
+
+def _constants(eqn: Equation) -> list[int]:
+  """How many of the first inputs of each body never change."""
+  if eqn.primitive.name == 'scan':
+    return [loop_parts(eqn.params)[0]]
+  if eqn.primitive.name == 'while':
+    return [eqn.params['cond_nconsts'], eqn.params['body_nconsts']]
+  return [0] * len(eqn.programs)
