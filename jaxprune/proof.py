@@ -4,6 +4,7 @@
 its own, so that it cannot pass by accident.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,10 +29,12 @@ class Proof(NamedTuple):
     gradients: the same of the gradients of the params, or relative to 10 % of
       the largest of all where a leaf has less; None if not asked for.
     parameters: max |shrunk - f(masked params)| with the user's own function;
-      None where a reduction runs over a removed axis, which makes it differ.
+      None where a reduction runs over a removed axis, which makes it differ, or
+      where zeros do not close a dropped block.
     sensitivity: change of the output when the input changes; not near 0.
-    mutation: error after one deliberately wrong index; above the tolerance.
-    removed: units that the plan removes.
+    mutation: error after one deliberately wrong index, or (of a plan that only
+      drops blocks) with the blocks left in; above the tolerance.
+    removed: units that the plan removes, those of dropped blocks too.
   """
 
   values: float
@@ -54,8 +57,9 @@ def check(
 
   Compares values and gradients of :func:`specialise` with those of
   :func:`masked`, and, where no reduction runs over a removed axis, values with
-  the user's own function on masked params. Two controls keep it honest: the
-  output must depend on the input, and one deliberately wrong index must show.
+  the user's own function on masked params. Controls keep it honest: the output
+  must depend on the input, and one deliberately wrong index, or a dropped block
+  that stays, must show.
 
   Args:
     graph: the graph.
@@ -78,19 +82,20 @@ def check(
   """
   before_after = plans.widths(graph, plan).values()
   removed = sum(before - after for before, after in before_after)
-  if not removed:
+  if not removed and not plan.dropped:
     raise ValueError('The plan removes nothing, so that there is no check.')
   small_params = plans.shrink(graph, plan, params)
   cut_args = functools.partial(_cut_args, graph, plan)
   small_args = cut_args(args)
-  cut = lambda outs: _map_outputs(graph, plan, args, outs)
+  cut = lambda outs: _map_outputs(graph, plan, args, outs, True)
   key = jax.random.key(0)
   wrap = _with_gradients if gradients else _without_gradients
   small = jax.jit(wrap(plans.specialise(graph, plan)))
   full = jax.jit(wrap(plans.masked(graph, plan)))
   cotangents = _cotangents(key, jax.eval_shape(graph.fn, params, *args))
   small_outs, small_grads = small(small_params, cut(cotangents), *small_args)
-  outs, grads = full(params, cotangents, *args)
+  left = _map_outputs(graph, plan, args, cotangents, False)
+  outs, grads = full(params, left, *args)
   values = _error(small_outs, cut(outs))
   slopes = _error(small_grads, plans.shrink(graph, plan, grads), share=0.1)
   if not max(values, slopes) <= tolerance:
@@ -101,7 +106,8 @@ def check(
     )
   own = None
   kept = plans.kept_indices(graph, plan)
-  if not any(graph.groups[name].reduced for name in kept):
+  is_closed = [not graph.blocks[name].unclosed for name in plan.dropped]
+  if not any(graph.groups[name].reduced for name in kept) and all(is_closed):
     hidden = _apply(plans.leaf_masks(graph, plan), params)
     own = _error(small_outs, cut(jax.jit(graph.fn)(hidden, *args)))
     if not own <= tolerance:
@@ -119,12 +125,23 @@ def check(
       f'it proves nothing. Use trained or rescaled params.'
     )
   mutation = 0.0
+  if plan.dropped:
+    opened = plans.masked(graph, dataclasses.replace(plan, dropped=()))
+    outs = cut(jax.jit(opened)(params, *args))
+    mutation = _error(small_outs, outs)
+    if not mutation > 10 * tolerance:
+      raise CheckError(
+        f'The dropped blocks change the output by {mutation:.1e} (relative): a '
+        f'check on it proves nothing.'
+      )
+  if plan.kept:
+    mutation = 0.0
   for wrong in _mutations(graph, plan, params, small_params):
     outs, _ = small(wrong, cut(cotangents), *small_args)
     mutation = max(mutation, _error(outs, small_outs))
     if mutation > 10 * tolerance:
       break
-  else:
+  if not mutation > 10 * tolerance:
     raise CheckError(
       f'A deliberately wrong index changes the output by {mutation:.1e} '
       f'(relative) at most: a check on it proves nothing.'
@@ -235,14 +252,24 @@ def _cut_args(graph: Graph, plan: plans.Plan, args: Any) -> Any:
   return jax.tree.unflatten(structure, cut)
 
 
-def _map_outputs(graph: Graph, plan: plans.Plan, args: Any, outs: Any) -> Any:
-  """Cuts outputs at full size: statistics that a step hands back are small."""
+def _map_outputs(
+  graph: Graph, plan: plans.Plan, args: Any, outs: Any, cuts: bool
+) -> Any:
+  """Outputs at full size as the small function has them.
+
+  Statistics that a step hands back are small, if ``cuts``, and None where they
+  go with a block.
+  """
   traced = graph.retrace(*args)
   run = runner(traced, plans.kept_indices(graph, plan))
+  gone = plans.vanished(traced, plan.dropped)
   leaves = [
-    run.take(out, value.axes)
-    for out, value in zip(
-      jax.tree.leaves(outs), traced.program.outputs, strict=True
+    None if path in gone else run.take(out, value.axes) if cuts else out
+    for out, value, path in zip(
+      traced.out_tree.flatten_up_to(outs),
+      traced.program.outputs,
+      traced.outputs_like,
+      strict=True,
     )
   ]
   return jax.tree.unflatten(traced.out_tree, leaves)
@@ -250,11 +277,13 @@ def _map_outputs(graph: Graph, plan: plans.Plan, args: Any, outs: Any) -> Any:
 
 def _mutations(graph: Graph, plan: plans.Plan, params: Any, small: Any) -> Any:
   """Shrunk params with the indices of one slice shifted by one."""
-  full, shrunk = leaves_like(graph, params), leaves_like(graph, small)
+  gone = plans.vanished(graph, plan.dropped)
+  full, shrunk = leaves_like(graph, params), leaves_like(graph, small, gone)
   for name, index in plan.kept:
     group = graph.groups[name]
     wrong = np.sort((np.asarray(index) + 1) % group.size)
     members = [m for m in group.members if len(graph.leaves[m.path].shape) > 1]
+    members = [m for m in members if m.path not in gone]
     for member in members[:2]:
       kept = dict(plan.kept)
       right, off = runner(graph, kept), runner(graph, {**kept, name: wrong})
@@ -266,7 +295,8 @@ def _mutations(graph: Graph, plan: plans.Plan, params: Any, small: Any) -> Any:
           array = jnp.take(array, np.flatnonzero(mask), k)
       changed = {**shrunk, member.path: array}
       yield jax.tree.unflatten(
-        jax.tree.structure(small), [changed[path] for path in graph.leaves]
+        jax.tree.structure(small),
+        [changed[path] for path in graph.leaves if path not in gone],
       )
 
 
@@ -276,7 +306,9 @@ def _first_difference(
   """Runs both functions operation by operation; names the first to differ."""
   traced = graph.retrace(*args)
   kept = plans.kept_indices(graph, plan)
-  small, full = runner(traced, kept), runner(traced, kept, masked=True)
+  small, full = (
+    runner(traced, kept, masked, plan.dropped) for masked in (False, True)
+  )
   named = leaves_like(traced, params)
   given = [*(named[path] for path in traced.leaves), *jax.tree.leaves(args)]
   start = lambda run: [
@@ -287,10 +319,9 @@ def _first_difference(
     dict(zip(traced.program.inputs, start(run), strict=True))
     for run in (small, full)
   ]
-  for eqn in traced.program.equations:
+  for eqn in filter(small.needs, traced.program.equations):
     for run, known in zip((small, full), env, strict=True):
-      values = [known[v] if v in known else run.constant(v) for v in eqn.inputs]
-      known.update(zip(eqn.outputs, run.apply(eqn, values), strict=True))
+      known.update(zip(eqn.outputs, run.step(eqn, known), strict=True))
     for value in eqn.outputs:
       if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         continue

@@ -73,6 +73,8 @@ def blocks(
   for step in search.flow.steps:
     if isinstance(step, Equation) and step.primitive.name in ('add', 'sub'):
       draft = search.branch(step)
+      if draft is not None and step in stream.derived:
+        draft = 'it is in a function with a derivative of its own'
       if isinstance(draft, str):
         refused[step.why] = draft
       elif draft is not None:
@@ -90,12 +92,12 @@ def blocks(
   return Blocks(found, refused)
 
 
-def live(
+def dead(
   stream: Flow,
   outputs_like: Sequence[str | None],
   dropped: Sequence[Block],
 ) -> set[Value]:
-  """Returns the values of a program that are needed without some blocks."""
+  """Returns the values of a program that nothing needs without some blocks."""
   gone = {path for block in dropped for path in block.leaves}
   roots = [
     out
@@ -103,7 +105,7 @@ def live(
     if path not in gone
   ]
   cut = {block.result: (block.shortcut,) for block in dropped}
-  return stream.ancestors(roots, cut)
+  return stream.values() - stream.ancestors(roots, cut)
 
 
 class _Search:

@@ -39,6 +39,8 @@ class Flow:
     makers: value -> the steps that make it: several where a loop or a branch
       ends.
     uses: value -> the steps that read it.
+    derived: the equations inside of functions with a derivative of their own,
+      which says the same once more.
     inputs: what the program takes.
     outputs: what it returns.
   """
@@ -47,6 +49,7 @@ class Flow:
   parents: dict[Value, list[Value]]
   makers: dict[Value, list[Step]]
   uses: dict[Value, list[Step]]
+  derived: frozenset[Equation]
   inputs: tuple[Value, ...]
   outputs: tuple[Value, ...]
 
@@ -59,6 +62,12 @@ class Flow:
       isinstance(steps[0], Binding) or steps[0].primitive.name in _COPIES
     )
     return plain and self.is_zero(read(steps[0])[0])
+
+  def values(self) -> set[Value]:
+    """Returns every value that a step makes or reads."""
+    return {
+      value for step in self.steps for value in (*made(step), *read(step))
+    }
 
   def ancestors(
     self, roots: Iterable[Value], cut: Mapping[Value, Sequence[Value]]
@@ -113,8 +122,24 @@ def flow(program: Program) -> Flow:
       makers.setdefault(value, []).append(step)
     for value in dict.fromkeys(values):
       uses.setdefault(value, []).append(step)
-  ends = tuple(program.inputs), tuple(program.outputs)
-  return Flow(steps, parents, makers, uses, *ends)
+  return Flow(
+    steps,
+    parents,
+    makers,
+    uses,
+    frozenset(_derived(program, False)),
+    tuple(program.inputs),
+    tuple(program.outputs),
+  )
+
+
+def _derived(program: Program, inside: bool) -> Iterator[Equation]:
+  for eqn in program.equations:
+    if inside:
+      yield eqn
+    custom = inside or eqn.primitive.name.startswith('custom_')
+    for body in eqn.programs:
+      yield from _derived(body, custom)
 
 
 def _steps(program: Program) -> Iterator[Step]:

@@ -28,11 +28,11 @@ class Without:
 
   Attributes:
     shortcuts: the sum that adds a branch -> what it is without.
-    live: the values that are still needed.
+    dead: the values that nothing needs any more.
   """
 
   shortcuts: Mapping[Value, Value]
-  live: Container[Value]
+  dead: Container[Value]
 
 
 class Run:
@@ -137,7 +137,7 @@ class Run:
 
   def is_live(self, value: Value) -> bool:
     """Whether a value is needed, whatever is dropped."""
-    return self.without is None or value in self.without.live
+    return self.without is None or value not in self.without.dead
 
   def needs(self, eqn: Equation) -> bool:
     """Whether an equation is needed, whatever is dropped."""
@@ -270,6 +270,8 @@ class Switched:
       return env[value]
 
     for eqn in program.equations:
+      if eqn.evaluate is None:
+        self.clear(eqn, env, read)
       outs = self.apply(eqn, [read(value) for value in eqn.inputs])
       if eqn.outputs[0] in self.switches:
         shortcut, is_open = self.switches[eqn.outputs[0]]
@@ -277,14 +279,26 @@ class Switched:
       env.update(zip(eqn.outputs, outs, strict=True))
     return [read(value) for value in program.outputs]
 
+  def clear(
+    self,
+    eqn: Equation,
+    env: dict[Value, Any],
+    read: Callable[[Value], Any],
+  ) -> None:
+    """Makes absent what an equation would mix, for those that follow too."""
+    if eqn.primitive.name not in _NEUTRAL:
+      for k, axes in mixed(eqn):
+        value = eqn.inputs[k]
+        env[value] = self.fill(read(value), axes, 0)
+
   def apply(self, eqn: Equation, values: list[Any]) -> list[Any]:
-    """Runs one equation on values of which removed entries hold anything."""
+    """Runs one equation on values that are clear where it mixes them."""
     if eqn.evaluate is not None:
       return eqn.evaluate(self, values)
-    neutral = _NEUTRAL.get(eqn.primitive.name, lambda dtype: 0)
-    for k, axes in mixed(eqn):
-      fill = neutral(jnp.asarray(values[k]).dtype)
-      values = [*values[:k], self.fill(values[k], axes, fill), *values[k + 1 :]]
+    neutral = _NEUTRAL.get(eqn.primitive.name)
+    if neutral is not None:
+      for k, axes in mixed(eqn):
+        values[k] = self.fill(values[k], axes, neutral(eqn.inputs[k].dtype))
     outs = self.bind(eqn.primitive, values, eqn.params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
