@@ -125,6 +125,15 @@ def test_a_small_bert_is_what_the_module_makes_of_it():
   ours = plans.specialise(graph, plan)(small, words)
   assert error(ours, make(fewer).apply(small, words)) < 1e-6
   check(graph, plan, variables, words)
+  # A second width finds the same numbers as their places do.
+  told = structure.trace(
+    make(sizes).apply,
+    variables,
+    words,
+    reductions='rescale',
+    narrow=(make(fewer).apply, jax.eval_shape(lambda: small), words),
+  )
+  assert told.groups == graph.groups
 
 
 # A network whose norm is to be found out: name -> (norm, is it known?)
