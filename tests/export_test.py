@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
-from jaxprune import export, models
+import jaxprune as jp
+from jaxprune import export, models, plans
 
 
 @pytest.fixture(scope='module')
@@ -100,3 +101,64 @@ def test_what_cannot_be_exported_is_named(tmp_path):
   with pytest.raises(ValueError, match='cpu, cuda, tpu, rocm, got abacus'):
     export.save(path, lambda x: x, jnp.ones(2), platforms=['abacus'])
   assert not path.exists()
+
+
+# --- Plain arrays ------------------------------------------------------------
+
+
+def test_shrunk_params_come_back_with_their_plan(tmp_path):
+  """Names, shapes, dtypes, bytes; read by the library of the format too."""
+  fn = lambda p, x: jnp.tanh(x @ p['a']['w']) @ p['b']
+  params = {
+    'a': {'w': jnp.arange(12.0).reshape(2, 6)},
+    'b': jnp.ones((6, 3), jnp.bfloat16),
+    'mask': np.array([True, False]),
+    'step': jnp.int32(7),
+  }
+  graph = jp.trace(fn, params, jnp.ones((1, 2)))
+  plan = plans.from_widths(graph, {'a': 4})
+  small = jp.shrink(graph, plan, params)
+  path = tmp_path / 'small.safetensors'
+  size = export.save_safetensors(path, small, {'plan': plans.to_json(plan)})
+  assert path.stat().st_size == size
+  found, metadata = export.load_safetensors(path, small)
+  assert plans.from_json(metadata['plan']) == plan
+  assert jax.tree.structure(found) == jax.tree.structure(small)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(small), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+  flat, _ = export.load_safetensors(path)
+  assert list(flat) == ['a/w', 'b', 'mask', 'step']
+  library = pytest.importorskip('safetensors')
+  with library.safe_open(path, 'flax') as file:
+    assert file.metadata() == metadata
+    np.testing.assert_array_equal(file.get_tensor('a/w'), small['a']['w'])
+    assert file.get_tensor('b').dtype == jnp.bfloat16
+
+
+def test_what_the_library_wrote_is_read(tmp_path):
+  library = pytest.importorskip('safetensors.numpy')
+  arrays = {'x': np.arange(3, dtype=np.int16), 'y': np.zeros((0, 2))}
+  path = tmp_path / 'a.safetensors'
+  library.save_file(arrays, path)
+  found, metadata = export.load_safetensors(path)
+  assert metadata == {}
+  assert found.keys() == arrays.keys()
+  np.testing.assert_array_equal(found['x'], arrays['x'])
+
+
+def test_what_safetensors_cannot_hold_is_named(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  save, load = export.save_safetensors, export.load_safetensors
+  with pytest.raises(TypeError, match=r"Leaf 'k' has dtype key<fry>, which"):
+    save(path, {'k': jax.random.key(0)})
+  with pytest.raises(TypeError, match="texts, got 3 for 'epoch'"):
+    save(path, {'a': jnp.ones(2)}, {'epoch': 3})
+  with pytest.raises(ValueError, match=r'must end in \.safetensors, got'):
+    save(tmp_path / 'a.bin', {'a': jnp.ones(2)})
+  assert not path.exists()
+  save(path, {'a': jnp.ones(2)})
+  template = {'a': jnp.ones(3), 'b': jnp.ones(1)}
+  message = r"'a' must be float32\[3\], got float32\[2\]; 'b' must .* got none"
+  with pytest.raises(ValueError, match=message):
+    load(path, template)

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxprune.export.translation import require, translation
 from jaxprune.export.views import View, Writer, reorder
-from jaxprune.structure.run import Run
 from jaxprune.structure.rules import Equation
+from jaxprune.structure.run import Run
 
 Tensors = Callable[..., str]
 

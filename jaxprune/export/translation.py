@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxprune.export.views import View, Writer, constant, is_symbolic
 from jaxprune.structure.program import Program
-from jaxprune.structure.run import Run
 from jaxprune.structure.rules import Equation
+from jaxprune.structure.run import Run
 
 Translation = Callable[[Writer, Equation, list[View]], Sequence[View]]
 TRANSLATIONS: dict[str, Translation] = {}
