@@ -1,0 +1,99 @@
+"""Networks that others wrote, cut at random, compute what they computed.
+
+They come with the extra ``thirdparty``. The golden table says how much of each
+network can go; ``python tests/golden/make_coverage.py`` writes it anew.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+
+os.environ['TRANSFORMERS_VERBOSITY'] = 'error'  # Its Flax classes are old.
+
+import jax
+import numpy as np
+import pytest
+import thirdparty
+
+import jaxprune as jp
+from jaxprune import plans, structure
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'coverage.json'
+PACKAGES = ('transformers', 'haiku', 'jax_resnet', 'equimo')
+QUICK = ('bert', 'llama', 'vit', 'haiku-mobilenet', 'resnet-d', 'equimo-vit')
+LEAST = {'cnn': 0.6, 'transformer': 0.45, 'other': 0.0}
+
+needs_packages = pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, PACKAGES)),
+  reason='needs jaxprune[thirdparty]',
+)
+
+
+@pytest.fixture(autouse=True)
+def _their_ranks():
+  with jax.numpy_rank_promotion('allow'):
+    yield
+
+
+def prepared(name, train, reductions='keep'):
+  """A graph of one form of a network, live params, and data."""
+  model = thirdparty.MODELS[name]()
+  params, args = thirdparty.lively(model.params), thirdparty.inputs(model)
+  fn = lambda params, *args: model.fn(params, *args, train=train)
+  return structure.trace(fn, params, *args, reductions=reductions), params, args
+
+
+def at_random(graph, keep):
+  """A plan that keeps ``keep(size)`` random units of every group."""
+  rng = np.random.default_rng(0)
+  return plans.from_kept(
+    graph,
+    {
+      name: rng.permutation(group.size)[: keep(rng, group.size)]
+      for name, group in graph.groups.items()
+    },
+  )
+
+
+def half(rng, size):
+  return (size + 1) // 2
+
+
+def any_width(rng, size):
+  return rng.integers(half(rng, size), size + 1)
+
+
+@needs_packages
+@pytest.mark.parametrize('name', QUICK)
+def test_half_of_everything_at_random(name):
+  graph, params, args = prepared(name, train=False)
+  plan = at_random(graph, half)
+  assert jp.check(graph, plan, params, *args, gradients=False).removed
+
+
+@needs_packages
+@pytest.mark.slow
+@pytest.mark.parametrize('name', thirdparty.MODELS)
+def test_values_and_gradients_at_half_and_training_at_any_width(name):
+  graph, params, args = prepared(name, train=False)
+  jp.check(graph, at_random(graph, half), params, *args)
+  graph, params, args = prepared(name, train=True)
+  jp.check(graph, at_random(graph, any_width), params, *args, gradients=False)
+
+
+@needs_packages
+@pytest.mark.slow
+@pytest.mark.parametrize('name', thirdparty.MODELS)
+def test_the_golden_table_of_coverage(name):
+  assert thirdparty.coverage(name) == json.loads(GOLDEN.read_text())[name]
+
+
+def test_most_of_most_networks_can_go():
+  table = json.loads(GOLDEN.read_text())
+  assert table.keys() == thirdparty.MODELS.keys()
+  assert len(table) >= 25
+  assert sum(not row['keep']['groups'] for row in table.values()) <= 2
+  for name, row in table.items():
+    assert row['keep']['removed'] >= LEAST[row['family']], name
+    assert row['keep']['removed'] >= row['protect']['removed'], name
