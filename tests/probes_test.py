@@ -393,11 +393,30 @@ def half_of_everything(graph, seed=0):
   )
 
 
+# Compiling them all takes half a minute: the others are among the slow tests.
+QUICK = (
+  'misaligned_concatenations',
+  'two_modules_share_a_parameter',
+  'channel_shuffle',
+  'fused_qkv_without_a_number_of_heads',
+  'depthwise_with_multiplier',
+  'gated_recurrent_unit',
+  'repeated_keys_and_values',
+  'experts_chosen_by_rank',
+)
+
+
 def test_there_are_twenty():
   assert len(TWENTY) == 20
 
 
-@pytest.mark.parametrize('name', PROBES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in PROBES
+  ],
+)
 def test_a_probe_is_exact_or_refused_by_name(name):
   fn, params, x, expected = PROBES[name]
   with jax.numpy_rank_promotion('allow'):

@@ -290,6 +290,7 @@ def test_widths_that_shrink_alike_leave_a_number_in_doubt():
   assert error(plans.specialise(apart, plan)(small, X), fn(small, X)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('promote')
 def test_gradients_follow_the_widths_too():
   """A step of training under rescale: the transposes of means and scales."""
