@@ -11,7 +11,8 @@ argsort of each group; ``step`` is a step of Adam and ``sparsify`` between two
 drawings, against Adam and one fused ``where``; ``vmap`` is an ensemble that
 draws at every step, against one that applies fixed masks. Temporaries and
 compile times are those of the first of the two. The rows of planning and
-shrinking are described in ``experiments.shrinking``.
+shrinking are described in ``experiments.shrinking``, those of training steps
+with PDP in ``experiments.soft_steps``.
 """
 
 import json
@@ -26,11 +27,13 @@ import optax
 from absl import app, flags
 
 import jaxprune
-from experiments import shrinking
+from experiments import shrinking, soft_steps
 from jaxprune import distributions, masks, scores, select, transforms
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap')
-_ROWS = flags.DEFINE_list('rows', [*ROWS, *shrinking.ROWS], 'What to measure.')
+_ROWS = flags.DEFINE_list(
+  'rows', [*ROWS, *shrinking.ROWS, *soft_steps.ROWS], 'What to measure.'
+)
 _PAIRS = flags.DEFINE_integer('pairs', 5, 'Interleaved pairs.', lower_bound=1)
 _SECONDS = flags.DEFINE_float(
   'seconds', 300, 'Wall time of a row after which no pair is begun.'
@@ -120,6 +123,8 @@ def pair(row: str, params: dict[str, jax.Array], sparsity: float) -> Pair:
     return _step(params, sparsity)
   if row == 'vmap':
     return _ensemble(params, sparsity)
+  if row in soft_steps.ROWS:
+    return soft_steps.pair(row, sparsity)
   raise ValueError(f'No row is called {row!r}; the rows: {", ".join(ROWS)}.')
 
 
@@ -217,7 +222,7 @@ def main(argv: list[str]) -> None:
   """Measures every row and prints one line of JSON for each."""
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}.')
-  known = [*ROWS, *shrinking.ROWS]
+  known = [*ROWS, *shrinking.ROWS, *soft_steps.ROWS]
   unknown = set(_ROWS.value) - set(known)
   if unknown:
     raise app.UsageError(
