@@ -3,6 +3,7 @@
   python -m experiments.gates --task=lenet --data_dir=DIR
   python -m experiments.gates --task=resnet --data_dir=DIR
   python -m experiments.gates --task=resnet --table
+  python -m experiments.gates --task=resnet --speed=30
   python -m experiments.gates --preset=smoke
 
 Every arm has to get by with one budget of parameters and the same epochs,
@@ -22,7 +23,8 @@ epoch the gates are folded into the weights, what is closed is cut out, and the
 accuracy is that of the small network. Two settings are tried for each arm on a
 validation split and a seed of its own; the better one runs on every seed. Runs
 are appended to a file as they end, so that the same command goes on where it
-was stopped; ``--table`` prints what is there.
+was stopped; ``--table`` prints what is there. ``--speed`` times a training step
+with all gates against one without, in turn.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ import optax
 from absl import app, flags
 
 import jaxprune as jp
-from experiments import evidence, train
+from experiments import evidence, timing, train
 from jaxprune import cost, data, gates, models, plans, plots, structure, tree
 from jaxprune.models import inception, layers
 from jaxprune.structure.branches import branches
@@ -53,6 +55,7 @@ _EPOCHS = flags.DEFINE_integer('epochs', None, 'Epochs; its own number.')
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'See experiments.prune.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/gates', 'Where runs are kept.')
 _TABLE = flags.DEFINE_bool('table', False, 'Print the results; run nothing.')
+_SPEED = flags.DEFINE_integer('speed', 0, 'Pairs of steps to time.')
 _PRESET = flags.DEFINE_enum(
   'preset', 'full', ['full', 'smoke'], 'smoke: digits, two epochs, every arm.'
 )
@@ -373,7 +376,7 @@ def make_step(
 
     grads, stats = jax.grad(loss_fn, has_aux=True)(state.learned)
     updates, opt_state = tx.update(grads, state.opt_state, state.learned)
-    learned = optax.apply_updates(state.learned, updates)
+    learned: Any = optax.apply_updates(state.learned, updates)
     cut = lambda w, mask: jnp.where(mask, w, 0)
     params = jax.tree.map(cut, learned['params'], masks)
     return State({**learned, 'params': params}, stats, opt_state)
@@ -402,6 +405,16 @@ def infer(task: Task, arm: Arm, state: State, x: jax.Array) -> jax.Array:
   return forward(task, arm.module, variables, x, factors, False)
 
 
+def start(arm: Arm, example: jax.Array, seed: int) -> tuple[State, Any]:
+  """Returns the state at first, and masks that cut nothing."""
+  init: Any = jax.jit(arm.module.init)
+  variables = init(jax.random.key(seed), example)
+  stats = {k: v for k, v in variables.items() if k != 'params'}
+  learned = train.own({'params': variables['params'], 'gates': arm.gates})
+  masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), learned['params'])
+  return State(learned, stats, _chain(0.0, 0.0).init(learned)), masks
+
+
 def fit(
   task: Task,
   arm: Arm,
@@ -411,12 +424,7 @@ def fit(
 ) -> tuple[State, list[gates.Gates]]:
   """Returns the state after the last epoch, and the gates after each."""
   example = jnp.zeros((1, *task.examples.images.shape[1:]))
-  variables = jax.jit(arm.module.init)(jax.random.key(seed), example)
-  stats = {k: v for k, v in variables.items() if k != 'params'}
-  learned = {'params': variables['params'], 'gates': arm.gates}
-  learned = train.own(learned)
-  state = State(learned, stats, _chain(0.0, 0.0).init(learned))
-  masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), learned['params'])
+  state, masks = start(arm, example, seed)
   n, history = len(task.examples.labels), []
   steps = n // task.batch
   values = tuple(map(jnp.float32, setting))
@@ -444,18 +452,18 @@ def dense(task: Task, graph: Any) -> Arm:
 def student(task: Task, graph: Any) -> Arm:
   """The network with every width reduced alike, trained from the start."""
   budget = task.target * cost.parameters(graph)
-  for share in np.linspace(1, 0, 513)[:-1]:
-    sizes = {
-      name: max(1, int(share * group.size))
-      for name, group in graph.groups.items()
-    }
-    plan = plans.from_widths(graph, sizes)
-    if cost.parameters(graph, plan) <= budget:
-      break
+
+  def plan_of(share):
+    sizes = {n: max(1, int(share * g.size)) for n, g in graph.groups.items()}
+    return plans.from_widths(graph, sizes)
+
+  shares = np.arange(512, 0, -1) / 512
+  fits = lambda share: cost.parameters(graph, plan_of(share)) <= budget
+  plan = plan_of(next(share for share in shares if fits(share)))
   small = jax.eval_shape(
     lambda v: jp.shrink(graph, plan, v), _variables(task, jax.eval_shape)
   )
-  module = task.module.clone(widths=models.layers.widths(small['params']))
+  module = task.module.clone(widths=models.widths(small['params']))
   return _plain(task, module, [(rate, 0.0) for rate in task.rates])
 
 
@@ -706,6 +714,37 @@ def contend(
     run(seed, None, tuple(best['setting']))
 
 
+def speed(task: Task, graph: Any, pairs: int) -> str:
+  """Returns the CPU time of a step with all gates, against one without."""
+  prepare = train.preparation(np.asarray(task.examples.images))
+  example = jnp.zeros((1, *task.examples.images.shape[1:]))
+  rows = jnp.arange(task.batch, dtype=jnp.int32)
+
+  def stepping(arm):
+    step = make_step(task, arm, prepare)
+    state, masks = start(arm, example, 0)
+
+    def call():
+      nonlocal state
+      setting = (jnp.float32(0.01), jnp.float32(1.0))
+      state = step(state, masks, task.examples, rows, setting, jnp.float32(0.5))
+      return state
+
+    return call
+
+  calls = {name: stepping(ARMS[name](task, graph)) for name in ('dense', 'all')}
+  ratios = []
+  for _ in range(pairs):
+    found = timing.milliseconds(calls, pairs=1)
+    ratios.append(found['all'][0] / found['dense'][0])
+  draws = np.random.default_rng(0).choice(ratios, (2000, pairs))
+  low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+  return (
+    f'{task.name}, batch {task.batch}: {np.median(ratios):.3f} '
+    f'[{low:.3f}, {high:.3f}] of the dense step, {pairs} pairs'
+  )
+
+
 def _picture(theta: gates.Gates) -> dict[str, np.ndarray]:
   """The factors of each granularity in one row."""
   gate = gates.scale()
@@ -779,6 +818,9 @@ def main(argv: list[str]) -> None:
     if _EPOCHS.value is not None:
       task = task._replace(epochs=_EPOCHS.value)
     graph = _trace(task, {})
+    if _SPEED.value:
+      print(speed(task, graph, _SPEED.value))
+      return
     for arm in _ARMS.value or arms_of(task, graph):
       contend(task, graph, arm, 1 if smoke else _SEEDS.value, file)
   print(summarise(read(file)))

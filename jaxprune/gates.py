@@ -242,12 +242,13 @@ def evaluate(
   function = function or scale()
   _check(structure)
   _check_gates(gates, structure)
-  whole = {n: jnp.ones(size) for n, size in structure.units.items()}
+  ones = lambda size: jnp.ones(size, jnp.float32)
+  whole = {name: ones(size) for name, size in structure.units.items()}
   opened = {n: _hold(t, function.open(t)) for n, t in gates.units.items()}
   units = {n: function.value(t, opened[n]) for n, t in gates.units.items()}
 
   theta = {**gates.layers, **gates.blocks}
-  is_open = {name: function.open(t) for name, t in theta.items()}
+  is_open = {n: function.open(t) for n, t in theta.items()}
   for rivals in structure.rivals:
     if set(rivals) <= theta.keys():
       held = _hold(
@@ -255,13 +256,13 @@ def evaluate(
         jnp.stack([is_open[name] for name in rivals]),
       )
       is_open |= dict(zip(rivals, held, strict=True))
-  value = {name: function.value(t, is_open[name]) for name, t in theta.items()}
+  value: Scalars = {n: function.value(t, is_open[n]) for n, t in theta.items()}
 
   for layer, groups in structure.layers.items():
     if layer in value:
       own = {name: units.get(name, whole[name]) for name in groups}
-      units |= {name: factor * value[layer] for name, factor in own.items()}
-  scalars = lambda names: {n: is_open.get(n, jnp.float32(1)) for n in names}
+      units |= {name: x * value[layer] for name, x in own.items()}
+  scalars = lambda names: {name: is_open.get(name, ones(())) for name in names}
   return Values(
     units,
     {name: value[name] for name in gates.layers},

@@ -3,11 +3,13 @@
 import functools
 
 import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
@@ -324,7 +326,7 @@ def counted_equals_expected(graph, shape, theta, params, *args):
     rtol=1e-5,
     atol=1e-5,
   )
-  jp.check(graph, plan, folded, *args)
+  jp.check(graph, plan, params, *args)
   return small
 
 
@@ -366,7 +368,7 @@ SIDES = weights(
 
 
 def test_a_parallel_branch_closes_as_a_whole():
-  graph = jp.trace(parallel, SIDES, X)
+  graph = traced_sides()
   shape = structure_of(graph)
   assert shape.inside['right branch'] == ('reduce',)
   start = gates.init(shape)
@@ -380,7 +382,7 @@ def test_a_parallel_branch_closes_as_a_whole():
 
 
 def test_what_would_cut_the_network_in_two_is_refused():
-  graph = jp.trace(parallel, SIDES, X)
+  graph = traced_sides()
   for kept, name in (
     ({'left': [], 'right': []}, 'left'),
     ({'reduce': []}, 'reduce'),
@@ -416,6 +418,36 @@ def test_an_inception_module_shrinks_by_branches_and_filters():
     units=start.units | some, layers={**start.layers, **off}
   )
   counted_equals_expected(graph, shape, theta, params, x)
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(seed=st.integers(0, 2**31), share=st.floats(0, 1))
+def test_any_gates_cost_what_is_counted(seed, share):
+  graph = traced_sides()
+  shape = structure_of(graph)
+  draw = np.random.default_rng(seed)
+  theta = jax.tree.map(
+    lambda x: np.float32(draw.uniform(size=x.shape) > share), gates.init(shape)
+  )
+  values = said_of_sides(theta)
+  plan = plans.from_masks(graph, gates.masks(values, shape))
+  widths = gates.widths(values, shape)
+  exact = {name: int(x) for name, x in widths.items()}
+  for polynomial, counted in (
+    (cost.parameters_polynomial(graph), cost.parameters(graph, plan)),
+    (cost.macs_polynomial(graph), cost.macs(graph, plan)),
+  ):
+    assert cost.evaluate(polynomial, exact) == counted > 0
+
+
+@functools.cache
+def traced_sides():
+  return jp.trace(parallel, SIDES, X)
+
+
+@jax.jit
+def said_of_sides(theta):
+  return gates.evaluate(theta, structure_of(traced_sides()))
 
 
 # --- Sequential layers behind a bypass ---------------------------------------
