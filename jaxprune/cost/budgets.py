@@ -174,8 +174,8 @@ def plan(
 
   c_k the part of cost k that a unit of its group carries; the weights w (of
   mean 1) are chosen so that all bounds are used up, where widths exist that do
-  so. Where more than a thousandth of a bound would be left, units are traded
-  between groups to come nearer; :func:`reached` says how near.
+  so. Where more than a thousandth of a bound would be left, a few units of one
+  group are traded for those of another; :func:`reached` says how near it came.
 
   Args:
     graph: the graph.
@@ -220,7 +220,9 @@ def plan(
   tight = [b for b in bounds if b.limit < b.cost(top)]
   widths = top
   if tight:
-    widths = _trade(tight, top, units, _solve(tight, top, units))
+    widths = _solve(tight, top, units)
+    for _ in range(1 if len(tight) == 1 else 4):
+      widths = _trade(tight, top, units, widths)
   kept = {
     name: unit.order[unit.order.size - width :].tolist()
     for name, unit, width in zip(graph.groups, units, widths, strict=True)
@@ -341,38 +343,37 @@ def _trade(
 ) -> np.ndarray:
   """Widths that use up more of the bounds: chunks of one group for another's.
 
-  Up to so many chunks a side that some ten thousand pairs are tried at once.
+  Of the trades of a few chunks a side that come near enough the one that costs
+  the least score; else the one that comes nearest.
   """
+  if _slack(bounds, widths) <= TOLERANCE:
+    return widths
   ladders = [
     (size - np.cumsum([0, *unit.sizes]))[::-1]
     for size, unit in zip(top, units, strict=True)
   ]
-  reach = max(1, 100 // max(1, sum(ladder.size > 1 for ladder in ladders)))
-  for _ in range(4):
-    if _slack(bounds, widths) <= TOLERANCE:
-      break
-    options = []
-    for group, ladder in enumerate(ladders):
-      now = int(np.searchsorted(ladder, widths[group]))
-      near = ladder[max(0, now - reach) : now + reach + 1]
-      options += [(group, int(width)) for width in near]
-    down = [(g, w) for g, w in options if w < widths[g]]
-    up = [(g, w) for g, w in options if w > widths[g]]
-    pairs = np.array(
-      [(*a, *b) for a in down for b in up if a[0] != b[0]], int
-    ).reshape(-1, 4)
-    if not pairs.size:
-      break
-    many = np.tile(widths, (len(pairs), 1))
-    rows = np.arange(len(pairs))
-    many[rows, pairs[:, 0]] = pairs[:, 1]
-    many[rows, pairs[:, 2]] = pairs[:, 3]
-    slack = _slack(bounds, many)
-    best = int(np.argmin(slack))
-    if not slack[best] < _slack(bounds, widths):
-      break
-    widths = many[best]
-  return widths
+  losses = [np.cumsum([0, *(unit.sizes * unit.worths)])[::-1] for unit in units]
+  reach = min(3, max(1, 100 // len(units)))
+  steps = []  # Group, width, loss of score.
+  for group, ladder in enumerate(ladders):
+    now = int(np.searchsorted(ladder, widths[group]))
+    steps += [
+      (group, ladder[k], losses[group][k] - losses[group][now])
+      for k in range(max(0, now - reach), min(ladder.size, now + reach + 1))
+    ]
+  down = [step for step in steps if step[1] < widths[step[0]]]
+  up = [step for step in steps if step[1] > widths[step[0]]]
+  pairs = [(a, b) for a in down for b in up if a[0] != b[0]]
+  if not pairs:
+    return widths
+  many, rows = np.tile(widths, (len(pairs), 1)), np.arange(len(pairs))
+  for side in zip(*pairs, strict=True):
+    groups, sizes, _ = zip(*side, strict=True)
+    many[rows, groups] = sizes
+  slack = _slack(bounds, many)
+  loss = [a[2] + b[2] for a, b in pairs]
+  best = np.lexsort((loss, np.maximum(slack, TOLERANCE)))[0]
+  return many[best] if slack[best] < _slack(bounds, widths) else widths
 
 
 def _check_reach(
