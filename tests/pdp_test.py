@@ -7,7 +7,13 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments import channel_contenders, contenders, pdp, phases
+from experiments import (
+  channel_contenders,
+  contenders,
+  pdp,
+  phases,
+  soft_steps,
+)
 from jaxprune import models, tree
 
 RATES = (0.05, 0.1)
@@ -100,6 +106,7 @@ def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
   assert 'CPU-minutes' in table
 
 
+@pytest.mark.slow
 def test_the_scan_and_the_loop_agree(toy):
   method = QUICK['PDP']
   outs = [
@@ -111,6 +118,7 @@ def test_the_scan_and_the_loop_agree(toy):
   jax.tree.map(close, a, b)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teacher(toy):
   lane = phases.runner(toy, QUICK['dense'])(0, {'rate': 0.1}, 0.0).lane
   taught = phases.logits(toy, lane.params, lane.stats)
@@ -120,6 +128,20 @@ def test_a_student_learns_from_its_teacher(toy):
   out = phases.runner(student, QUICK['dense'])(0, {'rate': 0.1}, 0.0)
   sound = phases.runner(toy, QUICK['dense'])(0, {'rate': 0.1}, 0.0)
   assert out.accuracy < sound.accuracy
+
+
+@pytest.mark.slow
+def test_the_rows_of_the_benchmark_learn():
+  step, dense, args = soft_steps.steps(
+    models.resnet_digits(channels=(4, 4, 4), num_classes=10),
+    (10, 4, 4, 1),
+    0.8,
+  )
+  (params, _, _), (other, _, _) = (jax.jit(f)(*args) for f in (step, dense))
+  first = lambda p: np.asarray(p['stem']['kernel'])
+  assert np.isfinite(first(params)).all()
+  assert (first(params) != first(other)).any()
+  assert (first(other) != first(args[0])).any()
 
 
 @pytest.mark.slow

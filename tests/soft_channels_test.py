@@ -212,6 +212,7 @@ def test_what_pdp_closes_is_removed_for_real(traced):
   assert jp.cost.macs(graph, found) <= 0.5 * jp.cost.macs(graph)
 
 
+@pytest.mark.slow
 def test_one_line_of_optax_closes_groups(traced):
   net, variables, x, graph, channels = traced
   tx = optax.chain(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -355,6 +356,21 @@ def test_an_nnx_state_goes_through():
   hard = soft.harden(params, state)
   final = nnx.merge(graph, soft.pdp(params, hard))
   assert int((final.kernel[...] == 0).sum()) == 12
+
+
+def test_an_equinox_module_goes_through():
+  layer = eqx.nn.Linear(4, 6, key=jax.random.key(0))
+  params, rest = eqx.partition(layer, eqx.is_inexact_array)
+  state = full(soft.pdp_init(params, 0.5, tau=0.1))
+  got = eqx.combine(_jitted(params, state), rest)
+  plain = {'weight': layer.weight}
+  want = soft.pdp(plain, full(soft.pdp_init(plain, 0.5, tau=0.1)))
+  np.testing.assert_allclose(got.weight, want['weight'], 1e-6)
+  np.testing.assert_array_equal(got.bias, layer.bias)
+  grads = eqx.filter_grad(
+    lambda p: eqx.combine(_jitted(p, state), rest)(jnp.ones(4)).sum()
+  )(params)
+  assert (grads.weight != 0).any()
 
 
 def test_extreme_leaves_stay_finite():

@@ -138,7 +138,9 @@ def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
     soft_training.end_warm_up(optax.sgd(0.1).init(params))
 
 
-@pytest.mark.parametrize('groups', [False, True])
+@pytest.mark.parametrize(
+  'groups', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_several_devices_train_as_one(groups):
   params, x, apply = problem()
   channels = None
