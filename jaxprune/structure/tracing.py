@@ -77,7 +77,7 @@ def trace(
       other widths: shapes will do. A number that differs between the two
       traces follows from a width, one that does not follows from none. Of two
       widths that shrink alike the numbers cannot be told apart: choose
-      different ratios.
+      different ratios. The numbers of ``also`` are known by their places.
 
   Returns:
     The :class:`Graph`.

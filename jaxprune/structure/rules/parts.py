@@ -147,11 +147,10 @@ def _gather(eqn: Equation) -> Resize:
 @rule(
   'scatter',
   'scatter-add',
-  'scatter_add',
-  'scatter_sub',
-  'scatter_mul',
-  'scatter_min',
-  'scatter_max',
+  'scatter-sub',
+  'scatter-mul',
+  'scatter-min',
+  'scatter-max',
 )
 def _scatter(eqn: Equation) -> None:
   """The derivative of a gather: what a window spans whole passes."""
