@@ -159,3 +159,38 @@ def test_a_leaf_unused_in_one_function_goes_with_what_another_ties_it_to():
 def test_a_form_that_is_no_tuple_of_a_function_is_refused():
   with pytest.raises(TypeError, match='`also` must hold tuples of a function'):
     structure.trace(lambda p, x: x, {}, jnp.ones(2), also=[lambda p, x: x])
+
+
+@pytest.mark.usefixtures('promote')
+def test_the_derivative_of_an_embedding_and_of_a_grouped_kernel():
+  """A scatter, and a convolution whose batch comes in groups."""
+  params = {
+    'table': normal(9, 6),
+    'grouped': normal(3, 2, 12),
+    'head': normal(12, 2),
+  }
+
+  def forward(p, tokens):
+    x = jax.lax.conv_general_dilated(
+      p['table'][tokens],
+      p['grouped'],
+      (1,),
+      'SAME',
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+      feature_group_count=3,
+    )
+    return jnp.tanh(x) @ p['head']
+
+  def step(p, tokens):
+    grads = jax.grad(lambda p: jnp.sum(forward(p, tokens) ** 2))(p)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, p, grads)
+
+  tokens = jnp.array([[1, 2, 7, 3], [4, 4, 0, 8]])
+  graph = structure.trace(forward, params, tokens, also=[(step, tokens)])
+  sizes = sorted(group.size for group in graph.groups.values())
+  assert sizes == [2, 3, 4]
+  plan = plans.from_widths(
+    graph, {name: 2 if n.size > 2 else 1 for name, n in graph.groups.items()}
+  )
+  proof = check(graph.also[0], plan, params, tokens, gradients=False)
+  assert proof.values < 1e-5

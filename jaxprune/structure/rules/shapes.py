@@ -80,14 +80,14 @@ def _expand_dims(eqn: Equation) -> None:
 def _reshape(eqn: Equation) -> Resize | None:
   """Splits both shapes into the shortest runs of equal product."""
   x, (out,) = eqn.inputs[0], eqn.outputs
-  runs = None
-  if eqn.params.get('dimensions') is None:
-    runs = _matching_runs(x.shape, out.shape)
+  order = eqn.params.get('dimensions') or range(len(x.shape))
+  shape_in, axes = ([of[k] for k in order] for of in (x.shape, x.axes))
+  runs = _matching_runs(shape_in, out.shape)
   if runs is None:
     return lock_all(eqn, f'{eqn.why} cannot be followed')
   out.axes = [ax.atom(n) for n in out.shape]
   for before, after in runs:
-    whole = ax.product(x.axes[k] for k in before)
+    whole = ax.product(axes[k] for k in before)
     if len(after) == 1:
       out.axes[after[0]] = whole
       continue
