@@ -73,6 +73,8 @@ class MobileNetV1(nn.Module):
     widths: path of a layer -> width, where it is not the one above. A depthwise
       convolution has the width of its input.
     drop: names of blocks to leave out, of those that keep width and resolution.
+    skippable: whether those blocks are written x + (F(x) - x), the same to
+      rounding: in it a trace finds the shortcut that leaves them out.
     grouped: see :class:`jaxprune.models.layers.DepthwiseConv`.
     remat: recompute each block in the backward pass instead of storing it.
     dtype: dtype of the computation; parameters and logits are float32.
@@ -88,6 +90,7 @@ class MobileNetV1(nn.Module):
   dropout: float = 1e-3
   widths: Mapping[str, int] = field(default_factory=dict)
   drop: Sequence[str] = ()
+  skippable: bool = False
   grouped: bool | None = None
   remat: bool = False
   dtype: Any = jnp.float32
@@ -149,13 +152,14 @@ class MobileNetV1(nn.Module):
       x = layers.conv(width, 3, stride, padding, self.dtype, 'stem')(x)
       x = layers.norm(train, 0.99, 1e-3, self.dtype, 'stem_norm')(x)
       x = nn.relu6(x)
-    for name, stage, width, stride, _ in self._plan():
+    for name, stage, width, stride, same in self._plan():
       if not start <= stage < stop:
         continue
       width = self.widths.get(f'{name}/pointwise', width)
       options = (self.grouped, self.dtype)
       run = block(width, stride, pad(3, stride), *options, name=name)
-      x = layers.bypass(run, x, train, keep=keep.get(name, True))
+      y = layers.bypass(run, x, train, keep=keep.get(name, True))
+      x = x + (y - x) if self.skippable and same else y
     if stop == self.num_stages:
       x = nn.Dropout(self.dropout, deterministic=not train)(layers.pool(x))
       classes = self.widths.get('head', self.num_classes)

@@ -1,0 +1,211 @@
+"""The canvas: every size in one compile, exactly, or a refusal by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxprune import models
+from jaxprune.structure.canvas import on_canvas, resize
+
+KEY = jax.random.key(0)
+SIDES = (4, 5, 7, 8)
+
+
+def image(side, seed=1):
+  return jax.random.normal(jax.random.key(seed), (2, side, side, 3))
+
+
+def corner(x, side):
+  """The image in the corner of the largest canvas, with rubbish around it."""
+  full = jnp.full((x.shape[0], SIDES[-1], SIDES[-1], x.shape[3]), 1e3)
+  return full.at[:, :side, :side].set(x)
+
+
+def agree(fn, sides=SIDES, rtol=1e-5):
+  """fn on the canvas gives what fn gives at every side, in one compile."""
+  call = on_canvas(fn, [(image(side),) for side in sides])
+  run = jax.jit(call)
+  for k, side in enumerate(sides):
+    x = image(side, seed=k)
+    wanted = fn(x)
+    found = run(k, corner(x, side))
+    for a, b in zip(
+      jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
+    ):
+      part = a[tuple(slice(n) for n in b.shape)]
+      np.testing.assert_allclose(part, b, rtol=rtol, atol=1e-5)
+  assert run._cache_size() == 1
+
+
+def convolve(x, stride=1, padding=((1, 1), (1, 1)), features=4, size=3):
+  shape = (size, size, x.shape[3], features)
+  kernel = jax.random.normal(jax.random.key(7), shape)
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  return lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=numbers
+  )
+
+
+def normalised(x):
+  mean = jnp.mean(x, (0, 1, 2), keepdims=True)
+  var = jnp.mean(jnp.square(x), (0, 1, 2), keepdims=True) - mean * mean
+  return (x - mean) * lax.rsqrt(var + 1e-3)
+
+
+FUNCTIONS = {
+  'stride 1': convolve,
+  'stride 2': lambda x: convolve(convolve(x, 2), 2),
+  'stride 2, even padding': lambda x: convolve(x, 2, ((0, 1), (0, 1))),
+  'no padding': lambda x: convolve(x, 1, ((0, 0), (0, 0))),
+  'statistics': lambda x: normalised(convolve(x) + 3),
+  'two layers': lambda x: jnp.mean(
+    convolve(jax.nn.relu(normalised(convolve(x, 2))) + 1, 2), (1, 2)
+  ),
+  'maximum': lambda x: lax.reduce_window(
+    x - 9, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
+    ((0, 0), (1, 1), (1, 1), (0, 0)),
+  ),
+  'average': lambda x: lax.reduce_window(
+    x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1),
+    ((0, 0), (1, 1), (1, 1), (0, 0)),
+  ) / 9,
+  'shift and add': lambda x: models.layers.shift_and_add(
+    x, jnp.ones((3, 3, 1, 3)), 2, ((1, 1), (1, 1))
+  ),
+  'reductions': lambda x: (
+    jnp.max(x, (1, 2)), jnp.min(x, 1), jnp.sum(x), jnp.var(x, (1, 2))
+  ),
+  'squeeze and excite': lambda x: x * jax.nn.sigmoid(
+    jnp.mean(x, (1, 2)) @ jnp.ones((3, 3))
+  )[:, None, None],
+  'along rows': lambda x: jnp.einsum('bhwc,bhvc->bwv', x, x),
+  'both ways': lambda x: lax.cond(x[0, 0, 0, 0] > 0, convolve,
+                                  lambda x: convolve(-x), x),
+  'recomputed': lambda x: jax.checkpoint(lambda x: convolve(convolve(x, 2)))(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_every_size_is_exact(name):
+  agree(FUNCTIONS[name], sides=(5, 7, 8) if 'max' in name else SIDES)
+
+
+def test_by_hand():
+  call = on_canvas(lambda x: jnp.mean(x), [(jnp.ones(n),) for n in (1, 2, 4)])
+  x = jnp.array([1.0, 3.0, 5.0, 7.0])
+  assert [float(call(k, x)) for k in range(3)] == [1.0, 2.0, 4.0]
+
+
+def test_sizes_under_vmap_and_gradients_stop_at_the_border():
+  fn = lambda x: jnp.sum(jnp.square(convolve(x, 2)))
+  call = on_canvas(fn, [(image(side),) for side in SIDES])
+  x = image(8)
+  index = jnp.arange(4)
+  found = jax.vmap(call, (0, None))(index, x)
+  wanted = [fn(x[:, :side, :side]) for side in SIDES]
+  np.testing.assert_allclose(found, jnp.stack(wanted), rtol=1e-5)
+  grad = jax.grad(call, argnums=1)(1, x)
+  own = jax.grad(fn)(x[:, :5, :5])
+  np.testing.assert_allclose(grad[:, :5, :5], own, rtol=1e-4, atol=1e-5)
+  assert not np.any(grad[:, 5:])
+  assert not np.any(grad[:, :, 5:])
+
+
+def test_resizing_is_that_of_jax():
+  x = image(8)
+  run = jax.jit(lambda side: resize(x, side, 8))
+  for side in (1, 3, 8):
+    wanted = jax.image.resize(x, (2, side, side, 3), 'bilinear')
+    found = run(side)
+    np.testing.assert_allclose(found[:, :side, :side], wanted, atol=1e-5)
+    assert not np.any(found[:, side:])
+    assert not np.any(found[:, :, side:])
+  assert run._cache_size() == 1
+
+
+def flat(x):
+  return x.reshape(2, -1)
+
+
+REFUSED = {
+  'same padding': (
+    lambda x: convolve(x, 2, 'SAME'),
+    'conv_general_dilated at canvas_test.py:.*padding is not the same',
+  ),
+  'a flat end': (flat, 'reshape at canvas_test.py:.*joins an axis'),
+  'a parameter of that size': (
+    lambda x: flat(x) @ jnp.ones((192, 2)),
+    'cannot be traced at size 0 of 4',
+  ),
+  'the wrong way round': (
+    lambda x: x[:, ::-1], 'rev at canvas_test.py:.*cannot tell the image',
+  ),
+  'another program': (
+    lambda x: jnp.sin(x) if x.shape[1] > 5 else jnp.cos(x),
+    'another program at another size, from sin at canvas_test.py:',
+  ),
+  'fewer operations': (
+    lambda x: x if x.shape[1] > 5 else x + 1, 'fewer operations',
+  ),
+  'a sort': (lambda x: jnp.sort(x, 1), 'sort at .*cannot tell the image'),
+  'the last row': (lambda x: x[:, -1], 'canvas_test.py:.*starts elsewhere|sl'),
+  'a join': (
+    lambda x: jnp.concatenate([x, x], 1), 'joins axes that depend on the size',
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_has_no_canvas_is_refused_by_name(name):
+  fn, message = REFUSED[name]
+  with pytest.raises(ValueError, match=message):
+    on_canvas(fn, [(image(side),) for side in SIDES])
+
+
+def test_the_last_example_is_the_largest():
+  with pytest.raises(ValueError, match='must be the largest along every axis'):
+    on_canvas(convolve, [(image(8),), (image(4),)])
+
+
+NETWORKS = {
+  'resnet': (
+    models.ResNet((4, 6), (1, 2), 3, stem='small'), (7, 9, 10), True
+  ),
+  'mobilenet_v1': (
+    models.mobilenet_v1(
+      0.25, num_classes=3, blocks=(1, 2, 1, 1, 1), dropout=0.0,
+      tensorflow_padding=False, skippable=True,
+    ),
+    (21, 32), False,
+  ),
+  'mobilenet_v2': (models.mobilenet_v2(0.25, num_classes=3, dropout=0.0),
+                   (21, 32), False),
+  'mobilenet_v3': (models.mobilenet_v3_small(0.25, num_classes=3, dropout=0.0),
+                   (21, 32), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name', ['resnet', *(pytest.param(n, marks=pytest.mark.slow)
+                       for n in list(NETWORKS)[1:])]
+)  # fmt: skip
+def test_networks_in_training(name):
+  """Batch statistics and all, odd sides and stride 2."""
+  model, sides, _ = NETWORKS[name]
+  x = jax.random.normal(KEY, (2, sides[-1], sides[-1], 1))
+  variables = jax.jit(model.init)(KEY, x)
+  fn = lambda v, x: model.apply(v, x, train=True, mutable=['batch_stats'])
+  at = lambda side: jax.ShapeDtypeStruct((2, side, side, 1), jnp.float32)
+  call = on_canvas(fn, [(variables, at(side)) for side in sides])
+  run = jax.jit(lambda k, v, x, side: call(k, v, resize(x, side, sides[-1])))
+  for k, side in enumerate(sides[:-1]):
+    found = run(k, variables, x, side)
+    wanted = jax.jit(fn)(variables, resize(x, side))
+    for a, b in zip(
+      jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
+    ):
+      scale = np.abs(b).max()
+      np.testing.assert_allclose(a / scale, b / scale, atol=2e-5)
+  assert run._cache_size() == 1

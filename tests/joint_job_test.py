@@ -1,0 +1,102 @@
+"""The job of JointPruning: every phase, and what an interruption leaves."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import joint as job
+from jaxprune import joint, models
+
+TINY = [
+  '--subset=500', '--sides=5,8', '--steps=6', '--every=1', '--n=2',
+  '--save_every=2', '--batch=16', '--epochs=1', '--macs=0.4', '--model=tiny',
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  make = lambda classes, side: models.ResNet(
+    (4, 6), (1, 2), classes, stem='small'
+  )
+  monkeypatch.setitem(job.MODELS, 'tiny', make)
+  parser = job._F['model'].parser
+  monkeypatch.setattr(parser, 'enum_values', [*parser.enum_values, 'tiny'])
+
+
+@pytest.mark.slow
+def test_every_method_and_a_second_run(tiny, tmp_path, capsys):
+  arguments = [*TINY, f'--workdir={tmp_path}', '--start=shared']
+  assert job.main(arguments) == 0
+  text = capsys.readouterr().out
+  for name in job.METHODS:
+    result = json.loads((tmp_path / 'seed0' / f'{name}.json').read_text())
+    assert 0.36 < result['macs'] <= 0.4
+    assert 0 <= result['accuracy'] <= 1
+    assert (tmp_path / 'seed0' / f'{name}.svg').exists()
+  assert (tmp_path / 'seed0' / 'joint' / 'vector.svg').exists()
+  assert job.main(arguments) == 0  # Reads what is there.
+  again = capsys.readouterr().out
+  assert again.splitlines()[0].startswith('| method')
+  assert again.splitlines()[2:9] == text.splitlines()[-11:-4] or again in text
+
+
+@pytest.mark.slow
+def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
+  (config,), _ = job.parse([*TINY, f'--workdir={tmp_path}'])
+  task = job.prepare(config)
+  steps = job.make_steps(task)
+  whole, records = job.search(
+    task, steps, task.space, tmp_path / 'whole', moves=True
+  )
+  seen = []
+
+  def stops(*args):
+    seen.append(1)
+    if len(seen) == 6:
+      raise KeyboardInterrupt
+    return steps.weights(*args)
+
+  with pytest.raises(KeyboardInterrupt):
+    job.search(
+      task, steps._replace(weights=stops), task.space, tmp_path / 'cut', True
+    )
+  again, rest = job.search(task, steps, task.space, tmp_path / 'cut', True)
+  assert rest == records
+  for a, b in zip(
+    jax.tree.leaves((again.params, again.unit)),
+    jax.tree.leaves((whole.params, whole.unit)), strict=True,
+  ):  # fmt: skip
+    np.testing.assert_array_equal(a, b)
+  start = joint.to_unit(task.space, job._start(task, task.space))
+  moved = jax.tree.map(lambda a, b: abs(float(a - b)), whole.unit, start)
+  assert max(jax.tree.leaves(moved)) > 0.01
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--macs=1.5', '--macs is out of range: 1.5'),
+    ('--n=3', '--n is out of range: 3'),
+    ('--methods=joint,luck', '--methods must be of joint,uniform'),
+    ('--sides=4,big', '--sides must be ints'),
+    ('--speed=3', 'Unknown command line flag'),
+    ('--macs=0.0001', 'The ranges hold no network of cost'),
+  ],
+)
+def test_wrong_flags_end_in_one_line(flag, message, tmp_path, capsys):
+  assert job.main(['--subset=500', f'--workdir={tmp_path}', flag]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert message in error
+  assert error.count('\n') == 1
+
+
+def test_the_defaults_need_no_flag():
+  (config,), methods = job.parse([])
+  assert config.dataset == 'digits'
+  assert methods == list(job.METHODS)
+  (smoke,), methods = job.parse(['--preset=smoke', '--steps=5'])
+  assert smoke.steps == 5
+  assert 'evolution' not in methods

@@ -1,0 +1,454 @@
+"""Vectors, their costs and plans, and the network under them."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import cost, estimator, evolution, joint, models, plans
+from jaxprune.structure import canvas
+
+KEY = jax.random.key(0)
+SIDES = (5, 7, 8)
+MODEL = models.ResNet((4, 6), (2, 2), 3, stem='small')
+IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+
+
+def trained(variables, x):
+  return MODEL.apply(variables, x, train=True, mutable=['batch_stats'])
+
+
+@functools.cache
+def variables():
+  drawn = jax.jit(MODEL.init)(KEY, jnp.zeros(IMAGES.shape))
+  leaves, structure = jax.tree.flatten(drawn)
+  keys = jax.random.split(KEY, len(leaves))
+  # No mean of 0 and no scale of 1: what was masked wrongly would not show.
+  return structure.unflatten(
+    [
+      x + 0.3 * jnp.abs(jax.random.normal(key, x.shape))
+      for x, key in zip(leaves, keys, strict=True)
+    ]
+  )
+
+
+@functools.cache
+def made():
+  """The space of the training form, and its cost."""
+  graph = jp.trace(trained, variables(), IMAGES)
+  space = joint.space(graph, IMAGES, sides=SIDES)
+  return space, joint.coster(space)
+
+
+def drawn(seed, count=None):
+  rng = np.random.default_rng(seed)
+  pick = lambda ladder: (
+    int(rng.choice(ladder)) if count is None else rng.choice(ladder, count)
+  )
+  return jax.tree.map(pick, made()[0].ladders)
+
+
+def mlp(widths=(8, 6)):
+  sizes = [1, *widths, 1]
+  params = {
+    f'w{i}': jnp.ones(shape)
+    for i, shape in enumerate(itertools.pairwise(sizes))
+  }
+
+  def fn(params, x):
+    for name in sorted(params):
+      x = x @ params[name]
+    return x
+
+  return jp.trace(fn, params, jnp.ones((1, 1)))
+
+
+# --- Spaces and vectors ------------------------------------------------------
+
+
+def test_a_space_by_hand():
+  space = joint.space(mlp(), round_to=4, keep={'w1': 6})
+  assert space.ladders.widths['w0'].tolist() == [4, 8]
+  assert space.ladders.widths['w1'].tolist() == [6]
+  assert space.sides == ()
+  assert space.high.side is None
+  vector = joint.PruningVector({'w0': 5.9, 'w1': 1.0}, {})
+  assert joint.rounded(space, vector).widths == {'w0': 4, 'w1': 6}
+  vector = joint.PruningVector({'w0': 6.1, 'w1': 1.0}, {})
+  assert joint.rounded(space, vector).widths == {'w0': 8, 'w1': 6}
+  unit = joint.to_unit(space, space.low)
+  assert float(unit.widths['w0']) == 0.5
+  assert joint.from_unit(space, unit) == space.low
+
+
+def test_stages_and_ties_come_from_the_trace():
+  space, _ = made()
+  assert space.stages == {
+    'stage1': ('stage1_block1', 'stage1_block2'),
+    'stage2': ('stage2_block2',),
+  }
+  # The stem is tied to the first stage, the projection to the second.
+  assert len(space.ladders.widths) == 6
+  given = {'all': ('stage1_block2', 'stage2_block2')}
+  assert joint.space(space.graph, stages=given).stages == given
+
+
+def test_rounding_is_the_same_traced_and_stacked():
+  space, _ = made()
+  rng = np.random.default_rng(0)
+  units = jax.tree.map(lambda _: rng.uniform(-0.2, 1.3, 20), space.high)
+  scaled = jax.tree.map(lambda u, n: u * n, units, space.high)
+  host = joint.rounded(space, scaled)
+  traced = jax.jit(lambda v: joint.rounded(space, v))(
+    jax.tree.map(jnp.float32, scaled)
+  )
+  jax.tree.map(np.testing.assert_array_equal, host, traced)
+  again = joint.rounded(space, jax.tree.map(jnp.asarray, host))
+  jax.tree.map(np.testing.assert_array_equal, host, again)
+
+
+def test_the_last_channel_is_never_removed():
+  space, _ = made()
+  nothing = jax.tree.map(lambda _: -5.0, space.high)
+  vector = joint.from_unit(space, nothing)
+  assert set(vector.widths.values()) == {1}
+  assert set(vector.depths.values()) == {0}
+  assert vector.side == SIDES[0]
+  units, _ = joint.masks(space, vector)
+  assert all(int(mask.sum()) == 1 and bool(mask[0]) for mask in units.values())
+  kept = dict(joint.plan(space, vector).kept)
+  assert all(index == (0,) for index in kept.values())
+
+
+def test_a_vector_is_one_plan():
+  space, _ = made()
+  vector = space.high._replace(depths={'stage1': 1, 'stage2': 0}, side=7)
+  vector.widths['stem'] = 3
+  plan = joint.plan(space, vector)
+  assert plan.dropped == ('stage1_block2', 'stage2_block2')
+  assert plan.resolution == (7, 7)
+  assert plan.kept == (('stem', (0, 1, 2)),)
+  assert joint.plan(space, space.high) == plans.from_kept(space.graph, {})
+  text = joint.to_json(vector)
+  assert joint.from_json(text) == vector
+  assert joint.plan(space, joint.from_json(text)) == plan
+
+
+def test_json_that_is_no_vector_is_refused():
+  with pytest.raises(ValueError, match='This is no pruning vector'):
+    joint.from_json('{"widths": 3}')
+  with pytest.raises(ValueError, match='has format 9, this version'):
+    joint.from_json('{"version": 9, "widths": {}, "depths": {}}')
+
+
+def test_restricted_spaces_leave_the_rest_whole():
+  space, _ = made()
+  only = joint.restrict(space, depths=True)
+  assert only.low.widths == space.high.widths
+  assert only.low.side == 8
+  assert only.low.depths == space.low.depths
+
+
+# --- Cost --------------------------------------------------------------------
+
+
+def test_costs_are_those_of_the_plans():
+  space, price = made()
+  for seed in range(5):
+    vector = drawn(seed)
+    graph = space.graphs[SIDES.index(vector.side)]
+    plan = plans.from_widths(
+      graph, vector.widths, dropped=joint.plan(space, vector).dropped
+    )
+    assert price(vector) == cost.macs(graph, plan)
+  parameters = joint.coster(space, cost.parameters_polynomial)
+  assert parameters(space.high) == cost.parameters(space.graph)
+
+
+def test_many_costs_are_exact_and_traced_ones_close():
+  space, price = made()
+  many = drawn(0, 50)
+  one = lambda k: jax.tree.map(lambda x: int(x[k]), many)
+  exact = price(many)
+  assert exact.tolist() == [price(one(k)) for k in range(50)]
+  traced = jax.jit(price)(jax.tree.map(jnp.asarray, many))
+  np.testing.assert_allclose(traced, exact, rtol=1e-5)
+  # Between two sides it is interpolated, and it grows with every coordinate.
+  middle = space.high._replace(side=jnp.float32(6.0))
+  ends = [price(space.high._replace(side=side)) for side in (5, 7)]
+  np.testing.assert_allclose(price(middle), np.mean(ends), rtol=1e-5)
+  floats = jax.tree.map(jnp.float32, space.high)
+  slopes = jax.grad(price)(floats._replace(side=jnp.float32(7.5)))
+  assert all(float(s) > 0 for s in jax.tree.leaves(slopes))
+
+
+def test_the_penalty_by_hand():
+  found = [joint.penalty(6.0, 3.0, k) for k in ('hinge', 'two_sided', 'none')]
+  np.testing.assert_allclose(found, [np.log(2), np.log(2), 0], rtol=1e-6)
+  below = [joint.penalty(1.5, 3.0, k) for k in ('hinge', 'two_sided')]
+  np.testing.assert_allclose(below, [0, np.log(2)], rtol=1e-6)
+
+
+def test_the_objective_adds_the_penalty():
+  space = joint.space(mlp())
+  price = joint.coster(space)  # a + a b + b.
+  loss = lambda v: v.widths['w0'].astype(jnp.float32)
+  call = joint.objective(space, loss, price, 31.0, weight=2.0)
+  unit = joint.PruningVector({'w0': jnp.array([1.0, 0.5]),
+                              'w1': jnp.array([1.0, 0.5])}, {})  # fmt: skip
+  # Costs: 8 + 48 + 6 = 62 and 4 + 12 + 3 = 19.
+  np.testing.assert_allclose(call(unit), [8 + 2 * np.log(2), 4], rtol=1e-5)
+
+
+@pytest.mark.parametrize('target', [0.05, 0.15, 0.25, 0.6, 0.97])
+def test_the_budget_is_met_and_never_passed(target):
+  space, price = made()
+  whole = joint.whole(space, price)
+  for seed in range(3):
+    start = joint.to_unit(space, drawn(seed))
+    start = jax.tree.map(float, start)
+    vector = joint.project(space, price, target, start, tolerance=0.05)
+    assert 0.95 * target * whole <= price(vector) <= target * whole
+    assert joint.rounded(space, jax.tree.map(float, vector)) == vector
+
+
+def test_a_real_network_meets_it_within_half_a_percent():
+  model = models.resnet20(shortcut='projection')
+  x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  params = jax.eval_shape(model.init, KEY, x)
+  graph = jp.trace(lambda v, x: model.apply(v, x), params, x)
+  space = joint.space(graph, x, sides=(16, 24, 32))
+  price = joint.coster(space)
+  whole = joint.whole(space, price)
+  for target in (0.1, 0.25, 0.5):
+    uniform = joint.uniform(space, price, target)
+    assert uniform.side == 32
+    assert set(uniform.depths.values()) == {2, 3}
+    ones = jax.tree.map(lambda _: 1.0, space.high)
+    for vector in (uniform, joint.project(space, price, target, ones)):
+      assert 0.995 * target * whole <= price(vector) <= target * whole
+  small = joint.uniform(space, price, 0.2, space.high._replace(side=16))
+  assert small.side == 16
+
+
+def test_a_range_without_the_target_names_the_nearest():
+  space, price = made()
+  shallow = joint.restrict(space, depths=True)
+  least = price(shallow.low)
+  with pytest.raises(ValueError, match=rf'the nearest has {least} \('):
+    joint.limit(shallow, price, 0.01)
+  wide = joint.space(space.graph, keep={'.*': 0.5})
+  ones = jax.tree.map(lambda _: 1.0, wide.high)
+  price_wide = joint.coster(wide)
+  with pytest.raises(ValueError, match='hold no network of cost'):
+    joint.project(wide, price_wide, 0.01, ones)
+  half = joint.restrict(space, side=True)
+  ones = jax.tree.map(lambda _: 1.0, half.high)
+  with pytest.raises(ValueError, match='No network within'):
+    joint.project(half, price, 0.9, ones)
+  with pytest.raises(ValueError, match=r'must lie in \(0, 1\], got 1.5'):
+    joint.limit(space, price, 1.5)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'round_to': 0}, '`round_to` must be at least 1, got 0'),
+    ({'keep': {'w0': 9}}, "'w0' has 8 and cannot keep 9"),
+    ({'stages': {'s': ('a',)}}, 'Stages must name each block at most once'),
+    ({'sides': (4, 8)}, 'Sides need the images that the function takes'),
+  ],
+)
+def test_wrong_spaces_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    joint.space(mlp(), **options)
+
+
+def test_a_function_that_needs_its_side_is_refused_by_name():
+  model = MODEL.clone(head='flatten')
+
+  def flattened(v, x):
+    return model.apply(v, x)
+
+  v = jax.eval_shape(model.init, KEY, IMAGES)
+  graph = jp.trace(flattened, v, IMAGES)
+  with pytest.raises(ValueError, match="Function 'flattened' does not take im"):
+    joint.space(graph, IMAGES, sides=(6, 8))
+
+
+# --- The network under a vector ----------------------------------------------
+
+
+def test_masked_is_what_is_built_in_all_dimensions_together():
+  """Channels, depth and resolution, train form, statistics and all."""
+  space, _ = made()
+  x = jax.random.normal(KEY, (4, 8, 8, 1))
+  traced = jax.jit(joint.supernet(space, on_canvas=True))
+  sided = jax.jit(joint.supernet(space))
+  for seed in range(3):
+    vector = drawn(seed)
+    plan = joint.plan(space, vector)
+    small = jp.shrink(space.graph, plan, variables())
+    images = canvas.resize(x, vector.side)
+    logits, stats = jax.jit(jp.specialise(space.graph, plan))(small, images)
+    scale = np.abs(logits).max()
+    for found, after in (
+      traced(variables(), vector, x), sided(variables(), vector, images),
+    ):  # fmt: skip
+      np.testing.assert_allclose(found / scale, logits / scale, atol=1e-5)
+      cut = jp.shrink(space.graph, plan, after)
+      for a, b in zip(
+        jax.tree.leaves(cut), jax.tree.leaves(stats), strict=True
+      ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  assert traced._cache_size() == 1
+  assert sided._cache_size() <= len(SIDES)
+
+
+def test_a_closed_block_keeps_its_statistics():
+  space, _ = made()
+  vector = space.high._replace(depths={'stage1': 1, 'stage2': 1})
+  x = jax.random.normal(KEY, (2, 8, 8, 1))
+  _, after = jax.jit(joint.supernet(space))(variables(), vector, x)
+  stats = lambda v, block: v['batch_stats'][block]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    stats(after, 'stage1_block2'), stats(variables(), 'stage1_block2'),
+  )  # fmt: skip
+  moved = stats(after, 'stage1_block1')['norm1']['mean']
+  before = stats(variables(), 'stage1_block1')['norm1']['mean']
+  assert np.abs(moved - before).max() > 1e-3
+
+
+def test_a_whole_search_compiles_once():
+  """Weight steps and vector steps, over all widths, depths and sides."""
+  space, price = made()
+  net = joint.supernet(space, on_canvas=True)
+  e = estimator.estimator(n=4, sigma=0.3)
+  tx, slow = optax.adam(0.1), optax.sgd(0.01)
+  low, high = joint.unit_range(space)
+  labels = jnp.arange(4) % 3
+  counts = {'weights': 0, 'vector': 0}
+
+  def entropy(params, vector, x):
+    logits, _ = net({**variables(), 'params': params}, vector, x)
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    )
+
+  @jax.jit
+  def weight_step(params, unit, x):
+    counts['weights'] += 1
+    vector = joint.from_unit(space, unit)
+    loss, grads = jax.value_and_grad(entropy)(params, vector, x)
+    updates, _ = slow.update(grads, slow.init(params))
+    return optax.apply_updates(params, updates), loss
+
+  @jax.jit
+  def vector_step(params, unit, opt, state, x):
+    counts['vector'] += 1
+    loss = jax.vmap(lambda v: entropy(params, v, x))
+    total = joint.objective(space, loss, price, 0.25 * price(space.high))
+    gradient, state = e.update(total, state, unit)
+    updates, opt = tx.update(gradient, opt)
+    unit = jax.tree.map(jnp.clip, optax.apply_updates(unit, updates), low, high)
+    return unit, opt, state
+
+  unit, params = high, variables()['params']
+  opt, state = tx.init(unit), e.init(unit, KEY)
+  seen = set()
+  for k in range(6):
+    x = jax.random.normal(jax.random.fold_in(KEY, k), (4, 8, 8, 1))
+    drawn = jax.tree.map(lambda u: u[0], e.ask(state, unit))
+    vector = joint.from_unit(space, jax.tree.map(float, drawn))
+    seen.add((vector.side, *vector.depths.values(), *vector.widths.values()))
+    params, loss = weight_step(params, drawn, x)
+    unit, opt, state = vector_step(params, unit, opt, state, x)
+    assert np.isfinite(loss)
+    assert np.all(np.isfinite(state.losses))
+  assert len(seen) == 6
+  assert counts == {'weights': 1, 'vector': 1}
+  assert weight_step._cache_size() == vector_step._cache_size() == 1
+  assert float(
+    price(jax.tree.map(lambda u, n: u * n, unit, space.high))
+  ) < float(price(space.high))
+
+
+SHIPPED = {
+  'resnet56': (
+    models.resnet56(channels=(2, 2, 2)), (16, 32),
+    {'stage1': 9, 'stage2': 8, 'stage3': 8},
+  ),
+  'mobilenet_v1': (
+    models.mobilenet_v1(0.25, tensorflow_padding=False, dropout=0.0,
+                        skippable=True, num_classes=3),
+    (32, 64), {'stage2': 1, 'stage3': 1, 'stage4': 5, 'stage5': 1},
+  ),
+  'mobilenet_v2': (
+    models.mobilenet_v2(0.25, dropout=0.0, num_classes=3), (32, 64),
+    {'stage2': 1, 'stage3': 2, 'stage4': 3, 'stage5': 2, 'stage6': 2},
+  ),
+  'mobilenet_v3': (
+    models.mobilenet_v3_small(0.25, dropout=0.0, num_classes=3), (32, 64), None,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=pytest.mark.slow) for n in SHIPPED]
+)
+def test_all_three_dimensions_of_the_shipped_networks(name):
+  model, sides, depths = SHIPPED[name]
+  x = jax.ShapeDtypeStruct((1, sides[-1], sides[-1], 3), jnp.float32)
+  v = jax.eval_shape(model.init, KEY, x)
+  graph = jp.trace(lambda v, x: model.apply(v, x), v, x)
+  space = joint.space(graph, x, sides=sides)
+  found = {stage: len(blocks) for stage, blocks in space.stages.items()}
+  assert found == depths if depths else len(found) > 2
+  named = {block for blocks in space.stages.values() for block in blocks}
+  assert named == set(model.bypassable)
+  price = joint.coster(space)
+  ones = jax.tree.map(lambda _: 1.0, space.high)
+  vector = joint.project(space, price, 0.25, ones)
+  out, _ = (
+    (
+      jax.eval_shape(joint.supernet(space, on_canvas=canvas_), v, vector, image)
+      for canvas_, image in ((True, x), (False, IMAGES))
+      if canvas_
+    ),
+    None,
+  )
+  assert [o.shape for o in out] == [(1, graph.program.outputs[0].shape[1])]
+
+
+# --- Searches that it has to beat --------------------------------------------
+
+
+def test_random_and_evolutionary_searches_stay_on_the_budget():
+  space = joint.space(mlp((30, 20)))
+  price = joint.coster(space)
+  limit = joint.limit(space, price, 0.3)
+  scored = []
+
+  def score(vectors):  # Best where w1 is 5 wide.
+    scored.extend(vectors)
+    return [abs(v.widths['w1'] - 5) for v in vectors]
+
+  run = functools.partial(evolution.search, space, price, 0.3, score)
+  options = {'population': 6, 'parents': 3, 'mutations': 3, 'crossovers': 3}
+  found = run(np.random.default_rng(0), generations=6, **options)
+  assert len(scored) == 6 + 5 * 6
+  assert all(0.95 * limit <= price(v) <= limit for v in scored)
+  losses = [generation[0].loss for generation in found]
+  assert losses == sorted(losses, reverse=True)
+  assert losses[-1] <= 1
+  assert [len(generation) for generation in found] == [3] * 6
+  again = run(np.random.default_rng(0), generations=6, **options)
+  assert again == found
+  (only,) = run(np.random.default_rng(0), generations=1, **options)
+  assert only == found[0]
