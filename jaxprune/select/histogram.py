@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +38,15 @@ def histogram(
   uint = keys.unsigned(xs[0].dtype)
   find = lambda span: _find(read, uint, axes, *span)
   key, row, column = lax.map(find, spans)
-  cuts = []
-  for i, x in enumerate(xs):
-    # A cutoff before this leaf takes none of its ties, one beyond it all.
-    g = 0 if pooled else i
-    local = row[g] - np.int32(starts[i])
-    place = jnp.minimum(local * _ROW, max(x.size - _ROW, 0)) + column[g]
-    place = jnp.where(local < heights[i], place, x.size)
-    place = jnp.where(local < 0, 0, place).astype(jnp.uint32)
-    cuts.append(keys.Cutoff(key[g], jnp.uint32(0), place))
-  return cuts, key
+  # A cutoff before a leaf takes none of its ties, one beyond it all.
+  sizes = np.array([x.size for x in xs], np.int32)
+  local = row - starts.astype(np.int32)
+  place = jnp.minimum(local * _ROW, np.maximum(sizes - _ROW, 0)) + column
+  place = jnp.where(local < np.array(heights, np.int32), place, sizes)
+  place = jnp.where(local < 0, 0, place).astype(jnp.uint32)
+  ranks = jnp.broadcast_to(key, place.shape)
+  lead = jnp.uint32(0)
+  return [keys.Cutoff(ranks[i], lead, place[i]) for i in range(len(xs))], key
 
 
 def _reader(
@@ -58,31 +57,47 @@ def _reader(
   Leaves are read where they are: the scores are the one large temporary. The
   last row of a leaf begins early enough to be full, and what the row before
   has shown is replaced by 0, as is the padding of a leaf shorter than a row:
-  below every key.
+  below every key. What is particular to a leaf is one copy, as it is compiled
+  once for each.
   """
   leaf_of = jnp.asarray(np.repeat(np.arange(len(xs)), heights), jnp.int32)
   first = jnp.asarray(starts, jnp.int32)
+  sizes = jnp.asarray([x.size for x in xs], jnp.int32)
 
-  def reader(x):
+  def copier(x):
     flat, width = x.ravel(), min(x.size, _ROW)
 
-    def read(row):
-      at = jnp.minimum(row * _ROW, flat.size - width)
-      ranks = keys.of(lax.dynamic_slice(flat, (at,), (width,)))
-      new = lax.iota(jnp.int32, width) >= row * _ROW - at
-      return jnp.pad(jnp.where(new, ranks, 0), (0, _ROW - width))
+    def copy(at):
+      part = lax.dynamic_slice(flat, (at,), (width,))
+      return jnp.pad(part, (0, _ROW - width))
 
-    return read
+    return copy
 
-  readers = [reader(x) for x in xs]
-  if len(readers) == 1:
-    return readers[0]
+  copiers = [copier(x) for x in xs]
 
   def read(row):
     leaf = leaf_of[row]
-    return lax.switch(leaf, readers, row - first[leaf])
+    begin = (row - first[leaf]) * _ROW
+    at = jnp.minimum(begin, jnp.maximum(sizes[leaf] - _ROW, 0))
+    part = lax.switch(leaf, copiers, at)
+    place = at + lax.iota(jnp.int32, _ROW)
+    new = (place >= begin) & (place < sizes[leaf])
+    return jnp.where(new, keys.of(part), 0)
 
   return read
+
+
+class _Prefix(NamedTuple):
+  """The digits found so far of the last entry kept.
+
+  Entries rank by key, and equal ones by position, the lower one first; its
+  complement follows the key as two digits more.
+  """
+
+  key: jax.Array  # uint, shape [].
+  back: jax.Array  # The complement of the position, shape [].
+  late: jax.Array  # Whether the digit at hand is one of `back`.
+  shift: jax.Array  # Of the digit at hand.
 
 
 def _find(
@@ -94,53 +109,55 @@ def _find(
   keep: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns key, row and column of the cutoff of rows start..stop-1."""
-  width = 8 * uint.itemsize
+  digits = 8 * uint.itemsize // 16
+  wide = jnp.promote_types(uint, jnp.uint32)
 
-  def next_digit(i, carry):
-    key, keep, _ = carry
-    shift = (width - 16 - 16 * i).astype(uint)
-    add = functools.partial(_add_digits, read, key, shift)
+  def more(carry):
+    i, _, _, keep, ties = carry
+    return (i < digits) | ((i < digits + 2) & (ties > keep))
+
+  def next_digit(carry):
+    i, key, back, keep, _ = carry
+    late = i >= digits
+    left = jnp.where(late, digits + 1 - i, digits - 1 - i)
+    shift = (16 * left).astype(wide)
+    add = functools.partial(_add_digits, read, _Prefix(key, back, late, shift))
     counts = keys.vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
     counts = lax.fori_loop(start, stop, add, counts)[:_BINS]
     digit, keep, ties = _descend(counts, keep)
-    return key | (digit.astype(uint) << shift), keep, ties
+    part = digit.astype(wide) << shift
+    key, back = (
+      jnp.where(late, key, key | part),
+      jnp.where(late, back | part, 0),
+    )
+    return i + 1, key, back, keep, ties
 
   vary = lambda tree: jax.tree.map(lambda x: keys.vary(x, axes), tree)
-  carry = vary((jnp.zeros([], uint), keep, keep))
-  key, keep, ties = lax.fori_loop(0, width // 16, next_digit, carry)
-
-  # Rows are counted off until the places run out, where they do.
-  def more(carry):
-    _, seen, _, _ = carry
-    return seen < keep
-
-  def count_row(carry):
-    row, seen, _, _ = carry
-    equal = read(row) == key
-    return row + 1, seen + jnp.sum(equal, dtype=jnp.uint32), seen, equal
-
-  surplus = ties > keep
-  none = jnp.where(surplus, 0, keep)
-  carry = vary((start, none, none, jnp.zeros(_ROW, bool)))
-  row, _, seen, equal = lax.while_loop(more, count_row, carry)
-  taken = jnp.cumsum(equal.astype(jnp.uint32))
-  column = jnp.sum(taken < keep - seen, dtype=jnp.int32) + 1
-  row = jnp.where(surplus, jnp.maximum(row - 1, start), stop)
-  return key, row, jnp.where(surplus, column, 0)
+  zero = jnp.zeros([], wide)
+  carry = vary((jnp.int32(0), zero, zero, keep, keep))
+  passes, key, back, _, _ = lax.while_loop(more, next_digit, carry)
+  surplus = passes > digits
+  place = ~back.astype(jnp.uint32)
+  row = jnp.where(surplus, (place // _ROW).astype(jnp.int32), stop)
+  column = jnp.where(surplus, (place % _ROW).astype(jnp.int32) + 1, 0)
+  return key.astype(uint), row, column
 
 
 def _add_digits(
   read: Callable[[jax.Array], jax.Array],
-  prefix: jax.Array,
-  shift: jax.Array,
+  prefix: _Prefix,
   row: jax.Array,
   counts: jax.Array,
 ) -> jax.Array:
-  """Counts the digits at ``shift`` of keys whose higher digits match."""
-  ranks = read(row)
-  digit = ((ranks >> shift) & 0xFFFF).astype(jnp.int32)
+  """Counts the digits at hand of entries whose higher digits match."""
+  key, back, late, shift = prefix
+  ranks = read(row).astype(key.dtype)
+  place = jnp.uint32(row) * _ROW + lax.iota(jnp.uint32, _ROW)
+  word = jnp.where(late, (~place).astype(key.dtype), ranks)
+  digit = ((word >> shift) & 0xFFFF).astype(jnp.int32)
   # In two shifts, as one by all bits of a key is not defined.
-  same = (ranks ^ prefix) >> shift >> np.array(15, ranks.dtype) < 2
+  same = (word ^ jnp.where(late, back, key)) >> shift >> 15 < 2
+  same &= (ranks == key) | ~late
   return counts.at[jnp.where(same, digit, _BINS)].add(1)
 
 
