@@ -157,16 +157,16 @@ def _map_leaves(
 
   def one(path: str, value: Any) -> Any:
     name = locate(graph.leaves, path)
-    if value is None and (name is None or shape_of(name) is not None):
-      return None
-    shape = np.shape(value)
+    shape = None if value is None else np.shape(value)
     if name is None:
-      if int(np.prod(shape, dtype=int)) > 1:
+      if shape is not None and int(np.prod(shape, dtype=int)) > 1:
         wrong.append(f'{path!r} of shape {shape} is no slice of a param')
       return value
     wanted = shape_of(name)
-    if value is None or shape == wanted:
+    if shape == wanted:
       return fn(name, value)
+    if shape is None:
+      return None
     want = 'nothing' if wanted is None else f'the shape {wanted}'
     wrong.append(
       f'{path!r} must have {want} of its param {name!r}, got {shape}'

@@ -46,7 +46,8 @@ def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
 
   Every intermediate array is zero where a removed unit would be, and every
   reduction passes over it: what :func:`specialise` must compute, at the full
-  shapes. The arguments are as there, params of the full shapes.
+  shapes; of a graph traced with reductions='rescale', with the divisors and
+  scales of what is left. The arguments are as there, params of the full shapes.
   """
   check(graph, plan)
   return functools.partial(_call, graph, plan, True)
@@ -74,8 +75,8 @@ def at(graph: Graph, resolution: tuple[int, ...] | None) -> Graph:
   """
   if resolution is None:
     return graph
-  first = graph.args[0] if graph.args else None
-  shape = getattr(first, 'shape', ())
+  first: Any = graph.args[0] if graph.args else None
+  shape: tuple[int, ...] = getattr(first, 'shape', ())
   if len(shape) <= len(resolution):
     raise ValueError(
       f'The first argument must have a batch and {len(resolution)} axes of the '

@@ -57,11 +57,11 @@ class Flow:
     """Whether a value is a constant zero, of whatever shape."""
     if value.constant is not None:
       return not np.any(value.constant)
-    steps = self.makers.get(value, ())
-    plain = len(steps) == 1 and (
-      isinstance(steps[0], Binding) or steps[0].primitive.name in _COPIES
-    )
-    return plain and self.is_zero(read(steps[0])[0])
+    if len(self.makers.get(value, [])) != 1:
+      return False
+    (step,) = self.makers[value]
+    plain = isinstance(step, Binding) or step.primitive.name in _COPIES
+    return plain and self.is_zero(next(iter(read(step))))
 
   def values(self) -> set[Value]:
     """Returns every value that a step makes or reads."""
