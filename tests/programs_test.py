@@ -233,7 +233,7 @@ def test_a_random_program_computes_what_its_masked_self_does(steps, seed):
 
 @pytest.mark.slow
 @given(steps=PROGRAMS, seed=st.integers(0, 99))
-@settings(max_examples=150, **COMMON)
+@settings(max_examples=60, **COMMON)
 def test_many_random_programs_compute_what_their_masked_selves_do(steps, seed):
   law(steps, seed)
 
