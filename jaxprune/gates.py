@@ -353,7 +353,9 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
 
 
 def penalty(
-  rho: jax.Array, strength: float | jax.Array, target: float = 0.0
+  rho: jax.Array,
+  strength: float | jax.Array,
+  target: float | jax.Array = 0.0,
 ) -> jax.Array:
   """Returns strength * max(0, rho - target).
 
@@ -362,17 +364,18 @@ def penalty(
   Args:
     rho: from :func:`remaining`.
     strength: at least 0; static or traced, such as a ramp of the step.
-    target: the part that may remain, in [0, 1); static.
+    target: the part that may remain, in [0, 1]; static, or traced, such as
+      one that falls in the course of training.
 
   Raises:
-    ValueError: if ``target`` is out of range.
+    ValueError: if a static ``target`` is out of range.
 
   Examples:
     >>> print(penalty(jnp.float32(0.75), 2.0, target=0.5))
     0.5
   """
-  if not 0 <= target < 1:
-    raise ValueError(f'`target` must be in [0, 1), got {target}.')
+  if isinstance(target, float | int) and not 0 <= target <= 1:
+    raise ValueError(f'`target` must be in [0, 1], got {target}.')
   return strength * jnp.maximum(rho - target, 0)
 
 

@@ -668,8 +668,8 @@ def test_slimming_is_the_sum_of_the_scales():
       r"gate of 'a' must have shape \(1,\), got \(2,\)",
     ),
     (
-      lambda: gates.penalty(jnp.float32(1), 1.0, target=1.0),
-      r'`target` must be in \[0, 1\), got 1.0.',
+      lambda: gates.penalty(jnp.float32(1), 1.0, target=1.5),
+      r'`target` must be in \[0, 1\], got 1.5.',
     ),
     (
       lambda: gates.partition(optax.identity(), optax.identity(), 1.0, 1.0),
