@@ -110,7 +110,7 @@ def pdp_init(
     n, m = _check_n_by_m(n_by_m)
     goal = jax.tree.map(lambda w: jnp.uint32(w.size // m * (m - n)), weights)
   elif pruned is not None:
-    goal = _counted(weights, pruned)
+    goal = _counted(weights, _checked(weights, pruned))
   elif isinstance(sparsity, Mapping):
     goal = _counted(weights, _shares(weights, sparsity))
   else:
@@ -473,7 +473,9 @@ def _global_counts(
   return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
 
 
-def _counted(weights: tree.PyTree, pruned: Mapping[str, int]) -> tree.PyTree:
+def _checked(
+  weights: tree.PyTree, pruned: Mapping[str, int]
+) -> Mapping[str, int]:
   named = tree.leaves(weights)
   wrong = [
     f'{path!r} is no leaf to prune'
@@ -487,6 +489,10 @@ def _counted(weights: tree.PyTree, pruned: Mapping[str, int]) -> tree.PyTree:
       f'`pruned` gives leaves a count from 0 to less than their size: '
       f'{"; ".join(wrong)}.'
     )
+  return pruned
+
+
+def _counted(weights: tree.PyTree, pruned: Mapping[str, int]) -> tree.PyTree:
   count = lambda path, _: jnp.uint32(pruned.get(path, 0))
   return tree.map_with_path(count, weights)
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxprune.select import keys
 
-_SAMPLE = 4096
+_SAMPLE = 1024
 _SIGN = np.uint32(1 << 31)
 _INFINITY = np.uint32(0xFF800000)  # The largest key.
 
@@ -82,11 +82,15 @@ def secant(x: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _count(ranks: jax.Array, at: jax.Array) -> jax.Array:
   """Returns how many entries are at least ``at``; int32."""
   rows = ranks.reshape(-1, ranks.shape[-1]) if ranks.ndim > 1 else ranks[None]
+  return jnp.sum(_sums(rows, at).astype(jnp.int32))
+
+
+def _sums(rows: jax.Array, at: jax.Array) -> jax.Array:
+  """Returns how many entries of each row are at least ``at``; float32."""
   # Processors compare signed integers. Sums of a row in float32 are exact below
   # 2**24, and vectorised.
   signed = lambda x: lax.bitcast_convert_type(x ^ _SIGN, jnp.int32)
-  ones = (signed(rows) >= signed(at)).astype(jnp.float32)
-  return jnp.sum(jnp.sum(ones, axis=1).astype(jnp.int32))
+  return jnp.sum((signed(rows) >= signed(at)).astype(jnp.float32), axis=1)
 
 
 def _guesses(ranks: jax.Array, keep: jax.Array) -> jax.Array:
@@ -97,11 +101,10 @@ def _guesses(ranks: jax.Array, keep: jax.Array) -> jax.Array:
   part = keep.astype(jnp.float32) / ranks.size
   spread = 3 * jnp.sqrt(n * part * (1 - part)) + 1
   places = jnp.stack([n * part + spread, n * part - spread])
-  places = jnp.clip(places, 1, n).astype(jnp.int32)
+  places = jnp.floor(jnp.clip(places, 1, n))
 
   def refine(i, found):
     trial = found | (np.uint32(1) << (31 - i).astype(jnp.uint32))
-    reach = jnp.sum(flat[None] >= trial[:, None], axis=1, dtype=jnp.int32)
-    return jnp.where(reach >= places, trial, found)
+    return jnp.where(_sums(flat[None], trial[:, None]) >= places, trial, found)
 
   return lax.fori_loop(0, 32, refine, jnp.zeros(2, jnp.uint32))
