@@ -123,14 +123,14 @@ def all_kept(
   problems = []
   rules = recipe.rules(shapes)
   for path, grain in recipe.grains(shapes).items():
-    problem = _problem(path, grain, shapes[path])
+    refusal = problem(path, grain, shapes[path])
     levels = getattr(_pick(recipe.sparsity, rules[path]), 'levels', ())
-    if problem is None and isinstance(grain, masks_lib.NByM):
+    if refusal is None and isinstance(grain, masks_lib.NByM):
       most = 1 - grain.n / grain.m
       if levels and max(levels) > most + 1e-6:
-        problem = f'{grain.n}:{grain.m} prunes {most}, not {max(levels)}'
-    if problem:
-      problems.append(f'{path} ({problem})')
+        refusal = f'{grain.n}:{grain.m} prunes {most}, not {max(levels)}'
+    if refusal:
+      problems.append(f'{path} ({refusal})')
   if problems:
     raise ValueError(
       f'Leaves that cannot be pruned in the granularity asked for: '
@@ -163,7 +163,12 @@ def _decide(rules: Mapping[str, Any], paths: Iterable[str], default: Any):
   return tree_lib.match(live, paths, default)
 
 
-def _problem(path, grain, shape) -> str | None:
+def problem(
+  path: str, grain: Grain | None, shape: tuple[int, ...]
+) -> str | None:
+  """Returns why a leaf does not fit its granularity, or None."""
+  if grain is None:
+    return None
   if isinstance(grain, masks_lib.NByM):
     return grain.problem(shape, path)
   return grain.problem(shape)

@@ -18,8 +18,8 @@ LAYERS = {
   'ground': 'tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
   'training': (
-    'drawing dynamic gates recovery reparam soft soft_channels soft_training '
-    'transforms'
+    'decisions drawing dynamic gates recovery reparam soft soft_channels '
+    'soft_training transforms'
   ),
   'structure': 'cost plans proof structure',
   'search': 'estimator evolution joint stagewise',
