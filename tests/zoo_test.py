@@ -1,5 +1,6 @@
 """Every shipped network, cut at random, computes what its masked self does."""
 
+import re
 import zlib
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import cost, models, plans, structure
+from jaxprune import cost, models, plans, structure, tree
 from jaxprune.proof import check
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -95,3 +96,41 @@ def test_half_of_every_group_at_random(name, train):
     check(graph, plan, variables, x, tolerance=TOLERANCE.get(name, 1e-5))
   removed = 1 - cost.macs(graph, plan) / cost.macs(graph)
   assert removed > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'pattern'),
+  [
+    ('lenet-5', '.*'),
+    ('resnet20', '.*conv1'),  # The zero channels of its shortcuts stay.
+    ('googlenet', '.*'),
+    ('mobilenet-v1', '.*'),
+    ('mobilenet-v2', '.*'),
+    ('mobilenet-v3-small', '.*'),
+  ],
+)
+def test_the_same_module_at_the_small_widths_is_the_small_network(
+  name, pattern
+):
+  model, spec = ZOO[name]
+  key = jax.random.key(0)
+  x = jax.random.normal(key, (2, *spec.shape[1:]))
+  variables = lively(jax.eval_shape(model.init, key, x), key)
+  graph = structure.trace(model.apply, variables, x)
+  dropped = list(graph.blocks)[::2]
+  widths = {
+    name: (group.size + 1) // 2
+    for name, group in graph.groups.items()
+    if re.fullmatch(pattern, name)
+  }
+  plan = plans.from_widths(graph, widths, dropped=dropped)
+  small = tree.compact(plans.shrink(graph, plan, variables))
+  module = model.clone(widths=models.widths(small['params']))
+  if dropped:
+    module = module.clone(drop=tuple(dropped))
+  want = jax.jit(module.apply)(small, x)
+  found = jax.jit(plans.specialise(graph, plan))(small, x)
+  scale = float(jnp.max(jnp.abs(want)))
+  np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 * scale)
+  assert dropped or not graph.blocks
