@@ -78,7 +78,7 @@ def test_times_never_fall():
     return now
 
   table = cost.measure(GRAPH, fractions=(0.5, 1.0), rounds=1, clock=noisy)
-  assert len(np.unique(table.ms)) > 8
+  assert len(np.unique(table.ms)) > 4
   for axis in range(1, table.ms.ndim):
     assert (np.diff(table.ms, axis=axis) >= 0).all()
   assert (np.diff(table.wholes) >= 0).all()
