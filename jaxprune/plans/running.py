@@ -76,11 +76,11 @@ def at(graph: Graph, resolution: tuple[int, ...] | None) -> Graph:
   if resolution is None:
     return graph
   first: Any = graph.args[0] if graph.args else None
-  shape: tuple[int, ...] = getattr(first, 'shape', ())
+  shape = tuple(getattr(first, 'shape', ()))
   if len(shape) <= len(resolution):
     raise ValueError(
       f'The first argument must have a batch and {len(resolution)} axes of the '
-      f'resolution {resolution}, got shape {tuple(shape)}.'
+      f'resolution {resolution}, got shape {shape}.'
     )
   sides = (shape[0], *resolution, *shape[1 + len(resolution) :])
   spec = jax.ShapeDtypeStruct(sides, first.dtype)
