@@ -75,8 +75,8 @@ def at(graph: Graph, resolution: tuple[int, ...] | None) -> Graph:
   """
   if resolution is None:
     return graph
-  first: Any = graph.args[0] if graph.args else None
-  shape = tuple(getattr(first, 'shape', ()))
+  first: Any = next(iter(graph.args), None)
+  shape: Any = tuple(getattr(first, 'shape', ()))
   if len(shape) <= len(resolution):
     raise ValueError(
       f'The first argument must have a batch and {len(resolution)} axes of the '
