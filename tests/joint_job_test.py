@@ -86,7 +86,7 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   ],
 )
 def test_wrong_flags_end_in_one_line(flag, message, tmp_path, capsys):
-  assert job.main(['--subset=500', f'--workdir={tmp_path}', flag]) == 2
+  assert job.main([f'--workdir={tmp_path}', flag]) == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ')
   assert message in error
