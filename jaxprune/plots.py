@@ -199,6 +199,49 @@ def gates(
   return figure
 
 
+def scatter(
+  clouds: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  across: str,
+  up: str,
+  width: float = 7.5,
+) -> Any:
+  """Returns a figure of points, a panel for each cloud, one height for all.
+
+  Args:
+    clouds: title -> (x of each point, y of each point).
+    across: what x is.
+    up: what y is.
+    width: in inches.
+
+  Raises:
+    ImportError: if matplotlib is not installed.
+    ValueError: if there is no cloud, or one has no point or not as many x as y.
+  """
+  if not clouds:
+    raise ValueError('There is no cloud of points to draw.')
+  for name, (x, y) in clouds.items():
+    if not len(x) or len(x) != len(y):
+      raise ValueError(
+        f'The points of {name!r} need as many x as y, got {len(x)} and '
+        f'{len(y)}.'
+      )
+  figure = _figure(width, 0.9 * width / len(clouds) + 0.6)
+  panels = figure.subplots(1, len(clouds), sharey=True, squeeze=False)[0]
+  soft = {'color': COLOURS['soft'], 'fontsize': _SIZE}
+  for axes, series, (name, (x, y)) in zip(
+    panels, itertools.cycle(_SERIES), clouds.items(), strict=False
+  ):
+    _bare(axes)
+    axes.grid(color=COLOURS['line'], linewidth=0.6)
+    axes.plot(x, y, 'o', color=COLOURS[series], markersize=4, zorder=3)
+    axes.set_xlabel(across, **soft)
+    title = {'color': COLOURS['ink'], 'weight': 'bold', 'fontsize': _SIZE}
+    axes.text(0, 1.02, name, transform=axes.transAxes, va='bottom', **title)
+  panels[0].set_ylabel(up, **soft)
+  return figure
+
+
 def _figure(width: float, height: float) -> Any:
   """Returns an empty figure that is not known to pyplot."""
   try:
@@ -211,6 +254,16 @@ def _figure(width: float, height: float) -> Any:
   return figure.Figure(figsize=(width, height))
 
 
+def _bare(axes: Any) -> None:
+  """Leaves of the frame a thin line below."""
+  axes.patch.set_visible(False)
+  for side in ('top', 'right', 'left'):
+    axes.spines[side].set_visible(False)
+  axes.spines['bottom'].set_color(COLOURS['line'])
+  axes.tick_params(length=0, labelcolor=COLOURS['soft'], labelsize=_SIZE, pad=5)
+  axes.set_axisbelow(True)
+
+
 def _panel(
   axes: Any,
   records: Sequence[Mapping[str, Any]],
@@ -219,13 +272,8 @@ def _panel(
   stages: Sequence[tuple[str, float, float]],
 ) -> None:
   """Draws the curves of one kind over the stages."""
-  axes.patch.set_visible(False)
-  for side in ('top', 'right', 'left'):
-    axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_color(COLOURS['line'])
-  axes.tick_params(length=0, labelcolor=COLOURS['soft'], labelsize=_SIZE, pad=5)
+  _bare(axes)
   axes.grid(axis='y', color=COLOURS['line'], linewidth=0.6)
-  axes.set_axisbelow(True)
   axes.locator_params(axis='both', nbins=5)
   steps = [record['step'] for record in records]
   axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))

@@ -1,6 +1,7 @@
 import sys
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
 pytest.importorskip('matplotlib')
@@ -153,3 +154,21 @@ def test_gates_that_cannot_be_drawn_are_refused():
     plots.gates([])
   with pytest.raises(ValueError, match=r"'f' must stay .* got \[1, 2\]"):
     plots.gates([{'f': [1.0]}, {'f': [1.0, 1.0]}])
+
+
+def test_a_scatter_is_a_panel_a_cloud_with_every_point():
+  clouds = {'near': ([1.0, 2.0, 3.0], [0.1, 0.2, 0.3]), 'far': ([5.0], [0.2])}
+  figure = plots.scatter(clouds, across='said', up='true')
+  first, second = figure.axes
+  assert [axes.texts[0].get_text() for axes in figure.axes] == list(clouds)
+  np.testing.assert_array_equal(first.lines[0].get_xdata(), [1, 2, 3])
+  np.testing.assert_array_equal(second.lines[0].get_ydata(), [0.2])
+  assert (first.get_xlabel(), first.get_ylabel()) == ('said', 'true')
+  assert plots.svg(figure, 'p').startswith('<svg')
+
+
+def test_a_scatter_that_cannot_be_drawn_is_refused():
+  with pytest.raises(ValueError, match='no cloud'):
+    plots.scatter({}, across='', up='')
+  with pytest.raises(ValueError, match="'a' need as many x as y, got 2 and 1"):
+    plots.scatter({'a': ([1.0, 2.0], [1.0])}, across='', up='')

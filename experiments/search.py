@@ -1,0 +1,136 @@
+"""What searches for a smaller network share: data, flags, training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags as absl_flags
+
+from experiments import evidence, flags, recipes, train
+from jaxprune import data
+
+
+class Splits(NamedTuple):
+  """The data of a search."""
+
+  examples: train.Examples
+  held: train.Examples
+  test: train.Examples
+  classes: int
+  prepare: Callable[[jax.Array], jax.Array]
+
+
+def load(
+  dataset: str,
+  data_dir: str | None,
+  *,
+  subset: int,
+  side: int,
+  validation: float,
+  seed: int,
+) -> Splits:
+  """Returns the splits of a data set.
+
+  Args:
+    dataset: its name.
+    data_dir: where TFDS prepared it.
+    subset: training images to use, equally many of a class; 0 for all.
+    side: of the images, shrunk to it; 0 for as they are.
+    validation: part of the training images that is held out.
+    seed: that draws the part.
+
+  Raises:
+    BadInputError: if nothing would be held out, or the subset does not fit.
+    DataError: if the data are missing or damaged.
+  """
+  training = data.load(dataset, 'train', data_dir)
+  test = data.load(dataset, 'test', data_dir)
+  rows = np.arange(len(training.labels))
+  if subset:
+    try:
+      rows = evidence.subset(training.labels, subset)
+    except ValueError as error:
+      raise flags.BadInputError(f'--subset={subset}: {error}') from None
+  images = to_side(training.images[rows], side)
+  examples, held = train.split_off(
+    images, training.labels[rows], validation, seed
+  )
+  if held is None:
+    raise flags.BadInputError('--validation holds out no image.')
+  tested = train.Examples(
+    jnp.asarray(to_side(test.images, side)), jnp.asarray(test.labels)
+  )
+  return Splits(
+    examples, held, tested, len(training.classes), train.preparation(images)
+  )
+
+
+def to_side(images: np.ndarray, side: int) -> np.ndarray:
+  """Returns uint8 images resized to a side, bilinearly; 0 for as they are."""
+  if not side or side == images.shape[1]:
+    return images
+  shape = (len(images), side, side, images.shape[3])
+  small = jax.image.resize(images.astype(np.float32), shape, 'bilinear')
+  return np.asarray(jnp.clip(jnp.round(small), 0, 255)).astype(np.uint8)
+
+
+def train_from_scratch(
+  module: Any,
+  splits: Splits,
+  *,
+  seed: int,
+  epochs: int,
+  batch: int,
+  rate: float,
+  decay: float,
+  change: train.Augment,
+) -> float:
+  """Returns the test accuracy of a Linen module after its last epoch."""
+  x = splits.prepare(splits.examples.images[:1])
+  variables = dict(jax.jit(module.init)(jax.random.key(seed), x))
+  count = len(splits.examples.labels) // batch
+  tx = recipes.sgd(rate, decay, count * epochs)
+  step = train.make_step(module.apply, tx, splits.prepare, change=change)
+  runner = train.make_runner(step, seed=seed, batch=batch)
+  params = variables.pop('params')
+  state = train.State(params, variables, tx.init(params))
+  for epoch in range(epochs):
+    state, _ = runner(state, splits.examples, epoch, 0, count)
+  evaluate = train.make_evaluate(module.apply, splits.prepare)
+  return evaluate(train.variables(state), splits.test)
+
+
+def parse(
+  values: absl_flags.FlagValues,
+  program: str,
+  argv: Sequence[str],
+  presets: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+  """Returns the values of flags, those of the preset where none is given.
+
+  Args:
+    values: the flags, of which ``preset`` is one.
+    program: its name.
+    argv: without the name of the program.
+    presets: name -> flag -> value.
+
+  Raises:
+    BadInputError: if a flag is unknown or its value is of the wrong kind.
+  """
+  values.unparse_flags()
+  for name in values:
+    values[name].unparse()
+  try:
+    rest = values([program, *argv])[1:]
+  except absl_flags.Error as error:
+    line = ' '.join(str(error).split())
+    raise flags.BadInputError(f'{line}. See --help.') from None
+  if rest:
+    raise flags.BadInputError(f'{rest[0]!r} is no flag; write --name=value.')
+  given: dict[str, Any] = {name: values[name].value for name in values}
+  for name, value in presets[given.pop('preset')].items():
+    if not values[name].present:
+      given[name] = value
+  return given
