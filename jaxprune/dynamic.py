@@ -23,7 +23,7 @@ class DynamicState(NamedTuple):
   """State of :func:`rigl` and :func:`set_`."""
 
   step: jax.Array  # Updates seen so far; int32, shape [].
-  masks: tree_lib.PyTree  # Like params; bool.
+  masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
   inner_state: optax.OptState
 
 
@@ -38,6 +38,7 @@ def rigl(
   fraction: float = 0.3,
   distribution: distributions_lib.Distribution = distributions_lib.erk,
   which: tree_lib.Which = None,
+  packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Moves connections to where the gradient is largest.
 
@@ -59,6 +60,7 @@ def rigl(
     fraction: of the kept weights that move at first.
     distribution: how the leaves share the budget; not a pooled one.
     which: the leaves to prune; see :func:`jaxprune.tree.prunable`.
+    packed: whether the state holds eight masks in a byte.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. ``masks.apply`` of its first
@@ -79,7 +81,15 @@ def rigl(
   """
   grow = lambda g, step: jnp.abs(g)
   return _moving(
-    inner, sparsity, key, grow, begin, end, every, fraction, distribution, which
+    inner,
+    sparsity,
+    key,
+    grow,
+    (begin, end, every),
+    fraction,
+    distribution,
+    which,
+    packed,
   )
 
 
@@ -94,6 +104,7 @@ def set_(
   fraction: float = 0.3,
   distribution: distributions_lib.Distribution = distributions_lib.erk,
   which: tree_lib.Which = None,
+  packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Moves connections to random places: sparse evolutionary training.
 
@@ -110,6 +121,7 @@ def set_(
     fraction: of the kept weights that move at first.
     distribution: how the leaves share the budget; not a pooled one.
     which: the leaves to prune; see :func:`jaxprune.tree.prunable`.
+    packed: whether the state holds eight masks in a byte.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``.
@@ -130,7 +142,15 @@ def set_(
     return jax.random.uniform(jax.random.fold_in(key, step), g.shape)
 
   return _moving(
-    inner, sparsity, key, grow, begin, end, every, fraction, distribution, which
+    inner,
+    sparsity,
+    key,
+    grow,
+    (begin, end, every),
+    fraction,
+    distribution,
+    which,
+    packed,
   )
 
 
@@ -139,14 +159,14 @@ def _moving(
   sparsity: float,
   key: jax.Array,
   grow: Callable[[jax.Array, jax.Array], jax.Array],
-  begin: int,
-  end: int,
-  every: int,
+  steps: tuple[int, int, int],
   fraction: float,
   distribution: distributions_lib.Distribution,
   which: tree_lib.Which,
+  packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
   """Drops the smallest kept weights and grows those of the largest ``grow``."""
+  begin, end, every = steps
   if not 0 <= sparsity <= 1:
     raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
   if not 0 <= fraction <= 1:
@@ -179,12 +199,15 @@ def _moving(
     drawn = select.top_masks(scores, kept)
     masks = tree_lib.map_with_path(lambda path, _: drawn[path], weights)
     state = inner.init(masks_lib.apply(masks, params))
-    return DynamicState(jnp.zeros([], jnp.int32), masks, state)
+    held = masks_lib.pack(masks) if packed else masks
+    return DynamicState(jnp.zeros([], jnp.int32), held, state)
 
   def update_fn(updates, state, params=None, **extra):
     if params is None:
       raise ValueError('Moving masks need `params`; pass it to update.')
     step, masks = state.step, state.masks
+    if packed:
+      masks = masks_lib.unpack(masks, params)
     updates_in = masks_lib.apply(masks, updates)
     out, inner_state = inner.update(
       updates_in, state.inner_state, params, **extra
@@ -221,6 +244,7 @@ def _moving(
       inner, inner_state, fresh, params, grown
     )
     out = transforms.project(out, params, held)
+    new = masks_lib.pack(new) if packed else new
     return out, DynamicState(transforms.next_step(step), new, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -413,6 +413,26 @@ def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(one, params, packed)
 
 
+def unpacked(
+  masks: tree_lib.PyTree, params: tree_lib.PyTree
+) -> tree_lib.PyTree:
+  """Returns masks as bool, whether or not they are packed.
+
+  Args:
+    masks: pytree of bool, or of what :func:`pack` returned.
+    params: pytree of arrays that has the shapes.
+
+  Examples:
+    >>> mask = jnp.array([True, False])
+    >>> unpacked(pack(mask), mask).tolist(), unpacked(mask, mask).tolist()
+    ([True, False], [True, False])
+  """
+  leaves = jax.tree.leaves(masks)
+  if any(leaf.dtype == jnp.uint8 for leaf in leaves):
+    return unpack(masks, params)
+  return masks
+
+
 def _axis(axis: int, ndim: int) -> int:
   if not -ndim <= axis < ndim:
     raise ValueError(f'An array of {ndim} axes has no axis {axis}.')

@@ -13,6 +13,11 @@ about to be applied, and gives a pruned weight the update -w, so that
 * An average of the params (EMA) has exact zeros only once it is masked itself:
   ``masks.apply(optax.tree.get(state, 'masks'), average)``.
 
+* Under ``vmap`` a mapped step makes every member draw at every step, as a
+  branch that some take is taken by all. Members that draw together leave it
+  unmapped: ``SparsifyState(step=None, mask_sparsity=None, masks=0)`` among the
+  axes, in and out; then only the steps that are due draw.
+
 ``check`` finds a chain that does not hold. State is found by name, under jit
 too: ``optax.tree.get(opt_state, 'masks')``, ``'mask_sparsity'``.
 """
@@ -159,6 +164,7 @@ def soft_shrinkage(
   distribution: distributions_lib.Distribution = distributions_lib.uniform,
   granularity: drawing.Grains = None,
   which: tree_lib.Which = None,
+  packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Shrinks what would be pruned, and prunes it at ``end``.
 
@@ -179,6 +185,7 @@ def soft_shrinkage(
     distribution: as for :func:`sparsify`.
     granularity: as for :func:`sparsify`.
     which: as for :func:`sparsify`.
+    packed: as for :func:`sparsify`.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` whose state is a
@@ -212,15 +219,17 @@ def soft_shrinkage(
   )
 
   def init_fn(params):
+    masks = drawing.all_kept(score, params, recipe)
     return SparsifyState(
       step=jnp.zeros([], jnp.int32),
       mask_sparsity=jax.tree.map(lambda _: jnp.float32(0), recipe.sparsity),
-      masks=drawing.all_kept(score, params, recipe),
+      masks=masks_lib.pack(masks) if packed else masks,
     )
 
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
+    old = masks_lib.unpack(state.masks, params) if packed else state.masks
     soft = state.step < end
     due = state.step <= end
     levels = drawing.levels_at(recipe, jnp.minimum(state.step, end))
@@ -229,7 +238,7 @@ def soft_shrinkage(
       fresh = scores
       if score is not None and scores is None:
         fresh = score(applied(params, updates))
-      return drawing.draw(recipe, fresh, state.masks, levels)
+      return drawing.draw(recipe, fresh, old, levels)
 
     def shrink(w, u, mask):
       if u is None or masks_lib.is_dense(mask):
@@ -237,8 +246,9 @@ def soft_shrinkage(
       part = jnp.where(soft, factor, 0).astype(u.dtype)
       return jnp.where(mask, u, part * u + (part - 1) * w.astype(u.dtype))
 
-    masks = jax.lax.cond(due, redraw, lambda: state.masks)
-    new = SparsifyState(next_step(state.step), levels, masks)
+    masks = jax.lax.cond(due, redraw, lambda: old)
+    held = masks_lib.pack(masks) if packed else masks
+    new = SparsifyState(next_step(state.step), levels, held)
     return jax.tree.map(shrink, params, updates, masks), new
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -306,8 +316,7 @@ def mask_moments(
   A wrapper, as no link of a chain can reach the state of another.
 
   Args:
-    inner: a chain that ends in :func:`sparsify` or :func:`keep_sparse`, masks
-      not packed.
+    inner: a chain that ends in :func:`sparsify` or :func:`keep_sparse`.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
@@ -324,7 +333,7 @@ def mask_moments(
 
   def update_fn(updates, state, params=None, **extra):
     updates, state = inner.update(updates, state, params, **extra)
-    masks = optax.tree.get(state, 'masks')
+    masks = masks_lib.unpacked(optax.tree.get(state, 'masks'), params)
     zeros = jax.tree.map(jnp.zeros_like, state)
     pruned = jax.tree.map(
       lambda w, mask: mask if masks_lib.is_dense(mask) else ~mask,
@@ -422,6 +431,7 @@ def check(params: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
   Examples:
     >>> check({'w': jnp.array([0.0, 2.0])}, {'w': jnp.array([False, True])})
   """
+  masks = masks_lib.unpacked(masks, params)
   revived = {}
 
   def look(path, w, mask):

@@ -53,7 +53,11 @@ LINKS = {
   ),
   'packed': lambda: transforms.sparsify(scores.magnitude, RAMP, packed=True),
   'soft': lambda: transforms.soft_shrinkage(scores.magnitude, 0.75, end=2),
+  'soft_packed': lambda: transforms.soft_shrinkage(
+    scores.magnitude, 0.75, end=2, packed=True
+  ),
   'keep': transforms.keep_sparse,
+  'keep_packed': lambda: transforms.keep_sparse(packed=True),
 }
 
 
@@ -110,7 +114,8 @@ def zeros(params):
 
 def start(name, params):
   """``keep_sparse`` starts from params that are sparse."""
-  return masks.apply(mask_of(params), params) if name == 'keep' else params
+  kept = name.startswith('keep')
+  return masks.apply(mask_of(params), params) if kept else params
 
 
 def train(tx, params, steps=STEPS, compiles=1):
@@ -141,6 +146,72 @@ def test_link_through_wrapper(link, wrapper):
   assert sum(zeros(params)) == 192
   if link not in ('global', 'erk'):
     assert zeros(params) == [96, 96]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('link', [name for name in LINKS if name != 'gradual'])
+@pytest.mark.parametrize('wrapper', [w for w in WRAPPERS if w != 'multi_steps'])
+def test_every_link_through_every_wrapper(link, wrapper):
+  params, _ = train(WRAPPERS[wrapper](LINKS[link]()), start(link, network()))
+  assert sum(zeros(params)) == 192
+
+
+# A wrapper around an optimizer, in the place of a link of its chain.
+MOVERS = {
+  'rigl': lambda tx: dynamic.rigl(tx, 0.75, KEY, end=9, every=2),
+  'set': lambda tx: dynamic.set_(tx, 0.75, KEY, end=9, every=2),
+  'packed': lambda tx: dynamic.rigl(tx, 0.75, KEY, end=9, every=2, packed=True),
+}
+AROUND = {
+  'multi_steps': lambda move: optax.MultiSteps(move(optax.adam(1e-2)), 1),
+  'inject': lambda move: optax.inject_hyperparams(
+    lambda learning_rate: move(optax.adam(learning_rate))
+  )(learning_rate=1e-2),
+  'if_finite': lambda move: optax.apply_if_finite(move(optax.adam(1e-2)), 3),
+  'named': lambda move: optax.named_chain(('all', move(optax.lion(1e-2)))),
+  'partition': lambda move: optax.partition(
+    {'x': move(optax.adamw(1e-2)), 'y': optax.adam(1e-2)},
+    {'a': {'kernel': 'x', 'bias': 'y'}, 'b': {'kernel': 'x'}},
+  ),
+  'schedule_free': lambda move: move(optax.contrib.schedule_free_adamw(1e-2)),
+  'moments': lambda move: transforms.mask_moments(move(optax.adam(1e-2))),
+}
+
+
+@pytest.mark.parametrize(
+  ('mover', 'wrapper'),
+  [
+    *(('rigl', wrapper) for wrapper in AROUND),
+    ('set', 'inject'),
+    ('packed', 'multi_steps'),
+    ('packed', 'moments'),
+  ],
+)
+def test_moving_masks_through_every_wrapper(mover, wrapper):
+  params, state = train(AROUND[wrapper](MOVERS[mover]), network())
+  assert sum(zeros(params)) >= 192  # What has just grown is zero too.
+  kept = masks.unpacked(optax.tree.get(state, 'masks'), params)
+  assert sum(k for k, _ in masks.count(kept).values()) == 64
+  transforms.check(params, kept)
+
+
+def test_members_that_draw_together_draw_only_when_it_is_due():
+  link = LINKS['gradual']()
+  axes = transforms.SparsifyState(step=None, mask_sparsity=None, masks=0)
+  many = jax.tree.map(lambda w: jnp.stack([w, -w]), network())
+  update = lambda u, state, w: link.update(u, state, w)
+  together = jax.vmap(update, (0, axes, 0), (0, axes))
+  state = jax.vmap(link.init, out_axes=axes)(many)
+  assert ' cond[' in str(jax.make_jaxpr(together)(many, state, many))
+  apart = jax.make_jaxpr(jax.vmap(update))
+  assert ' cond[' not in str(apart(many, jax.vmap(link.init)(many), many))
+  step = jax.jit(together)
+  for _ in range(STEPS):
+    updates, state = step(many, state, many)
+    many = optax.apply_updates(many, updates)
+  for i in range(2):
+    assert zeros(jax.tree.map(lambda w, i=i: w[i], many)) == [96, 96]
+  assert state.step.shape == ()
 
 
 @pytest.mark.parametrize('link', ['gradual', 'n_by_m', 'soft', 'packed'])
@@ -186,7 +257,7 @@ def test_ensemble_under_vmap(link):
   many = jax.tree.map(
     lambda w: w[None] * jax.random.normal(KEY, (3, *w.shape)), network()
   )
-  if link == 'keep':
+  if link.startswith('keep'):
     many = jax.vmap(functools.partial(start, link))(many)
 
   def member(params):

@@ -242,12 +242,14 @@ def test_keep_sparse_finds_zeros_and_checks_shapes():
     transforms.keep_sparse({'w': jnp.ones(3, bool)}).init({'w': jnp.ones(2)})
 
 
-def test_mask_moments():
+@pytest.mark.parametrize('packed', [False, True])
+def test_mask_moments(packed):
   chain = optax.chain(
-    optax.adam(1e-2), transforms.sparsify(scores.magnitude, 0.5)
+    optax.adam(1e-2), transforms.sparsify(scores.magnitude, 0.5, packed=packed)
   )
-  _, state, _ = run(transforms.mask_moments(chain), weights(), 3)
-  kept = optax.tree.get(state, 'masks')['head']['kernel']
+  params, state, _ = run(transforms.mask_moments(chain), weights(), 3)
+  kept = masks.unpacked(optax.tree.get(state, 'masks'), params)
+  kept = kept['head']['kernel']
   for name in ('mu', 'nu'):
     moment = optax.tree.get(state, name)
     assert (moment['head']['kernel'] != 0).tolist() == kept.tolist()
