@@ -12,6 +12,10 @@ Beside the names below, ``jaxprune.models``, ``jaxprune.weights``,
 from jaxprune import cost as cost
 from jaxprune import distributions as distributions
 from jaxprune import dynamic as dynamic
+from jaxprune import estimator as estimator
+from jaxprune import evolution as evolution
+from jaxprune import gates as gates
+from jaxprune import joint as joint
 from jaxprune import lookahead as lookahead
 from jaxprune import masks as masks
 from jaxprune import plans as plans
@@ -22,6 +26,7 @@ from jaxprune import schedules as schedules
 from jaxprune import scores as scores
 from jaxprune import select as select
 from jaxprune import soft as soft
+from jaxprune import soft_channels as soft_channels
 from jaxprune import soft_training as soft_training
 from jaxprune import stagewise as stagewise
 from jaxprune import structure as structure

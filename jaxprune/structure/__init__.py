@@ -1,5 +1,6 @@
 """Structure: which parameter slices of any JAX function go together."""
 
+from jaxprune.structure.branches import branches as branches
 from jaxprune.structure.choices import Choice as Choice
 from jaxprune.structure.choices import normalise as normalise
 from jaxprune.structure.choices import pools as pools
