@@ -126,7 +126,7 @@ _float('validation', 0.2, 'Part of the training split held out for vectors.')
 _int('seeds', 1, 'Runs of everything, of seeds first_seed, first_seed + 1, ..')
 _int('first_seed', 0, 'The first of them.')
 _int('save_every', 100, 'Steps between two checkpoints.')
-_choice('canvas', 'no', ['no', 'yes'], 'One compile for all sides; see below.')
+_choice('canvas', 'no', ['no', 'yes'], 'One compile for all sides, or each.')
 _text('workdir', None, 'Where everything is kept; by default under runs/.')
 _choice('preset', 'full', ['full', 'smoke'], 'smoke: every phase, two minutes.')
 
@@ -303,7 +303,7 @@ def make_steps(task: Task) -> Steps:
       params, v, task.prepare(examples.images[rows]), examples.labels[rows],
       None,
     )  # fmt: skip
-    return estimator.chunked(jax.vmap(of), config.n)(vectors)
+    return estimator.chunked(jax.vmap(of), 2)(vectors)  # See the benchmark.
 
   def losses(params, vectors, examples, rows):
     if on_canvas:

@@ -191,12 +191,13 @@ NETWORKS = {
   'name', ['resnet', *(pytest.param(n, marks=pytest.mark.slow)
                        for n in list(NETWORKS)[1:])]
 )  # fmt: skip
-def test_networks_in_training(name):
-  """Batch statistics and all, odd sides and stride 2."""
-  model, sides, _ = NETWORKS[name]
+def test_networks_at_odd_sides(name):
+  """Stride 2, and batch statistics where the last map is not a single pixel."""
+  model, sides, train = NETWORKS[name]
   x = jax.random.normal(KEY, (2, sides[-1], sides[-1], 1))
   variables = jax.jit(model.init)(KEY, x)
-  fn = lambda v, x: model.apply(v, x, train=True, mutable=['batch_stats'])
+  mutable = ['batch_stats'] if train else False
+  fn = lambda v, x: model.apply(v, x, train=train, mutable=mutable)
   at = lambda side: jax.ShapeDtypeStruct((2, side, side, 1), jnp.float32)
   call = on_canvas(fn, [(variables, at(side)) for side in sides])
   run = jax.jit(lambda k, v, x, side: call(k, v, resize(x, side, sides[-1])))

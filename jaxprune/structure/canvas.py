@@ -19,6 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.structure.canvas_rules import (
+  PADDING,
+  POINTWISE_CALLS,
+  RULES,
+  Sizes,
+  elementwise,
+  is_pointwise,
+  is_ragged,
+  pointwise,
+  same_params,
+  varying,
+)
 from jaxprune.structure.program import (
   _INLINED,
   Run,
@@ -176,17 +188,8 @@ class _Program(NamedTuple):
   outputs: list[Any]
 
 
-Sizes = tuple[tuple[int, ...], ...]  # The shape at every size.
-
-
 def _sizes(slots: Sequence[_Slot]) -> Sizes:
   return tuple(tuple(slot.aval.shape) for slot in slots)
-
-
-def _varying(sizes: Sizes) -> list[int]:
-  """The axes whose length depends on the size."""
-  return [k for k, column in enumerate(zip(*sizes, strict=True))
-          if len(set(column)) > 1]  # fmt: skip
 
 
 def _align(
@@ -309,56 +312,26 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
 
   if primitive in ('cond', 'remat', 'remat2', 'checkpoint'):
     bodies = _bodies(row, name)
-  elif any(map(_varying, (*inputs, *outputs))):
-    rule = _RULES.get(primitive)
+  elif any(map(is_ragged, (*inputs, *outputs))):
+    small = not any(map(varying, inputs))
+    if primitive not in ('squeeze', 'broadcast_in_dim') or not small:
+      refuse('which has other axes at another size')
+  elif any(map(varying, (*inputs, *outputs))):
+    rule = RULES.get(primitive)
     if primitive in ELEMENTWISE:
-      rule = _elementwise
-    if primitive in _POINTWISE_CALLS and _is_pointwise(eqns):
-      rule = _pointwise
+      rule = elementwise
+    if primitive in POINTWISE_CALLS and is_pointwise(eqns):
+      rule = pointwise
     if rule is None:
       refuse('which cannot tell the image from what is around it')
     neutral = rule(eqns, inputs, outputs, refuse)
     clear = [
-      (value, sizes) if value is not None and _varying(sizes) else None
+      (value, sizes) if value is not None and varying(sizes) else None
       for value, sizes in zip(neutral, inputs, strict=True)
     ]
-  elif not _same_params(eqns):
+  elif not same_params(eqns):
     refuse('whose parameters depend on the size')
   return _Step(last.eqn, last.writes, reads, clear, bodies)
-
-
-_POINTWISE_CALLS = (
-  'custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr',
-)  # fmt: skip
-
-
-def _is_pointwise(row: Sequence[Any]) -> bool:
-  """Whether a call with a derivative of its own works point by point."""
-  names = ELEMENTWISE | _INLINED | {'broadcast_in_dim'}
-
-  def fits(jaxpr: Any) -> bool:
-    return all(
-      eqn.primitive.name in names
-      and (eqn.primitive.name not in _INLINED or fits(_body(eqn.params)[0]))
-      for eqn in jaxpr.eqns
-    )
-
-  bodies = [_body(eqn.params)[0] for eqn in row]
-  return all(map(fits, bodies)) and len({_literals(b) for b in bodies}) == 1
-
-
-def _literals(jaxpr: Any) -> tuple[Any, ...]:
-  """The constants spelled out in a body, in order."""
-  found: list[Any] = []
-  for eqn in jaxpr.eqns:
-    found += [
-      np.asarray(v.val).tobytes()
-      for v in eqn.invars
-      if isinstance(v, jex.Literal)
-    ]
-    if eqn.primitive.name in _INLINED:
-      found += _literals(_body(eqn.params)[0])
-  return tuple(found)
 
 
 def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
@@ -371,150 +344,6 @@ def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
     _align([_body({'jaxpr': body}) for body in column], name, where)
     for column in branches
   ]
-
-
-def _same_params(row: Sequence[Any], *but: str) -> bool:
-  """Whether parameters are alike at every size, but for some."""
-  texts = {
-    str([(k, v) for k, v in sorted(eqn.params.items()) if k not in but])
-    for eqn in row
-  }
-  return len(texts) == 1
-
-
-# --- What may run along an axis whose length depends on the size -------------
-#
-# A rule raises (by `refuse`), or returns for each operand what to fill in
-# around the image before the operation; None leaves it as it is.
-
-Rule = Callable[[Sequence[Any], list[Sizes], list[Sizes], Any], list[Any]]
-_RULES: dict[str, Rule] = {}
-
-
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-  def register(fn: Rule) -> Rule:
-    _RULES.update(dict.fromkeys(names, fn))
-    return fn
-
-  return register
-
-
-def _elementwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row, 'sharding'):
-    refuse('whose parameters depend on the size')
-  return [None] * len(inputs)
-
-
-def _pointwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  return [None] * len(inputs)
-
-
-@_rule('broadcast_in_dim', 'iota', 'optimization_barrier', 'transpose',
-       'squeeze', 'expand_dims')  # fmt: skip
-def _shaped(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row, 'shape', 'sharding'):
-    refuse('whose parameters depend on the size')
-  return [None] * len(inputs)
-
-
-@_rule('reshape')
-def _reshape(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  """An axis of several lengths has to stay an axis of its own."""
-  (before, *_), (after,) = inputs, outputs
-  ones = lambda sizes: [
-    [shape[k] for shape in sizes]
-    for k in range(len(sizes[0]))
-    if any(shape[k] != 1 for shape in sizes)
-  ]
-  varying = lambda columns: [
-    (int(np.prod([c[-1] for c in columns[:k]], dtype=int)), column)
-    for k, column in enumerate(columns)
-    if len(set(column)) > 1
-  ]
-  left, right = varying(ones(before)), varying(ones(after))
-  if left != right:
-    refuse('which joins an axis that depends on the size to another')
-  return [None] * len(inputs)
-
-
-def _fill(neutral: Any) -> Rule:
-  def rule(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-    if not _same_params(row, 'out_sharding'):
-      refuse('whose parameters depend on the size')
-    return [neutral] * len(inputs)
-
-  return rule
-
-
-_RULES['reduce_sum'] = _fill(0)
-_RULES['reduce_max'] = _fill(-np.inf)
-_RULES['reduce_min'] = _fill(np.inf)
-_RULES['argmax'] = _fill(-np.inf)
-_RULES['argmin'] = _fill(np.inf)
-_RULES['reduce_and'] = _fill(True)
-_RULES['reduce_or'] = _fill(False)
-
-
-@_rule('dot_general')
-def _dot(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row, 'out_sharding'):
-    refuse('whose parameters depend on the size')
-  contracted = row[-1].params['dimension_numbers'][0]
-  return [
-    0 if set(axes) & set(_varying(sizes)) else None
-    for axes, sizes in zip(contracted, inputs, strict=True)
-  ]
-
-
-@_rule('conv_general_dilated')
-def _convolution(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row, 'lhs_shape', 'rhs_shape'):
-    refuse("whose padding is not the same at every size ('SAME' at stride 2)")
-  params = row[-1].params
-  spatial = params['dimension_numbers'].lhs_spec[2:]
-  if any(d != 1 for d in params['lhs_dilation']):
-    refuse('which is dilated')
-  if _varying(inputs[1]) or set(_varying(inputs[0])) - set(spatial):
-    refuse('whose kernel or channels depend on the size')
-  return [0, None]
-
-
-@_rule('reduce_window_max', 'reduce_window_min', 'reduce_window_sum')
-def _window(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row):
-    refuse("whose padding is not the same at every size ('SAME' at stride 2)")
-  if any(d != 1 for d in row[-1].params['base_dilation']):
-    refuse('which is dilated')
-  name = row[-1].primitive.name
-  return [{'max': -np.inf, 'min': np.inf, 'sum': 0}[name.rpartition('_')[2]]]
-
-
-@_rule('pad')
-def _pad(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row):
-    refuse('which pads by another amount at another size')
-  for k in _varying(inputs[0]):
-    _, high, inner = row[-1].params['padding_config'][k]
-    if high < 0 or inner:
-      refuse('which cuts the end of an axis or spreads its entries')
-  return [_PADDING, None]
-
-
-_PADDING = object()  # Fill in what the pad fills in.
-
-
-@_rule('slice')
-def _slice(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if not _same_params(row, 'limit_indices'):
-    refuse('which starts elsewhere at another size')
-  return [None]
-
-
-@_rule('concatenate')
-def _concatenate(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-  if row[-1].params['dimension'] in _varying(outputs[0]):
-    refuse('which joins axes that depend on the size')
-  return [None] * len(inputs)
 
 
 # --- Running -----------------------------------------------------------------
@@ -566,12 +395,12 @@ class _Canvas:
     """Fills in what is around the image."""
     neutral, sizes = clear
     value = jnp.asarray(value)
-    if neutral is _PADDING:
+    if neutral is PADDING:
       fill = jnp.asarray(values[1], value.dtype)
     else:
       fill = _extreme(neutral, value.dtype)
     inside = jnp.ones((1,) * value.ndim, bool)
-    for k in _varying(sizes):
+    for k in varying(sizes):
       length = jnp.asarray([shape[k] for shape in sizes])[self.index]
       axis = lax.broadcasted_iota(
         jnp.int32, [n if j == k else 1 for j, n in enumerate(value.shape)], k
