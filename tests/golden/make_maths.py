@@ -1,0 +1,120 @@
+"""Derives maths.json: scores and distributions in float64, by plain loops.
+
+  python tests/golden/make_maths.py
+
+Nothing of jaxprune is used, and no formula is written as it is there: sums run
+over entries, shares are found by bisection, ranks by sorting.
+"""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+
+RNG = np.random.default_rng(20)
+# A network of a convolution with BatchNorm, a flatten of 2 x 2 and two layers.
+CONV = RNG.standard_normal((3, 3, 2, 4)).astype(np.float32)
+DENSE = RNG.standard_normal((16, 6)).astype(np.float32)
+HEAD = RNG.standard_normal((6, 3)).astype(np.float32)
+SCALE = RNG.uniform(0.5, 2, 4).astype(np.float32)
+VAR = RNG.uniform(0.5, 2, 4).astype(np.float32)
+EPS = 1e-5
+SHAPES = {
+  'conv1': (3, 3, 3, 16),
+  'conv2': (3, 3, 16, 64),
+  'conv3': (1, 1, 64, 64),
+  'head': (64, 10),
+}
+MACS = {'conv1': 1024.0, 'conv2': 256.0, 'conv3': 64.0, 'head': 1.0}
+
+
+def lookahead() -> dict[str, np.ndarray]:
+  """Scores of all three kernels, one entry at a time."""
+  conv, dense, head = (x.astype(np.float64) for x in (CONV, DENSE, HEAD))
+  gain = SCALE.astype(np.float64) ** 2 / (VAR.astype(np.float64) + EPS)
+  scores = {'conv': np.zeros(conv.shape), 'dense': np.zeros(dense.shape),
+            'head': np.zeros(head.shape)}  # fmt: skip
+  for h, w, i, o in np.ndindex(conv.shape):
+    after = sum(dense[k, j] ** 2 for k in range(o, 16, 4) for j in range(6))
+    scores['conv'][h, w, i, o] = conv[h, w, i, o] ** 2 * after * gain[o]
+  for i, o in np.ndindex(dense.shape):
+    before = sum(conv[h, w, c, i % 4] ** 2 for h, w, c in np.ndindex(3, 3, 2))
+    after = sum(head[o, k] ** 2 for k in range(3))
+    scores['dense'][i, o] = dense[i, o] ** 2 * before * gain[i % 4] * after
+  for i, o in np.ndindex(head.shape):
+    before = sum(dense[k, i] ** 2 for k in range(16))
+    scores['head'][i, o] = head[i, o] ** 2 * before
+  return scores
+
+
+def lamp(w: np.ndarray) -> np.ndarray:
+  """w^2 over the sum of all squares that are not smaller."""
+  squares = w.astype(np.float64).ravel() ** 2
+  found = [x / math.fsum(y for y in squares if y >= x) for x in squares]
+  return np.reshape(found, w.shape)
+
+
+def fpgm(w: np.ndarray) -> np.ndarray:
+  """The distance of each filter to all filters, one pair at a time."""
+  filters = [w[..., j].astype(np.float64).ravel() for j in range(w.shape[-1])]
+  far = [sum(math.dist(a, b) for b in filters) for a in filters]
+  return np.broadcast_to(far, w.shape)
+
+
+def shares(weights, sparsity, floors=None) -> dict[str, float]:
+  """Real-valued shares: the scale by bisection, clipped at both ends."""
+  sizes = {k: math.prod(s) for k, s in SHAPES.items()}
+  floors = floors or {}
+  budget = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
+  low, high = 0.0, 1e12
+  at = lambda c: {
+    k: min(max(c * weights[k], floors.get(k, 0)), sizes[k]) for k in sizes
+  }
+  for _ in range(300):
+    middle = (low + high) / 2
+    if sum(at(middle).values()) < budget:
+      low = middle
+    else:
+      high = middle
+  return at(high)
+
+
+def distributions() -> dict[str, dict[str, dict[str, float]]]:
+  """Shares of every rule at several sparsities."""
+  sizes = {k: math.prod(s) for k, s in SHAPES.items()}
+  found = {}
+  for s in (0.5, 0.8, 0.95):
+    found[str(s)] = {
+      'erk': shares({k: float(sum(v)) for k, v in SHAPES.items()}, s),
+      'by_macs': shares({k: n * MACS[k] ** -0.5 for k, n in sizes.items()}, s),
+      'uniform_plus': shares(
+        {k: float(n) for k, n in sizes.items()},
+        s,
+        {'conv1': sizes['conv1'], 'head': math.ceil(0.2 * sizes['head'])},
+      ),
+    }
+  return found
+
+
+def main() -> None:
+  """Writes the numbers beside this file."""
+  plain = lambda x: np.asarray(x, np.float64).ravel().tolist()
+  data = {
+    'inputs': {
+      name: plain(x)
+      for name, x in {
+        'conv': CONV, 'dense': DENSE, 'head': HEAD, 'scale': SCALE, 'var': VAR
+      }.items()
+    },
+    'lookahead': {name: plain(x) for name, x in lookahead().items()},
+    'lamp': plain(lamp(DENSE)),
+    'fpgm': plain(fpgm(CONV)),
+    'distributions': distributions(),
+  }  # fmt: skip
+  path = pathlib.Path(__file__).with_name('maths.json')
+  path.write_text(json.dumps(data) + '\n')
+
+
+if __name__ == '__main__':
+  main()
