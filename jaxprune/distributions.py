@@ -269,25 +269,31 @@ def _normalise(scores: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(one, scores)
 
 
-def _survival(scores: tree_lib.PyTree) -> tree_lib.PyTree:
-  """Divides each square by the sum of those at least as large in its leaf."""
+def survival(x: jax.Array) -> jax.Array:
+  """Returns each square over the sum of those at least as large, float32.
 
-  def one(x):
-    flat = x.astype(jnp.float32).ravel()
-    # The earlier of equal scores counts as the larger, as in selection.
-    order = jnp.argsort(-flat, stable=True)
-    peak = flat[order[0]]
-    squares = jnp.square(flat[order] / jnp.where(peak > 0, peak, 1))
-    suffix = jax.lax.associative_scan(jnp.add, squares)
-    ratio = squares / jnp.where(suffix > 0, suffix, 1)
-    return jnp.zeros_like(flat).at[order].set(ratio).reshape(x.shape)
+  It sorts: the sums need the whole order. The earlier of equal entries counts
+  as the larger, as in selection, and the largest has 1.
 
-  return jax.tree.map(one, scores)
+  Args:
+    x: magnitudes of one leaf, of any shape.
+
+  Examples:
+    >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
+    [0.2 1.  0. ]
+  """
+  flat = x.astype(jnp.float32).ravel()
+  order = jnp.argsort(-flat, stable=True)
+  peak = flat[order[0]]
+  squares = jnp.square(flat[order] / jnp.where(peak > 0, peak, 1))
+  suffix = jax.lax.associative_scan(jnp.add, squares)
+  ratio = squares / jnp.where(suffix > 0, suffix, 1)
+  return jnp.zeros_like(flat).at[order].set(ratio).reshape(x.shape)
 
 
 global_ = Pooled()
 normalised = Pooled(_normalise)
-lamp = Pooled(_survival)
+lamp = Pooled(lambda scores: jax.tree.map(survival, scores))
 
 
 def select_pooled(

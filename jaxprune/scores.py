@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import tree
+from jaxprune import distributions, tree
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
@@ -92,18 +92,8 @@ def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
     >>> print(lamp({'kernel': jnp.array([[1.0, -2.0, 0.0]])})['kernel'])
     [[0.2 1.  0. ]]
   """
-
-  def score(w):
-    squares = jnp.square(w.astype(jnp.float32)).ravel()
-    peak = jnp.max(squares)
-    squares = squares / jnp.where(peak > 0, peak, 1)
-    at = jnp.arange(squares.size)
-    falling, at = lax.sort((-squares, at), num_keys=1, is_stable=True)
-    sums = lax.associative_scan(jnp.add, -falling)
-    ratio = -falling / jnp.where(sums > 0, sums, 1)
-    return jnp.zeros_like(squares).at[at].set(ratio).reshape(w.shape)
-
-  return jax.tree.map(score, tree.prunable(params, which))
+  survive = lambda w: distributions.survival(jnp.abs(w))
+  return jax.tree.map(survive, tree.prunable(params, which))
 
 
 def norm_scale(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
