@@ -12,28 +12,32 @@ rounds in which all of them take turns.
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 import jaxprune as jp
-from experiments import timing
+from experiments import command, timing
 from jaxprune import estimator, joint, models
 
-_ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of the clock.')
-_BATCH = flags.DEFINE_integer('batch', 32, 'Images of a batch.')
-_N = flags.DEFINE_integer('n', 8, 'Vectors of a step.')
-_CANVAS = flags.DEFINE_bool('canvas', False, 'Whether to time the canvas too.')
+_F = flags.FlagValues()
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 10, 'Rounds of the clock.', flag_values=_F
+)
+_BATCH = flags.DEFINE_integer('batch', 32, 'Images of a batch.', flag_values=_F)
+_N = flags.DEFINE_integer('n', 8, 'Vectors of a step.', flag_values=_F)
+_CANVAS = flags.DEFINE_bool(
+  'canvas', False, 'Whether to time the canvas too.', flag_values=_F
+)
 
 
 def make(
   batch: int, n: int
-) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...], joint.Space]:
+) -> tuple[dict[str, Any], tuple[Any, ...], joint.Space]:
   """Returns the jitted functions, their arguments, and the space."""
   model = models.resnet20(shortcut='projection')
   key = jax.random.key(0)
@@ -76,7 +80,7 @@ def make(
   return {k: jax.jit(fn) for k, fn in calls.items()}, arguments, sides
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Prints the table."""
   del argv
   calls, arguments, space = make(_BATCH.value, _N.value)
@@ -105,4 +109,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main, _F, __doc__)
