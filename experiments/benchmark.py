@@ -24,24 +24,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 import jaxprune
-from experiments import shrinking, soft_steps
+from experiments import command, shrinking, soft_steps
+from experiments.flags import BadInputError
 from jaxprune import distributions, masks, scores, select, transforms
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap')
+_F = flags.FlagValues()
 _ROWS = flags.DEFINE_list(
-  'rows', [*ROWS, *shrinking.ROWS, *soft_steps.ROWS], 'What to measure.'
+  'rows',
+  [*ROWS, *shrinking.ROWS, *soft_steps.ROWS],
+  'What to measure.',
+  flag_values=_F,
 )
-_PAIRS = flags.DEFINE_integer('pairs', 5, 'Interleaved pairs.', lower_bound=1)
+_PAIRS = flags.DEFINE_integer(
+  'pairs', 5, 'Interleaved pairs.', lower_bound=1, flag_values=_F
+)
 _SECONDS = flags.DEFINE_float(
-  'seconds', 300, 'Wall time of a row after which no pair is begun.'
+  'seconds',
+  300,
+  'Wall time of a row after which no pair is begun.',
+  flag_values=_F,
 )
 _WIDTH = flags.DEFINE_float(
-  'width', 1.0, 'Width of the network; 0.125 finishes in seconds.'
+  'width',
+  1.0,
+  'Width of the network; 0.125 finishes in seconds.',
+  flag_values=_F,
 )
-_SPARSITY = flags.DEFINE_float('sparsity', 0.8, 'Fraction of zeros.')
+_SPARSITY = flags.DEFINE_float(
+  'sparsity', 0.8, 'Fraction of zeros.', flag_values=_F
+)
 
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 
@@ -218,14 +233,12 @@ def measure(row: str, params: dict[str, jax.Array]) -> dict[str, Any]:
   }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Measures every row and prints one line of JSON for each."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}.')
   known = [*ROWS, *shrinking.ROWS, *soft_steps.ROWS]
   unknown = set(_ROWS.value) - set(known)
   if unknown:
-    raise app.UsageError(
+    raise BadInputError(
       f'No row is called {", ".join(sorted(unknown))}; the rows: '
       f'{", ".join(known)}.'
     )
@@ -249,4 +262,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main, _F, __doc__)

@@ -82,7 +82,6 @@ def make(
 
 def main() -> None:
   """Prints the table."""
-  del argv
   calls, arguments, space = make(_BATCH.value, _N.value)
   if not _CANVAS.value:
     del calls['canvas']

@@ -21,21 +21,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 import jaxprune as jp
-from experiments import channel_contenders, contenders, evidence, phases
+from experiments import (
+  channel_contenders,
+  command,
+  contenders,
+  evidence,
+  phases,
+)
+from experiments.flags import BadInputError
 from jaxprune import augment, data, models, tree, weights
 from jaxprune import text as text_lib
 
-_TASK = flags.DEFINE_string('task', 'mnist', 'What to learn.')
-_METHODS = flags.DEFINE_list('methods', [], 'Only these; all without it.')
-_TARGETS = flags.DEFINE_list('targets', [], 'Only these sparsities.')
-_SEEDS = flags.DEFINE_integer('seeds', None, 'Runs of each; its own number.')
-_EPOCHS = flags.DEFINE_integer('epochs', None, 'Epochs; its own number.')
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'See experiments.prune.')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/pdp', 'Where runs are kept.')
-_TABLE = flags.DEFINE_bool('table', False, 'Print the results; run nothing.')
+_F = flags.FlagValues()
+_TASK = flags.DEFINE_string('task', 'mnist', 'What to learn.', flag_values=_F)
+_METHODS = flags.DEFINE_list(
+  'methods', [], 'Only these; all without it.', flag_values=_F
+)
+_TARGETS = flags.DEFINE_list(
+  'targets', [], 'Only these sparsities.', flag_values=_F
+)
+_SEEDS = flags.DEFINE_integer(
+  'seeds', None, 'Runs of each; its own number.', flag_values=_F
+)
+_EPOCHS = flags.DEFINE_integer(
+  'epochs', None, 'Epochs; its own number.', flag_values=_F
+)
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None, 'See experiments.prune.', flag_values=_F
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/pdp', 'Where runs are kept.', flag_values=_F
+)
+_TABLE = flags.DEFINE_bool(
+  'table', False, 'Print the results; run nothing.', flag_values=_F
+)
 
 TUNING_SEED = 100
 
@@ -498,12 +520,10 @@ def summarise(book: Book) -> str:
   return '\n\n'.join([*parts, f'{minutes:.1f} CPU-minutes'])
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs one contest, or prints it."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}.')
   if _TASK.value not in TASKS:
-    raise app.UsageError(
+    raise BadInputError(
       f'No task is called {_TASK.value!r}; there are {", ".join(TASKS)}.'
     )
   book = Book(pathlib.Path(_WORKDIR.value) / f'{_TASK.value}.jsonl')
@@ -518,4 +538,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main, _F, __doc__)

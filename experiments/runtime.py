@@ -20,22 +20,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
+from experiments.flags import BadInputError
 from jaxprune import cost, export, models, plans, structure
 
 MODELS = {
   'resnet50': models.resnet50,
   'mobilenet_v2': functools.partial(models.mobilenet_v2, grouped=True),
 }
-_MODELS = flags.DEFINE_list('models', list(MODELS), 'Which networks.')
-_BATCHES = flags.DEFINE_list('batches', ['1', '64'], 'Images in a run.')
-_SIDE = flags.DEFINE_integer('side', 224, 'Side of an image.')
-_ROUNDS = flags.DEFINE_integer('rounds', 30, 'Interleaved pairs of runs.')
-_SECONDS = flags.DEFINE_float(
-  'seconds', 300, 'Wall time of a pair after which no round is begun.'
+_F = flags.FlagValues()
+_MODELS = flags.DEFINE_list(
+  'models', list(MODELS), 'Which networks.', flag_values=_F
 )
-_XLA = flags.DEFINE_bool('xla', False, 'Measure under jax.jit as well.')
+_BATCHES = flags.DEFINE_list(
+  'batches', ['1', '64'], 'Images in a run.', flag_values=_F
+)
+_SIDE = flags.DEFINE_integer('side', 224, 'Side of an image.', flag_values=_F)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 30, 'Interleaved pairs of runs.', flag_values=_F
+)
+_SECONDS = flags.DEFINE_float(
+  'seconds',
+  300,
+  'Wall time of a pair after which no round is begun.',
+  flag_values=_F,
+)
+_XLA = flags.DEFINE_bool(
+  'xla', False, 'Measure under jax.jit as well.', flag_values=_F
+)
 
 Call = Callable[[np.ndarray], Any]
 
@@ -115,13 +129,11 @@ def measure(calls: list[Call], x: np.ndarray) -> dict[str, Any]:
   }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Measures every network at every batch; prints a line of JSON for each."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}.')
   unknown = sorted(set(_MODELS.value) - set(MODELS))
   if unknown:
-    raise app.UsageError(
+    raise BadInputError(
       f'No model is called {", ".join(unknown)}; there are {", ".join(MODELS)}.'
     )
   runtimes = {'onnxruntime': in_onnx_runtime}
@@ -140,4 +152,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main, _F, __doc__)

@@ -1,12 +1,11 @@
-"""What searches for a smaller network share: data, flags, training."""
+"""What searches for a smaller network share: data and training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags as absl_flags
 
 from experiments import evidence, flags, recipes, train
 from jaxprune import data
@@ -100,37 +99,3 @@ def train_from_scratch(
     state, _ = runner(state, splits.examples, epoch, 0, count)
   evaluate = train.make_evaluate(module.apply, splits.prepare)
   return evaluate(train.variables(state), splits.test)
-
-
-def parse(
-  values: absl_flags.FlagValues,
-  program: str,
-  argv: Sequence[str],
-  presets: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-  """Returns the values of flags, those of the preset where none is given.
-
-  Args:
-    values: the flags, of which ``preset`` is one.
-    program: its name.
-    argv: without the name of the program.
-    presets: name -> flag -> value.
-
-  Raises:
-    BadInputError: if a flag is unknown or its value is of the wrong kind.
-  """
-  values.unparse_flags()
-  for name in values:
-    values[name].unparse()
-  try:
-    rest = values([program, *argv])[1:]
-  except absl_flags.Error as error:
-    line = ' '.join(str(error).split())
-    raise flags.BadInputError(f'{line}. See --help.') from None
-  if rest:
-    raise flags.BadInputError(f'{rest[0]!r} is no flag; write --name=value.')
-  given: dict[str, Any] = {name: values[name].value for name in values}
-  for name, value in presets[given.pop('preset')].items():
-    if not values[name].present:
-      given[name] = value
-  return given

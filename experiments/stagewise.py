@@ -40,7 +40,15 @@ from absl import flags as absl_flags
 from scipy import stats as statistics
 
 import jaxprune as jp
-from experiments import evidence, flags, recipes, search, train, workdir
+from experiments import (
+  command,
+  evidence,
+  flags,
+  recipes,
+  search,
+  train,
+  workdir,
+)
 from jaxprune import (
   checkpoint,
   data,
@@ -570,7 +578,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   Raises:
     BadInputError: if a flag is unknown or its value is wrong.
   """
-  given = search.parse(_F, 'stagewise', argv, PRESETS)
+  given = command.parse(_F, argv, PRESETS)
   methods = given.pop('methods')
   unknown = [name for name in methods if name not in METHODS]
   if unknown or not methods:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
-from experiments import evidence, recipes, timing, train
+from experiments import command, evidence, recipes, timing, train
 from jaxprune import models
 
 MODELS = {
@@ -25,10 +25,17 @@ MODELS = {
   'lenet5': lambda: models.LeNet5(num_classes=10),
   'resnet20': lambda: models.resnet20(num_classes=10),
 }
-_MODELS = flags.DEFINE_list('models', list(MODELS), 'What to train.')
-_PAIRS = flags.DEFINE_integer('pairs', 30, 'Interleaved pairs.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 10, 'Steps of one measurement.')
-_BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.')
+_F = flags.FlagValues()
+_MODELS = flags.DEFINE_list(
+  'models', list(MODELS), 'What to train.', flag_values=_F
+)
+_PAIRS = flags.DEFINE_integer(
+  'pairs', 30, 'Interleaved pairs.', lower_bound=1, flag_values=_F
+)
+_STEPS = flags.DEFINE_integer(
+  'steps', 10, 'Steps of one measurement.', flag_values=_F
+)
+_BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.', flag_values=_F)
 
 
 def ratio(name: str, *, steps: int, batch: int, pairs: int) -> list[Any]:
@@ -101,7 +108,7 @@ def ratio(name: str, *, steps: int, batch: int, pairs: int) -> list[Any]:
   ]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
   """Prints a row for each model."""
   rows = [
     ratio(name, steps=_STEPS.value, batch=_BATCH.value, pairs=_PAIRS.value)
@@ -112,4 +119,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main, _F, __doc__)

@@ -17,16 +17,20 @@ os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
 
 import thirdparty  # noqa: E402
 
-table = {name: thirdparty.coverage(name) for name in thirdparty.MODELS}
-(HERE / 'coverage.json').write_text(json.dumps(table, indent=1) + '\n')
-print(
-  '| network | kind | groups | MACs removed | groups, keep | removed, keep |'
-)
-print('| --- | --- | --- | --- | --- | --- |')
-for name, row in table.items():
-  cells = [
-    cell
-    for way in ('protect', 'keep')
-    for cell in (str(row[way]['groups']), f'{100 * row[way]["removed"]:.1f} %')
-  ]
-  print(f'| {name} | {row["family"]} | {" | ".join(cells)} |')
+if __name__ == '__main__':
+  table = {name: thirdparty.coverage(name) for name in thirdparty.MODELS}
+  (HERE / 'coverage.json').write_text(json.dumps(table, indent=1) + '\n')
+  print(
+    '| network | kind | groups | MACs removed | groups, keep | removed, keep |'
+  )
+  print('| --- | --- | --- | --- | --- | --- |')
+  for name, row in table.items():
+    cells = [
+      cell
+      for way in ('protect', 'keep')
+      for cell in (
+        str(row[way]['groups']),
+        f'{100 * row[way]["removed"]:.1f} %',
+      )
+    ]
+    print(f'| {name} | {row["family"]} | {" | ".join(cells)} |')
