@@ -16,7 +16,7 @@ a random sub-network of the whole learns from the labels. Then
   of MetaPruning on the single-path supernet, *uniform* by one fraction of every
   width.
 
-Ablations: ``--no-tiny`` (no narrowest sub-network in every step), ``--teacher=
+Ablations: ``--notiny`` (no narrowest sub-network in every step), ``--teacher=
 before`` (the full network is trained first and then fixed: v1 of the paper),
 ``--source=chain``, ``--stages=1``. Stopped at any moment, the same command goes
 on: what ended is read, what ran continues from its checkpoint.

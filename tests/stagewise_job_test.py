@@ -1,0 +1,74 @@
+"""Tests of the experiment on stage-wise pruning."""
+
+import json
+import pathlib
+
+import pytest
+
+from experiments import stagewise as job
+
+
+@pytest.mark.parametrize(
+  ('flag', 'text'),
+  [
+    ('--macs=0', '--macs is out of range: 0.0.'),
+    ('--nets=2', '--nets is out of range: 2.'),
+    ('--stages=4', '--stages is out of range: 4.'),
+    ('--methods=best', '--methods must be of stagewise,evolution,uniform, got'),
+    ('--sourse=chain', "Unknown command line flag 'sourse'"),
+    ('--model=vgg', 'value should be one of <resnet20_half'),
+  ],
+)
+def test_a_wrong_flag_is_one_line_and_code_2(flag, text, capsys, tmp_path):
+  assert job.main([flag, f'--workdir={tmp_path / "run"}']) == 2
+  out, err = capsys.readouterr()
+  assert (out, err.count('\n')) == ('', 1)
+  assert err.startswith('error: ')
+  assert text in err
+  assert not (tmp_path / 'run').exists()
+
+
+def test_flags_fill_a_configuration_for_every_seed():
+  configs, methods = job.parse(
+    ['--preset=smoke', '--seeds=2', '--first_seed=3', '--notiny', '--m=2']
+  )
+  assert [config.seed for config in configs] == [3, 4]
+  assert (configs[0].tiny, configs[0].m, configs[0].steps) == (False, 2, 6)
+  assert methods == list(job.METHODS)
+  assert len({config.workdir for config in configs}) == 1
+
+
+def test_the_table_by_hand():
+  figures = lambda accuracy: {'accuracy': accuracy, 'macs': 0.4, 'widths': {}}
+  proxy = {
+    'tau': {'stage-wise': 0.5, 'single-path': 0.25},
+    'gap': {'stage-wise': 0.01, 'single-path': 0.03},
+  }
+  results = [
+    {'stagewise': figures(0.9), 'uniform': figures(0.8), 'proxy': proxy},
+    {'stagewise': figures(0.92), 'uniform': figures(0.82), 'proxy': proxy},
+  ]
+  text = job.tables(results, ['stagewise', 'uniform'])
+  assert '| stagewise | 91.00 ± 1.41 | 40.0 |' in text
+  assert '| uniform | 81.00 ± 1.41 | 40.0 | +10.00 ± 0.00 * |' in text
+  assert '| stage-wise | 0.50 ± 0.00 | 1.00 ± 0.00 |' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'ablation', [[], ['--teacher=before', '--source=chain', '--stages=2']]
+)
+def test_every_phase_runs_and_is_read_again(ablation, tmp_path, capsys):
+  arguments = ['--preset=smoke', '--steps=4', '--save_every=2', *ablation]
+  arguments += [f'--workdir={tmp_path}']
+  assert job.main(arguments) == 0
+  first = capsys.readouterr().out
+  folder = pathlib.Path(tmp_path, 'seed0')
+  for name in (*job.METHODS, 'proxy'):
+    assert json.loads((folder / f'{name}.json').read_text())
+  for name in job.METHODS:
+    macs = json.loads((folder / f'{name}.json').read_text())['macs']
+    assert 0.39 <= macs <= 0.4
+  assert (folder / 'proxy.svg').read_text().startswith('<svg')
+  assert job.main(arguments) == 0  # Reads what is there.
+  assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
