@@ -87,7 +87,19 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', FUNCTIONS)
+SLOW = (
+  'stride 2, even padding', 'no padding', 'two layers', 'average',
+  'squeeze and excite', 'along rows',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=pytest.mark.slow if n in SLOW else ())
+    for n in FUNCTIONS
+  ],
+)
 def test_every_size_is_exact(name):
   agree(FUNCTIONS[name], sides=(5, 7, 8) if 'max' in name else SIDES)
 

@@ -80,7 +80,7 @@ def test_baselines_and_pairs_scatter_less():
     run = jax.vmap(
       lambda key: e.update(quadratic, e.init(MEAN, key), MEAN)[1].variance
     )
-    return float(jnp.mean(run(jax.random.split(KEY, 200))))
+    return float(jnp.mean(jax.jit(run)(jax.random.split(KEY, 200))))
 
   plain, baseline, pairs = (scatter(**FORMS[f]) for f in list(FORMS)[:3])
   assert max(pairs, baseline) < plain / 2

@@ -82,7 +82,11 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
     ('--methods=joint,luck', '--methods must be of joint,uniform'),
     ('--sides=4,big', '--sides must be ints'),
     ('--speed=3', 'Unknown command line flag'),
-    ('--macs=0.0001', 'The ranges hold no network of cost'),
+    pytest.param(
+      '--macs=0.0001',
+      'The ranges hold no network of cost',
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_wrong_flags_end_in_one_line(flag, message, tmp_path, capsys):
