@@ -41,7 +41,15 @@ import optax
 from absl import flags as absl_flags
 
 import jaxprune as jp
-from experiments import evidence, flags, recipes, train, workdir
+from experiments import (
+  command,
+  evidence,
+  flags,
+  recipes,
+  search,
+  train,
+  workdir,
+)
 from jaxprune import (
   checkpoint,
   data,
@@ -187,14 +195,6 @@ class Task(NamedTuple):
   limit: float
 
 
-def _to_side(images: np.ndarray, side: int) -> np.ndarray:
-  if not side or side == images.shape[1]:
-    return images
-  shape = (len(images), side, side, images.shape[3])
-  small = jax.image.resize(images.astype(np.float32), shape, 'bilinear')
-  return np.asarray(jnp.clip(jnp.round(small), 0, 255)).astype(np.uint8)
-
-
 def prepare(config: Config) -> Task:
   """Returns the task of a configuration.
 
@@ -202,19 +202,19 @@ def prepare(config: Config) -> Task:
     BadInputError: if the flags do not fit the data or the network.
     DataError: if the data are missing or damaged.
   """
-  load = lambda split: data.load(config.dataset, split, config.data_dir)
-  training, test = load('train'), load('test')
-  rows = np.arange(len(training.labels))
-  if config.subset:
-    rows = evidence.subset(training.labels, config.subset)
-  images = _to_side(training.images[rows], config.side)
-  examples, held = train.split_off(
-    images, training.labels[rows], config.validation, config.seed
+  splits = search.load(
+    config.dataset,
+    config.data_dir,
+    subset=config.subset,
+    side=config.side,
+    validation=config.validation,
+    seed=config.seed,
   )
-  if held is None or len(held.labels) < 2 * config.batch:
+  if len(splits.held.labels) < 2 * config.batch:
     raise flags.BadInputError('--validation holds out too few images.')
+  images = splits.examples.images
   side = images.shape[1]
-  module = MODELS[config.model](len(training.classes), side)
+  module = MODELS[config.model](splits.classes, side)
   spec = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
   key = jax.random.key(config.seed)
   initial = jax.jit(module.init)(key, jnp.zeros(spec.shape))
@@ -232,11 +232,8 @@ def prepare(config: Config) -> Task:
     raise flags.BadInputError(' '.join(str(error).split())) from None
   name = config.dataset.partition(':')[0]
   return Task(
-    config, module, initial, examples, held,
-    train.Examples(
-      jnp.asarray(_to_side(test.images, config.side)), jnp.asarray(test.labels)
-    ),
-    train.preparation(images),
+    config, module, initial, splits.examples, splits.held, splits.test,
+    splits.prepare,
     flags.AUGMENTATIONS.get(name, lambda key, images: images),
     jp.trace(lambda variables, x: module.apply(variables, x), initial, spec),
     space, cost, limit,
@@ -331,7 +328,7 @@ def random_unit(space: joint.Space, rng: np.random.Generator) -> Any:
   return jax.tree.map(lambda a, b: rng.uniform(float(a), float(b)), low, high)
 
 
-def search(
+def train_supernet(
   task: Task,
   steps: Steps,
   space: joint.Space,
@@ -473,14 +470,16 @@ def choose(
     return joint.uniform(space, task.cost, target), None
   if method in ('joint', 'channel'):
     own = space if method == 'joint' else joint.restrict(space, widths=True)
-    end, records = search(task, steps, own, folder / method, moves=True)
+    end, records = train_supernet(task, steps, own, folder / method, moves=True)
     if records:
       history = [_flat(record['unit']) for record in records]
       figure = plots.gates(history, unit='vector step')
       (folder / method / 'vector.svg').write_text(plots.svg(figure, 'vector'))
     unit = jax.tree.map(float, end.unit)
     return joint.project(own, task.cost, target, unit), end.params
-  end, _ = search(task, steps, space, folder / 'random_net', moves=False)
+  end, _ = train_supernet(
+    task, steps, space, folder / 'random_net', moves=False
+  )
   size = min(4 * config.batch, len(task.held.labels))
   rows = np.sort(rng.choice(len(task.held.labels), size, replace=False))
   score = lambda vectors: steps.losses(end.params, vectors, task.held, rows)
@@ -652,20 +651,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   Raises:
     BadInputError: if a flag is unknown or its value is wrong.
   """
-  _F.unparse_flags()
-  for name in _F:
-    _F[name].unparse()
-  try:
-    rest = _F(['joint', *argv])[1:]
-  except absl_flags.Error as error:
-    line = ' '.join(str(error).split())
-    raise flags.BadInputError(f'{line}. See --help.') from None
-  if rest:
-    raise flags.BadInputError(f'{rest[0]!r} is no flag; write --name=value.')
-  given: dict[str, Any] = {name: _F[name].value for name in _F}
-  for name, value in PRESETS[given.pop('preset')].items():
-    if not _F[name].present:
-      given[name] = value
+  given = command.parse(_F, argv, PRESETS)
   methods = given.pop('methods')
   unknown = [name for name in methods if name not in METHODS]
   if unknown or not methods:

@@ -47,7 +47,7 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   (config,), _ = job.parse([*TINY, f'--workdir={tmp_path}'])
   task = job.prepare(config)
   steps = job.make_steps(task)
-  whole, records = job.search(
+  whole, records = job.train_supernet(
     task, steps, task.space, tmp_path / 'whole', moves=True
   )
   seen = []
@@ -59,10 +59,12 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
     return steps.weights(*args)
 
   with pytest.raises(KeyboardInterrupt):
-    job.search(
+    job.train_supernet(
       task, steps._replace(weights=stops), task.space, tmp_path / 'cut', True
     )
-  again, rest = job.search(task, steps, task.space, tmp_path / 'cut', True)
+  again, rest = job.train_supernet(
+    task, steps, task.space, tmp_path / 'cut', True
+  )
   assert rest == records
   for a, b in zip(
     jax.tree.leaves((again.params, again.unit)),
