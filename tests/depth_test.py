@@ -96,6 +96,8 @@ def test_a_block_inside_of_another_goes_with_it():
   assert set(plan.dropped) == {outer, inner}
   small = plans.shrink(graph, plan, params)
   assert tree.compact(small).keys() == {'head'}
+  by_hand = plans.Plan(graph.fingerprint, dropped=(outer,))
+  assert plans.open_blocks(graph, by_hand) == {outer: 0, inner: 0}
 
 
 GOLDEN = """{

@@ -129,6 +129,11 @@ def test_a_custom_derivative_survives_the_cut():
   assert not grads['a'].any()
 
 
+def kept(*index):
+  plan = plans.Plan(GRAPH.fingerprint, (('a', index),))
+  return plans.shrink(GRAPH, plan, PARAMS)
+
+
 def small(path):
   shrunk = plans.shrink(GRAPH, PLAN, PARAMS)
   return {**shrunk, path: PARAMS[path]}
@@ -166,7 +171,17 @@ def small(path):
       lambda: plans.shrink(
         GRAPH, plans.Plan(GRAPH.fingerprint, (('a', (7,)),)), PARAMS
       ),
-      "'a' has units 0 to 5, the plan keeps 7",
+      r"'a' has units 0 to 5, the plan keeps \[7\]",
+    ),
+    (lambda: kept(-1, 2), r"'a' has units 0 to 5, the plan keeps \[-1, 2\]"),
+    (lambda: kept(2, 2), r"ascending units of group 'a', .* got \[2, 2\]"),
+    (lambda: kept(3, 1), r"ascending units of group 'a', .* got \[3, 1\]"),
+    (lambda: kept(), "Group 'a' must keep one or more units, got none"),
+    (
+      lambda: plans.from_json(
+        '{"version": 2, "graph": "x", "kept": {"a": [0.5]}}'
+      ),
+      'The plan is damaged',
     ),
     (
       lambda: plans.shrink(GRAPH, PLAN, {'v_row': {'a': jnp.ones(5)}}),

@@ -126,8 +126,19 @@ def test_a_check_that_proves_nothing_is_an_error():
   with pytest.raises(ValueError, match='The plan removes nothing'):
     check(GRAPH, nothing, PARAMS, X)
   dead = {**PARAMS, 'b': jnp.zeros((6, 3))}
-  with pytest.raises(CheckError, match='the input moves by 1'):
+  with pytest.raises(CheckError, match='the input moves at random by about 1'):
     check(GRAPH, PLAN, dead, X)
+
+
+def test_a_norm_that_takes_a_constant_away_does_not_deafen_the_check():
+  def fn(p, x):
+    y = x @ p['a']
+    return jnp.tanh(y - jnp.mean(y, 0)[None]) @ p['b']
+
+  params = {'a': normal(5, 6), 'b': normal(6, 3)}
+  graph = structure.trace(fn, params, X)
+  plan = plans.from_kept(graph, {'a': [0, 2, 5]})
+  assert check(graph, plan, params, X).sensitivity > 0.1
 
 
 def test_a_check_moves_tokens_too():

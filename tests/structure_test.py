@@ -243,6 +243,22 @@ def test_reduce_by_hand():
   assert reduce(combine='first') == [5.0, 0.0]
 
 
+def test_a_norm_of_zeros_has_a_gradient_of_zero():
+  """Of unit 0 it is a / |a| = (3/5, 4/5); of unit 1, all zeros, it is 0."""
+  fn, params = (
+    lambda p, x: jnp.tanh(x @ p['a']) @ p['b'],
+    {
+      'a': jnp.array([[3.0, 0.0], [4.0, 0.0]]),
+      'b': jnp.ones((2, 1)),
+    },
+  )
+  graph = structure.trace(fn, params, jnp.ones((1, 2)))
+  total = lambda a: jnp.sum(graph.reduce({'a': a})['a'])
+  np.testing.assert_allclose(
+    jax.grad(total)(params['a']), [[0.6, 0.0], [0.8, 0.0]], rtol=1e-6
+  )
+
+
 def layer_norm_net():
   params = {'a': normal(5, 8), 'scale': jnp.ones(8), 'b': normal(8, 3)}
 
@@ -380,7 +396,9 @@ def test_bad_input_is_named(call, message):
 def test_trace_refuses_what_is_no_array_and_unknown_semantics():
   with pytest.raises(TypeError, match="Leaf 'rate' of params must be an array"):
     structure.trace(lambda p, x: x, {'rate': 0.5}, jnp.ones(2))
-  with pytest.raises(ValueError, match="must be 'protect', 'keep' or 'rescale', got"):
+  with pytest.raises(
+    ValueError, match="must be 'protect', 'keep' or 'rescale', got"
+  ):
     structure.trace(lambda p, x: x, {}, jnp.ones(2), reductions='x')
 
 

@@ -156,6 +156,23 @@ def test_a_leaf_unused_in_one_function_goes_with_what_another_ties_it_to():
   assert check(graph.also[0], plan, params, x).removed == 3
 
 
+def test_statistics_are_known_without_the_name_of_their_collection():
+  params = {
+    'params': {'a': normal(3, 6), 'b': normal(6, 2)},
+    'batch_stats': {'norm': {'mean': normal(6)}},
+  }
+
+  def train(variables, x):
+    p, y = variables['params'], x @ variables['params']['a']
+    old, mean = variables['batch_stats']['norm']['mean'], jnp.mean(y, 0)
+    new = {'norm': {'mean': 0.9 * old + 0.1 * mean}}
+    return jnp.tanh(y - mean[None]) @ p['b'], new
+
+  graph = structure.trace(train, params, normal(5, 3))
+  assert {name: g.size for name, g in graph.groups.items()} == {'a': 6}
+  assert graph.outputs_like == (None, 'batch_stats/norm/mean')
+
+
 def test_a_form_that_is_no_tuple_of_a_function_is_refused():
   with pytest.raises(TypeError, match='`also` must hold tuples of a function'):
     structure.trace(lambda p, x: x, {}, jnp.ones(2), also=[lambda p, x: x])

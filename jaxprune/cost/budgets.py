@@ -416,8 +416,8 @@ def _ranges(
 ) -> dict[str, tuple[int, int, int]]:
   """The fewest and most units of each group, and what they are multiples of."""
   rules = {'.*': round_to} if isinstance(round_to, int) else round_to
-  pitches = tree.match(rules, graph.groups, 1) if graph.groups else {}
-  floors = tree.match(keep or {}, graph.groups, 1)
+  pitches = tree.match(rules, graph.groups, 1, 'group') if graph.groups else {}
+  floors = tree.match(keep or {}, graph.groups, 1, 'group')
   ranges = {}
   for name, group in graph.groups.items():
     pitch, least = pitches[name], floors[name]

@@ -1,7 +1,9 @@
 """The plan itself: what is kept of a network, as plain data."""
 
 import dataclasses
+import itertools
 import json
+import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -235,7 +237,8 @@ def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
 def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   """Returns block -> 1 if it stays, 0 if the plan drops it."""
   check(graph, plan)
-  return {name: int(name not in plan.dropped) for name in graph.blocks}
+  closed = _with_inner(graph, plan.dropped)
+  return {name: int(name not in closed) for name in graph.blocks}
 
 
 def compose(
@@ -419,12 +422,12 @@ def from_json(text: str) -> Plan:
     )
   try:
     kept = tuple(
-      (str(name), tuple(int(i) for i in index))
+      (str(name), tuple(operator.index(i) for i in index))
       for name, index in sorted(data['kept'].items())
     )
     dropped = tuple(str(name) for name in data.get('dropped', ()))
     sides = data.get('resolution')
-    resolution = None if sides is None else tuple(int(side) for side in sides)
+    resolution = None if sides is None else tuple(map(operator.index, sides))
     return Plan(str(data['graph']), kept, dropped, resolution)
   except (KeyError, TypeError, ValueError, AttributeError):
     raise ValueError(
@@ -439,7 +442,8 @@ def check(graph: Graph, plan: Plan) -> None:
 
   Raises:
     ValueError: if it is of another graph, keeps an index that a group does not
-      have, or drops a block that is not there.
+      have, indices that do not ascend, or none where one must stay, or drops a
+      block that is not there.
   """
   if plan.graph != graph.fingerprint:
     raise ValueError(
@@ -447,11 +451,20 @@ def check(graph: Graph, plan: Plan) -> None:
       f'trace the function and params that it was made for.'
     )
   for name, index in plan.kept:
-    if index and max(index) >= group(graph, name).size:
+    size = group(graph, name).size
+    if index and not (0 <= min(index) <= max(index) < size):
       raise ValueError(
-        f'Group {name!r} has units 0 to {graph.groups[name].size - 1}, the '
-        f'plan keeps {max(index)}.'
+        f'Group {name!r} has units 0 to {size - 1}, the plan keeps '
+        f'{list(index)}.'
       )
+    if any(first >= second for first, second in itertools.pairwise(index)):
+      raise ValueError(
+        f'The plan must keep ascending units of group {name!r}, each once, got '
+        f'{list(index)}; make plans with plans.from_kept.'
+      )
+  empty = [name for name, index in plan.kept if not index]
+  if empty and (cut := severed(graph, empty)):
+    raise ValueError(f'Group {cut[0]!r} must keep one or more units, got none.')
   _with_inner(graph, plan.dropped)
 
 

@@ -9,7 +9,7 @@ from leaves to groups (``reduce``) and back (``expand``).
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -115,15 +115,18 @@ class Graph:
     Args:
       scores: a pytree of arrays like the params, or like a sub-tree of them;
         traced or not.
-      norm: how the entries of one member become one number.
+      norm: how the entries of one member become one number; the gradient of
+        an 'l2' is 0 at a unit of zeros.
       combine: how the members become one; 'first' takes the first with scores.
 
     Returns:
       group -> float32[size]; groups in which no member has scores are absent.
 
     Raises:
-      ValueError: if a leaf is unknown or has another shape than its param.
+      ValueError: if a leaf is unknown or has another shape than its param, or
+        if ``norm`` or ``combine`` is none of those.
     """
+    _check_ways(norm, combine)
     named = align(self.leaves, scores)
     units: dict[str, list[jax.Array]] = {name: [] for name in self.groups}
     names = {atom: name for name, atom in self.atoms.items()}
@@ -301,6 +304,17 @@ def locate(leaves: Mapping[str, Leaf], path: str) -> str | None:
   return None
 
 
+def _check_ways(norm: str, combine: str) -> None:
+  if norm not in get_args(Norm):
+    raise ValueError(
+      f"`norm` must be 'l1', 'l2', 'max' or 'mean', got {norm!r}."
+    )
+  if combine not in get_args(Combine):
+    raise ValueError(
+      f"`combine` must be 'mean', 'sum', 'max' or 'first', got {combine!r}."
+    )
+
+
 def _reduce_leaf(
   score: jax.Array, axis: int, labels: np.ndarray, size: int, norm: Norm
 ) -> jax.Array:
@@ -315,22 +329,16 @@ def _reduce_leaf(
   powers = score * score if norm == 'l2' else score
   total = empty.at[units].add(jnp.sum(powers, others), mode='drop')
   if norm == 'l2':
-    return jnp.sqrt(total)
-  if norm == 'mean':
-    return total / count
-  if norm == 'l1':
-    return total
-  raise ValueError(f"`norm` must be 'l1', 'l2', 'max' or 'mean', got {norm!r}.")
+    # The slope of the root at 0 is infinite, and would be NaN times 0.
+    is_zero = total == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, total)))
+  return total / count if norm == 'mean' else total
 
 
 def _combine(found: Sequence[jax.Array], combine: Combine) -> jax.Array:
   if combine == 'first':
     return found[0]
   ways = {'mean': jnp.mean, 'sum': jnp.sum, 'max': jnp.max}
-  if combine not in ways:
-    raise ValueError(
-      f"`combine` must be 'mean', 'sum', 'max' or 'first', got {combine!r}."
-    )
   return ways[combine](jnp.stack(found), axis=0)
 
 

@@ -239,10 +239,13 @@ def _mirrored(
     numbered = all(part.isdigit() for part in name.split('/'))
     return not numbered and (path == name or path.endswith(f'/{name}'))
 
+  # Of Flax's collections the name may be left out: a step that returns
+  # `mutated['batch_stats']` returns statistics.
+  in_collections = any(name.startswith('params/') for name in leaves)
   found = [
     (len(name), name)
     for name, leaf in leaves.items()
-    if (is_end(name) or is_end(name.removeprefix('params/')))
+    if (is_end(name) or (in_collections and is_end(name.partition('/')[2])))
     and tuple(leaf.shape) == tuple(shape)
   ]
   return max(found)[1] if found else None
