@@ -19,7 +19,8 @@ a random sub-network of the whole learns from the labels. Then
 Ablations: ``--notiny`` (no narrowest sub-network in every step), ``--teacher=
 before`` (the full network is trained first and then fixed: v1 of the paper),
 ``--source=chain``, ``--stages=1``. Stopped at any moment, the same command goes
-on: what ended is read, what ran continues from its checkpoint.
+on: what ended is read, what ran continues from its checkpoint. ``--pairs=30``
+times a step of each supernet against one of the full network instead.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ from experiments import (
   flags,
   recipes,
   search,
+  timing,
   train,
   workdir,
 )
@@ -58,6 +60,7 @@ from jaxprune import (
   plans,
   plots,
   stagewise,
+  tree,
 )
 from jaxprune.joint import PruningVector
 from jaxprune.structure import cut
@@ -119,6 +122,7 @@ _float('validation', 0.2, 'Part of the training split held out.')
 _int('seeds', 1, 'Runs of everything, of seeds first_seed, first_seed + 1, ..')
 _int('first_seed', 0, 'The first of them.')
 _int('save_every', 100, 'Steps between two checkpoints.')
+_int('pairs', 0, 'Time the steps instead, in so many interleaved pairs.')
 _text('workdir', None, 'Where everything is kept; by default under runs/.')
 _choice('preset', 'full', ['full', 'smoke'], 'smoke: every phase, a minute.')
 
@@ -231,20 +235,17 @@ class State(NamedTuple):
   opt_state: Any
 
 
-def supernet(task: Task, kind: str, folder: pathlib.Path) -> Any:
-  """Returns the variables of a trained supernet; resumes by itself.
+def make_step(task: Task, kind: str, teacher: Any = None) -> Any:
+  """Returns (the optax chain, step(state, examples, rows, number) -> state).
 
   Args:
     task: the task.
     kind: 'stagewise', 'single' (a random path of the whole learns from the
       labels) or 'full' (the full network alone).
-    folder: of its checkpoints.
+    teacher: variables of a full network trained before, for 'stagewise'.
   """
   config = task.config
   tx = recipes.sgd(config.learning_rate, config.weight_decay, config.steps)
-  teacher = None
-  if kind == 'stagewise' and config.teacher == 'before':
-    teacher = supernet(task, 'full', folder.with_name('full'))
   whole = plans.supernet(task.graph)
 
   def loss(params, rest, images, labels, key):
@@ -256,12 +257,14 @@ def supernet(task: Task, kind: str, folder: pathlib.Path) -> Any:
         task=_cross_entropy, teacher=teacher, source=config.source,
       )  # fmt: skip
       return found.total, new
+    if kind == 'full':
+      logits, state = task.graph.fn(variables, images)
+      return jnp.mean(_cross_entropy(logits, labels)), tree.leaves(state)
     units = {}
-    if kind == 'single':
-      drawn = stagewise.sample(key, task.space, 1, tiny=False)
-      for graph, widths in zip(task.stages, drawn, strict=True):
-        one = {name: w[0] for name, w in widths.items()}
-        units |= stagewise.prefix(graph, one)
+    drawn = stagewise.sample(key, task.space, 1, tiny=False)
+    for graph, widths in zip(task.stages, drawn, strict=True):
+      one = {name: w[0] for name, w in widths.items()}
+      units |= stagewise.prefix(graph, one)
     logits, _ = whole(variables, units, {}, images)
     return jnp.mean(_cross_entropy(logits, labels)), {}
 
@@ -279,6 +282,21 @@ def supernet(task: Task, kind: str, folder: pathlib.Path) -> Any:
     variables = stagewise.updated({'params': params, **rest}, new)
     return State(variables, opt_state)
 
+  return tx, step
+
+
+def supernet(task: Task, kind: str, folder: pathlib.Path) -> Any:
+  """Returns the variables of a trained supernet; resumes by itself.
+
+  Args:
+    task: the task.
+    kind: as in :func:`make_step`.
+    folder: of its checkpoints.
+  """
+  config, teacher = task.config, None
+  if kind == 'stagewise' and config.teacher == 'before':
+    teacher = supernet(task, 'full', folder.with_name('full'))
+  tx, step = make_step(task, kind, teacher)
   state = State(task.initial, tx.init(task.initial['params']))
   state, examples = train.own(state), task.splits.examples
   with checkpoint.Checkpointer(folder, keep=2) as keeper:
@@ -292,6 +310,27 @@ def supernet(task: Task, kind: str, folder: pathlib.Path) -> Any:
       if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
         keeper.save(number + 1, state)
   return state.variables
+
+
+def speed(task: Task, pairs: int) -> str:
+  """Returns a table of what a step costs against one of the full network."""
+  rows = np.arange(task.config.batch)
+  calls = {}
+  for kind in ('full', 'stagewise', 'single'):
+    tx, step = make_step(task, kind)
+    state = [train.own(State(task.initial, tx.init(task.initial['params'])))]
+
+    def call(step=step, state=state):
+      state[0] = step(state[0], task.splits.examples, rows, 0)
+      return state[0]
+
+    calls[kind] = call
+  found = timing.milliseconds(calls, pairs=pairs)
+  lines = [
+    [kind, f'{ms:.1f}', f'{1 / ratio:.2f}']
+    for kind, (ms, ratio) in found.items()
+  ]
+  return evidence.table(['step', 'CPU ms', 'against full'], lines)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -579,6 +618,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
     BadInputError: if a flag is unknown or its value is wrong.
   """
   given = command.parse(_F, argv, PRESETS)
+  given.pop('pairs')
   methods = given.pop('methods')
   unknown = [name for name in methods if name not in METHODS]
   if unknown or not methods:
@@ -619,6 +659,9 @@ def main(argv: Sequence[str]) -> int:
       print(_F.get_help())
       return 0
     configs, methods = parse(argv)
+    if _F['pairs'].value:
+      print(speed(prepare(configs[0]), _F['pairs'].value))
+      return 0
     folder = pathlib.Path(configs[0].workdir)
     folder.mkdir(parents=True, exist_ok=True)
     results = [run(config, methods) for config in configs]
