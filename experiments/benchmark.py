@@ -2,6 +2,7 @@
 
   python -m experiments.benchmark
   python -m experiments.benchmark --rows=global,erk --pairs=5
+  python -m experiments.benchmark --rows=read  # On a GPU.
 
 Every row is a ratio of CPU seconds, measured in interleaved pairs in one run
 with its 95 % bootstrap interval, on the 54 kernels of a ResNet-50 (25.5 M
@@ -9,8 +10,11 @@ weights). ``global``, ``uniform`` and ``erk`` draw masks from |w|, against an
 ``argsort`` of the same scores; ``n_by_m`` draws 2:4 masks, against a double
 argsort of each group; ``step`` is a step of Adam and ``sparsify`` between two
 drawings, against Adam and one fused ``where``; ``vmap`` is an ensemble that
-draws at every step, against one that applies fixed masks. Temporaries and
-compile times are those of the first of the two. The rows of planning and
+draws at every step, against one that applies fixed masks; ``lap`` are Lookahead
+scores of a VGG-16 with BatchNorm, against |w|; ``read`` is one global drawing
+against 32 readings of the weights, wall time where there is an accelerator and
+a figure without meaning on a CPU. Temporaries and compile times are those of
+the first of the two. The rows of planning and
 shrinking are described in ``experiments.shrinking``, those of training steps
 with PDP in ``experiments.soft_steps``.
 """
@@ -29,9 +33,16 @@ from absl import flags
 import jaxprune
 from experiments import command, shrinking, soft_steps
 from experiments.flags import BadInputError
-from jaxprune import distributions, masks, scores, select, transforms
+from jaxprune import (
+  distributions,
+  lookahead,
+  masks,
+  scores,
+  select,
+  transforms,
+)
 
-ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap')
+ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
 _F = flags.FlagValues()
 _ROWS = flags.DEFINE_list(
   'rows',
@@ -81,6 +92,22 @@ def resnet50(width: float) -> dict[str, jax.Array]:
   rng = np.random.default_rng(0)
   draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32))
   return {f'{i:02d}/kernel': draw(shape) for i, shape in enumerate(shapes)}
+
+
+def vgg16(width: float) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns random params of a VGG-16 with BatchNorm, and its variances."""
+  at = lambda n: max(4, round(n * width))
+  sides = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+  params, stats, channels = {}, {}, 3
+  for i, side in enumerate(sides):
+    params[f'{i:02d}/kernel'] = draw(3, 3, channels, at(side))
+    params[f'{i:02d}/scale'] = draw(at(side))
+    stats[f'{i:02d}/var'] = jnp.square(draw(at(side)))
+    channels = at(side)
+  params[f'{len(sides)}/kernel'] = draw(channels, 10)
+  return params, stats
 
 
 def argsort_leaf(x: jax.Array, keep: int) -> jax.Array:
@@ -138,6 +165,10 @@ def pair(row: str, params: dict[str, jax.Array], sparsity: float) -> Pair:
     return _step(params, sparsity)
   if row == 'vmap':
     return _ensemble(params, sparsity)
+  if row == 'lap':
+    return _lookahead(*vgg16(_WIDTH.value))
+  if row == 'read':
+    return _read(params, sparsity)
   if row in soft_steps.ROWS:
     return soft_steps.pair(row, sparsity)
   raise ValueError(f'No row is called {row!r}; the rows: {", ".join(ROWS)}.')
@@ -178,6 +209,36 @@ def _ensemble(params: dict[str, jax.Array], sparsity: float) -> Pair:
     lambda p, m: masks.apply(jax.vmap(draw)(p), p),
     lambda p, m: masks.apply(m, p),
     (many, fixed),
+  )
+
+
+def _lookahead(
+  params: dict[str, jax.Array], stats: dict[str, jax.Array]
+) -> Pair:
+  kernels = [path for path in params if path.endswith('kernel')]
+  names = [path.removesuffix('kernel') for path in kernels[:-1]]
+  norms = {f'{n}kernel': (f'{n}scale', f'{n}var') for n in names}
+  wiring = lookahead.chain(params, kernels, norms=norms)
+  return (
+    lambda p, s: lookahead.lookahead(p, wiring, stats=s),
+    lambda p, s: scores.magnitude(p),
+    (params, stats),
+  )
+
+
+def _read(params: dict[str, jax.Array], sparsity: float) -> Pair:
+  keep = masks.kept(jaxprune.tree.size(params), sparsity)
+  flat = jnp.concatenate([w.ravel() for w in params.values()])
+
+  def read(_, flat):
+    # Each reading needs the one before: none can be left out or moved.
+    once = lambda _, level: jnp.mean(jnp.maximum(flat, level))
+    return jax.lax.fori_loop(0, 32, once, jnp.float32(0))
+
+  return (
+    lambda p, _: select.top_masks(scores.magnitude(p), keep),
+    read,
+    (params, flat),
   )
 
 
