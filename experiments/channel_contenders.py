@@ -74,6 +74,7 @@ def pdp(
   def harden(params, extra, control, hyper, sparsity):
     del extra, hyper, sparsity
     hard = soft_channels.harden(params, control, channels)
+    assert hard.masks is not None
     return _cut(graph, plans.from_masks(graph, hard.masks), params)
 
   grid = contenders.grid(rates, c=(0.25, 0.1), end=(0.6,))

@@ -19,8 +19,9 @@ class Summary(NamedTuple):
   n: int
 
   def __str__(self) -> str:
-    """Returns 'mean ± sd', to two decimals."""
-    return f'{self.mean:.2f} ± {self.sd:.2f}'
+    """Returns 'mean ± sd', to two decimals; 'mean' alone of one seed."""
+    spread = '' if math.isnan(self.sd) else f' ± {self.sd:.2f}'
+    return f'{self.mean:.2f}{spread}'
 
 
 class Paired(NamedTuple):

@@ -6,14 +6,30 @@ import json
 import os
 import pathlib
 import platform
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 
-from experiments.flags import BadInputError, Config
+from experiments.flags import BadInputError
 
 _PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
              'tensorflow-datasets', 'numpy')  # fmt: skip
+
+
+class Config(Protocol):
+  """A frozen dataclass with everything that a run was asked for."""
+
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+  @property
+  def seed(self) -> int:
+    """Of the run, or the first of them."""
+    ...
+
+  @property
+  def workdir(self) -> str:
+    """The run folder."""
+    ...
 
 
 def check(config: Config) -> None:

@@ -61,7 +61,9 @@ def test_the_graph_of_a_stage_has_its_inner_groups(net, variables):
   whole = jp.trace(net.apply, variables, X)
   _, second = stages.cut(whole, ['.*stage2.*'])
   graph = jp.trace(second, variables, jnp.ones((4, 8, 8, 4)))
-  inner = {n: g.size for n, g in whole.groups.items() if re.search('stage[23]', n)}
+  inner = {
+    n: g.size for n, g in whole.groups.items() if re.search('stage[23]', n)
+  }
   assert {n: g.size for n, g in graph.groups.items()}.items() <= inner.items()
   assert any('stage2' in name for name in graph.groups)
   assert not any('stage1' in name for name in graph.groups)
