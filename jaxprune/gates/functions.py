@@ -1,0 +1,100 @@
+"""Gate functions: from a trained number to open or closed, and a factor."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Function(NamedTuple):
+  """A gate function.
+
+  Attributes:
+    open: theta -> 1 where open, else 0, with a derivative.
+    value: (theta, open) -> the factor.
+  """
+
+  open: Callable[[jax.Array], jax.Array]
+  value: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def lift(x: jax.Array) -> jax.Array:
+  """Returns 0 with the derivative of x."""
+  return x - lax.stop_gradient(x)
+
+
+def scale(dead_zone: float = 0.05) -> Function:
+  """Returns the gate that is a scaling factor with a dead zone.
+
+  g = theta where |theta| > dead_zone, else 0, with dg/dtheta = 1 everywhere: a
+  closed gate still learns, and may open again. The derivative of ``open`` is
+  that of |theta|.
+
+  Args:
+    dead_zone: at least 0; static.
+
+  Raises:
+    ValueError: if ``dead_zone`` is negative.
+
+  Examples:
+    >>> gate, theta = scale(0.1), jnp.array([0.7, 0.05])
+    >>> print(gate.value(theta, gate.open(theta)))
+    [0.7 0. ]
+  """
+  if not dead_zone >= 0:
+    raise ValueError(f'`dead_zone` must be at least 0, got {dead_zone}.')
+
+  def is_open(theta):
+    size = jnp.abs(theta)
+    return (size > dead_zone).astype(theta.dtype) + lift(size)
+
+  def value(theta, is_open):
+    hard = lax.stop_gradient(is_open)
+    return theta * hard + lift(theta) * (1 - hard)
+
+  return Function(is_open, value)
+
+
+def binary() -> Function:
+  """Returns the gate that is 1 where sigmoid(theta) >= 1/2, else 0.
+
+  The derivative is that of the sigmoid. There is nothing to fold.
+
+  References:
+    Bengio et al. (2013), arXiv:1308.3432.
+
+  Examples:
+    >>> gate, theta = binary(), jnp.array([2.0, -2.0])
+    >>> print(gate.value(theta, gate.open(theta)))
+    [1. 0.]
+  """
+  hard = lambda theta: (theta >= 0).astype(theta.dtype)
+  soft = jax.nn.sigmoid
+  return Function(
+    lambda theta: hard(theta) + lift(soft(theta)), lambda _, is_open: is_open
+  )
+
+
+def sharp(beta: float | jax.Array) -> Function:
+  """Returns the gate sigmoid(beta theta), which hardens as beta grows.
+
+  Open where theta >= 0, with the derivative of the sigmoid: finish with
+  :func:`binary`, which is its limit.
+
+  Args:
+    beta: inverse temperature, from 1 to 100 or so in the course of training;
+      static or traced.
+
+  Examples:
+    >>> gate, theta = sharp(100.0), jnp.array([0.0, 2.0])
+    >>> print(gate.value(theta, gate.open(theta)))
+    [0.5 1. ]
+  """
+  soft = lambda theta: jax.nn.sigmoid(beta * theta)
+  hard = lambda theta: (theta >= 0).astype(theta.dtype)
+  return Function(
+    lambda theta: hard(theta) + lift(soft(theta)),
+    lambda theta, _: soft(theta),
+  )
