@@ -10,6 +10,7 @@ Beside the names below, ``jaxprune.models``, ``jaxprune.weights``,
 """
 
 from jaxprune import cost as cost
+from jaxprune import decisions as decisions
 from jaxprune import distributions as distributions
 from jaxprune import dynamic as dynamic
 from jaxprune import estimator as estimator
