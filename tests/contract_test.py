@@ -32,6 +32,11 @@ RAMP = schedules.cubic(0.75, begin=0, end=2)
 KEY = jax.random.key(0)
 
 
+def slow(*arguments):
+  """Marks a case of which the quick tests have a sibling."""
+  return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 def mask_of(params):
   return masks.top(scores.magnitude(params), 0.75)
 
@@ -181,10 +186,13 @@ AROUND = {
 @pytest.mark.parametrize(
   ('mover', 'wrapper'),
   [
-    *(('rigl', wrapper) for wrapper in AROUND),
+    ('rigl', 'multi_steps'),
+    ('rigl', 'partition'),
+    ('rigl', 'schedule_free'),
     ('set', 'inject'),
-    ('packed', 'multi_steps'),
     ('packed', 'moments'),
+    *(slow('rigl', w) for w in ('inject', 'if_finite', 'named', 'moments')),
+    slow('packed', 'multi_steps'),
   ],
 )
 def test_moving_masks_through_every_wrapper(mover, wrapper):
@@ -236,7 +244,12 @@ def test_scan_equals_a_loop(link):
 
 @pytest.mark.parametrize(
   ('link', 'dtype'),
-  [*((link, jnp.bfloat16) for link in LINKS), ('gradual', jnp.float16)],
+  [
+    ('gradual', jnp.float16),
+    ('gradual', jnp.bfloat16),
+    ('n_by_m', jnp.bfloat16),
+    *(slow(link, jnp.bfloat16) for link in list(LINKS)[1:] if link != 'n_by_m'),
+  ],
 )
 def test_half_precision_params(link, dtype):
   tx = chained(LINKS[link](), optax.sgd(1e-2, momentum=0.9))
@@ -251,7 +264,13 @@ def test_zeros_of_float32_masters_are_exact_after_the_cast():
   assert zeros(low) == zeros(params) == [96, 96]
 
 
-@pytest.mark.parametrize('link', LINKS)
+@pytest.mark.parametrize(
+  'link',
+  [
+    link if link in ('gradual', 'global', 'packed') else slow(link)
+    for link in LINKS
+  ],
+)
 def test_ensemble_under_vmap(link):
   tx = chained(LINKS[link]())
   many = jax.tree.map(

@@ -91,8 +91,8 @@ def test_a_small_vit_is_what_the_module_makes_of_it(vit, reductions, is_equal):
   assert set(graph.groups) == set(WIDTHS)
   plan = plans.from_widths(graph, WIDTHS)
   small = plans.shrink(graph, plan, variables)
-  ours = plans.specialise(graph, plan)(small, IMAGES)
-  theirs = ViT(16, 3, 6, 20).apply(small, IMAGES)
+  ours = jax.jit(plans.specialise(graph, plan))(small, IMAGES)
+  theirs = jax.jit(ViT(16, 3, 6, 20).apply)(small, IMAGES)
   assert (error(ours, theirs) < 1e-6) == is_equal
   assert (error(ours, theirs) > 1e-2) != is_equal
 

@@ -48,7 +48,7 @@ def full(state, ramp=1.0):
 def pull_of_masks(channels, loss, params, state):
   """Gradient of a loss with respect to c, which acts by the masks alone."""
   gated = lambda c: soft_channels.pdp(params, state._replace(c=c), channels)
-  return abs(float(jax.grad(lambda c: loss(gated(c)))(state.c)))
+  return abs(float(jax.jit(jax.grad(lambda c: loss(gated(c))))(state.c)))
 
 
 def test_a_mask_on_the_readers_is_seen_behind_a_norm_in_training():

@@ -116,7 +116,7 @@ def test_a_masked_stage_equals_the_sliced_one(stages, space, variables):
     target, _ = graph.fn(variables, h)
     last = number == len(stages) - 1
     found = stagewise.proxy(graph, variables, h, target, drawn, last=last)
-    for i in range(4):
+    for i in (0, 3):  # The narrowest, and one at random.
       chosen = {name: int(w[i]) for name, w in drawn.items()}
       plan = plans.from_widths(graph, chosen)
       small = plans.shrink(graph, plan, variables)
