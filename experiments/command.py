@@ -46,6 +46,23 @@ def parse(
   return given
 
 
+def helped(
+  values: absl_flags.FlagValues, argv: Sequence[str], doc: Any
+) -> bool:
+  """Prints the help where it is asked for; returns whether it was.
+
+  Args:
+    values: the flags.
+    argv: without the name of the program.
+    doc: what the help begins with.
+  """
+  if not any(arg.lstrip('-') in ('help', 'h') for arg in argv):
+    return False
+  print(doc)
+  print(values.get_help())
+  return True
+
+
 def run(
   main: Callable[[], Any], values: absl_flags.FlagValues, doc: Any
 ) -> None:
@@ -57,9 +74,7 @@ def run(
     doc: what the help begins with.
   """
   argv = sys.argv[1:]
-  if any(arg.lstrip('-') in ('help', 'h') for arg in argv):
-    print(doc)
-    print(values.get_help())
+  if helped(values, argv, doc):
     return
   try:
     parse(values, argv)

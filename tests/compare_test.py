@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import choices, compare, standings, thin
+from experiments.compare import __main__ as compare
+from experiments.compare import choices, standings, thin
 from jaxprune import masks, models
 
 

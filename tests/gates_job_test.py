@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip('matplotlib')
 pytest.importorskip('sklearn')
 
-from experiments import gated
-from experiments import gates as job
+from experiments.gates import __main__ as job
+from experiments.gates import gated
 from jaxprune.models import MLP
 
 NAMES = ('hidden2', 'hidden3')

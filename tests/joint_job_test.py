@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import joint as job
+from experiments.joint import __main__ as job
+from experiments.joint import tasks
 from jaxprune import joint, models
 
 TINY = [
@@ -20,7 +21,7 @@ def tiny(monkeypatch):
   make = lambda classes, side: models.ResNet(
     (4, 6), (1, 2), classes, stem='small'
   )
-  monkeypatch.setitem(job.MODELS, 'tiny', make)
+  monkeypatch.setitem(tasks.MODELS, 'tiny', make)
   parser = job._F['model'].parser
   monkeypatch.setattr(parser, 'enum_values', [*parser.enum_values, 'tiny'])
 

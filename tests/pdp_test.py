@@ -7,13 +7,9 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments import (
-  channel_contenders,
-  contenders,
-  pdp,
-  phases,
-  soft_steps,
-)
+from experiments.benchmark import soft_steps
+from experiments.pdp import __main__ as pdp
+from experiments.pdp import channel_contenders, contenders, phases
 from jaxprune import models, tree
 
 RATES = (0.05, 0.1)

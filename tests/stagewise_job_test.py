@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import stagewise as job
+from experiments.stagewise import __main__ as job
 
 
 @pytest.mark.parametrize(

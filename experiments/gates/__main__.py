@@ -49,13 +49,13 @@ from experiments import (
   command,
   evidence,
   flags,
-  gated,
   recipes,
   search,
   timing,
   train,
   workdir,
 )
+from experiments.gates import gated
 from jaxprune import checkpoint, cost, data, gates, plots
 
 TUNING_SEED = 100
@@ -544,9 +544,7 @@ def main(argv: Sequence[str]) -> int:
     argv: without the name of the program.
   """
   try:
-    if any(arg.lstrip('-') in ('help', 'h') for arg in argv):
-      print(__doc__)
-      print(_F.get_help())
+    if command.helped(_F, argv, __doc__):
       return 0
     config, arms, seeds, pairs = parse(argv)
     job = prepare(config)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments import contenders
-from experiments.phases import Method, Outcome
+from experiments.pdp import contenders
+from experiments.pdp.phases import Method, Outcome
 from jaxprune import masks, plans, soft_channels, structure, tree
 
 

@@ -24,14 +24,9 @@ import optax
 from absl import flags
 
 import jaxprune as jp
-from experiments import (
-  channel_contenders,
-  command,
-  contenders,
-  evidence,
-  phases,
-)
+from experiments import command, evidence
 from experiments.flags import BadInputError
+from experiments.pdp import channel_contenders, contenders, phases
 from jaxprune import augment, data, models, tree, weights
 from jaxprune import text as text_lib
 
@@ -157,7 +152,7 @@ def make_problem(
     name: of the problem.
     net: a module of Linen, without statistics unless ``apply`` is given.
     splits: train, validation and test.
-    **options: fields of :class:`experiments.phases.Problem`.
+    **options: fields of :class:`experiments.pdp.phases.Problem`.
   """
   train, validation, test = splits
   defaults = {

@@ -1,4 +1,4 @@
-"""PDP and what it is compared with, as methods of :mod:`experiments.phases`.
+"""PDP and what it is compared with, as methods of ``phases``.
 
 Each has four settings to try, two learning rates by two of its own. Soft masks
 and gradual ones alike follow a ramp that ends ``end`` of the way through the
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.phases import Method
+from experiments.pdp.phases import Method
 from jaxprune import masks, reparam, select, soft, tree
 
 COLD = 0.01  # The relative temperature at which soft masks harden.

@@ -14,9 +14,8 @@ draws at every step, against one that applies fixed masks; ``lap`` are Lookahead
 scores of a VGG-16 with BatchNorm, against |w|; ``read`` is one global drawing
 against 32 readings of the weights, wall time where there is an accelerator and
 a figure without meaning on a CPU. Temporaries and compile times are those of
-the first of the two. The rows of planning and
-shrinking are described in ``experiments.shrinking``, those of training steps
-with PDP in ``experiments.soft_steps``.
+the first of the two. ``shrinking`` describes the rows of planning and
+shrinking, ``soft_steps`` those of training steps with PDP.
 """
 
 import json
@@ -31,16 +30,10 @@ import optax
 from absl import flags
 
 import jaxprune
-from experiments import command, shrinking, soft_steps
+from experiments import command
+from experiments.benchmark import shrinking, soft_steps
 from experiments.flags import BadInputError
-from jaxprune import (
-  distributions,
-  lookahead,
-  masks,
-  scores,
-  select,
-  transforms,
-)
+from jaxprune import distributions, lookahead, masks, scores, select, transforms
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
 _F = flags.FlagValues()

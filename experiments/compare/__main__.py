@@ -16,9 +16,9 @@ steps before it and 5,000 after; round k prunes the trained network to
 (1 - p)^k of each layer, with p = 0.5, and half of that in the last. Theirs, not
 run, is ``--pretrain=50000 --steps=50000 --rounds=4,5,6,7,8,9,10``.
 
-A contender is a score of ``experiments.choices``, with ``@distribution`` for
-one of its own: ``--contenders=lap,magnitude@global --schedule=cubic
---granularity=4x4 --sparsities=0.9``. What has run is not run again.
+A contender is a score of ``choices``, with ``@distribution`` for one of its
+own: ``--contenders=lap,magnitude@global --schedule=cubic --granularity=4x4
+--sparsities=0.9``. What has run is not run again.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from experiments import choices, standings, thin, train
+from experiments import command, train
+from experiments.compare import choices, standings, thin
 from jaxprune import (
   data,
   distributions,
@@ -484,15 +485,12 @@ def main(argv: Sequence[str]) -> int:
   Args:
     argv: without the name of the program.
   """
-  _FLAGS.unparse_flags()
-  for name in _FLAGS:
-    _FLAGS[name].unparse()
   try:
-    rest = _FLAGS(['compare', *argv])[1:]
-    if rest:
-      raise ValueError(f'{rest[0]!r} is no flag; write --name=value.')
+    if command.helped(_FLAGS, argv, __doc__):
+      return 0
+    command.parse(_FLAGS, argv)
     done = list(run(_TABLE.value))
-  except (flags.Error, ValueError) as error:
+  except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   print(standings.table(done))

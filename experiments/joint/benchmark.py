@@ -1,7 +1,7 @@
 """What a vector step costs, against one forward pass on the same batch.
 
-  python -m experiments.joint_benchmark
-  python -m experiments.joint_benchmark --rounds=3 --batch=8
+  python -m experiments.joint.benchmark
+  python -m experiments.joint.benchmark --rounds=3 --batch=8
 
 ``forward`` is ResNet-20 with batch statistics on 32 x 32 images. ``step`` is a
 whole vector step with n vectors: perturbations, masks, losses, penalty,

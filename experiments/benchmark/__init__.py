@@ -1,0 +1,1 @@
+"""What the maths, the steps and the small networks cost."""

@@ -1,0 +1,1 @@
+"""Which score finds the weights that are not needed."""

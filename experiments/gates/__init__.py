@@ -1,0 +1,1 @@
+"""Gates of four granularities in one objective."""

@@ -1,0 +1,1 @@
+"""JointPruning against single dimensions."""

@@ -1,0 +1,89 @@
+"""The network of a vector, trained."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+import jaxprune as jp
+from experiments import recipes, train
+from experiments.joint.supernets import parted
+from experiments.joint.tasks import Task
+from jaxprune import joint, models, plans, recovery
+from jaxprune.structure import canvas
+
+
+def finish(
+  task: Task, vector: joint.PruningVector, params: Any
+) -> dict[str, Any]:
+  """Trains the network of a vector; returns its figures.
+
+  Args:
+    task: the task.
+    vector: on the budget.
+    params: of the supernet, to start from; None for new ones.
+  """
+  config = task.config
+  plan = joint.plan(task.space, vector)
+  shapes = jp.shrink(task.graph, plan, task.initial)
+  small = _without_none(shapes)
+  options = {'skippable': False} if hasattr(task.module, 'skippable') else {}
+  module = task.module.clone(
+    widths=models.widths(small['params']),
+    **({'drop': plan.dropped} if hasattr(task.module, 'drop') else {}),
+    **options,
+  )
+  side = vector.side
+  resize = lambda x: x if side in (None, x.shape[1]) else canvas.resize(x, side)
+  prepared = lambda x: resize(task.prepare(x))
+  key = jax.random.key(config.seed)
+  x = prepared(task.examples.images[: config.batch])
+  variables = jax.jit(module.init)(key, x[:1])
+  if params is not None and config.start == 'shared':
+    whole = {**task.initial, 'params': params}
+    variables = _without_none(jp.shrink(task.graph, plan, whole))
+    params = variables['params']
+    update = jax.jit(lambda stats, x: module.apply(
+      {'params': params, 'batch_stats': stats}, x, train=True,
+      mutable=['batch_stats'],
+    )[1]['batch_stats'])  # fmt: skip
+    batches = [
+      prepared(task.examples.images[k : k + config.batch])
+      for k in range(0, 20 * config.batch, config.batch)
+      if k + config.batch <= len(task.examples.labels)
+    ]
+    stats = recovery.batch_statistics(update, variables['batch_stats'], batches)
+    variables = {'params': params, 'batch_stats': stats}
+  count = len(task.examples.labels) // config.batch
+  tx = recipes.sgd(
+    config.learning_rate, config.weight_decay, count * config.epochs
+  )
+  change = lambda key, images: resize(task.change(key, images))
+  step = train.make_step(module.apply, tx, task.prepare, change=change)
+  run = train.make_runner(step, seed=config.seed, batch=config.batch)
+  params, stats = parted(train.own(variables))
+  state = train.State(params, stats, tx.init(params))
+  for epoch in range(config.epochs):
+    state, _ = run(state, task.examples, epoch, 0, count)
+  evaluate = train.make_evaluate(module.apply, prepared)
+  return {
+    'accuracy': evaluate(train.variables(state), task.test),
+    'macs': task.cost(vector) / joint.whole(task.space, task.cost),
+    'vector': json.loads(joint.to_json(vector)),
+    'widths': {
+      name: list(pair) for name, pair in plans.widths(task.graph, plan).items()
+    },
+  }
+
+
+def _without_none(tree: Any) -> Any:
+  """A pytree of dicts without the branches that hold nothing."""
+  if not isinstance(tree, Mapping):
+    return tree
+  kept = {name: _without_none(child) for name, child in tree.items()}
+  return {
+    name: child
+    for name, child in kept.items()
+    if child is not None and not (isinstance(child, dict) and not child)
+  }

@@ -1,0 +1,1 @@
+"""PDP against its baselines."""
