@@ -12,6 +12,10 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 )
 
+import hypothesis
 import jax
 
+# The same examples in every run: what is red on one machine is red on all.
+hypothesis.settings.register_profile('same', derandomize=True, deadline=None)
+hypothesis.settings.load_profile('same')
 jax.config.update('jax_numpy_rank_promotion', 'raise')

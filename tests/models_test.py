@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax.errors import InvalidRngError
 from jax import lax
+from traces import counted
 
 from jaxprune import models, tree
 from jaxprune.models import layers
@@ -242,7 +243,19 @@ def family(name):
   return model, values(shapes(model, x)), jnp.asarray(batch)
 
 
-every_family = pytest.mark.parametrize('name', FAMILIES)
+# One of each kind; the others are among the slow tests.
+QUICK = ('resnet', 'bottleneck', 'vgg', 'mlp', 'mobilenet_v2', 'bert')
+
+
+def marked(names):
+  """Marks as slow what is not quick."""
+  return [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in names
+  ]
+
+
+every_family = pytest.mark.parametrize('name', marked(FAMILIES))
 
 
 @every_family
@@ -303,7 +316,7 @@ def test_computing_in_bfloat16_keeps_parameters_and_logits(name):
 REMAT = [name for name, (m, _) in FAMILIES.items() if hasattr(m, 'remat')]
 
 
-@pytest.mark.parametrize('name', REMAT)
+@pytest.mark.parametrize('name', marked(REMAT))
 def test_remat_changes_the_program_and_not_the_variables(name):
   model, variables, x = family(name)
   again = model.clone(remat=True)
@@ -335,7 +348,7 @@ def test_remat_gives_the_same_gradient():
 RESIZABLE = [name for name in FAMILIES if name not in ('mlp', 'lenet5', 'bert')]
 
 
-@pytest.mark.parametrize('name', RESIZABLE)
+@pytest.mark.parametrize('name', marked(RESIZABLE))
 def test_paddings_do_not_depend_on_the_side_of_the_image(name):
   model, _ = FAMILIES[name]
   if getattr(model, 'head', 'pool') == 'flatten':
@@ -445,7 +458,6 @@ def test_a_skipped_block_is_left_out(name):
   short = model.clone(drop=(block,), widths=drop)
   assert shapes(short, x)['params'].keys() == params.keys()
 
-  @jit
   def run(keep):
     whole = model.apply(variables, x)
     static = model.apply(variables, x, keep={block: False})
@@ -457,13 +469,14 @@ def test_a_skipped_block_is_left_out(name):
       short.apply({**variables, 'params': params}, x),
     )
 
+  run, traces = counted(run)
   whole, static, traced, short_ = run(jnp.array(False))
   np.testing.assert_allclose(traced, static, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(short_, static, rtol=1e-5, atol=1e-5)
   assert np.abs(whole - static).max() > 1e-3
   whole, _, traced, _ = run(jnp.array(True))
   np.testing.assert_allclose(traced, whole, rtol=1e-5, atol=1e-5)
-  assert run._cache_size() == 1
+  assert len(traces) == 1
 
 
 def test_a_skipped_block_keeps_its_statistics_in_training():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from traces import counted
 
 from jaxprune import plans, structure, tree
 
@@ -89,7 +90,7 @@ def run():
     out, new = CALL(params, units, blocks, X)
     return jnp.vdot(out, WEIGHTS), (out, new)
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return counted(jax.value_and_grad(loss, has_aux=True))
 
 
 def masks_of(bits):
@@ -116,7 +117,8 @@ def test_a_choice_computes_what_the_masked_network_of_its_plan_does(
   switches = dict(zip(BLOCKS, is_open, strict=True))
   dropped = [name for name, stays in switches.items() if not stays]
   plan = plans.from_masks(GRAPH, masks, dropped)
-  (_, (out, new)), grads = run()(PARAMS, masks, switches)
+  call, traces = run()
+  (_, (out, new)), grads = call(PARAMS, masks, switches)
 
   def loss(params):
     out, new = plans.masked(GRAPH, plan)(params, X)
@@ -133,7 +135,7 @@ def test_a_choice_computes_what_the_masked_network_of_its_plan_does(
     np.testing.assert_allclose(np.where(mask, 0, grad), 0, atol=1e-6)
   for a, b in zip(cut(new), cut(stats), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  assert run()._cache_size() == 1
+  assert len(traces) == 1
   frozen = plans.leaf_masks(GRAPH, plan)
   for path, x in tree.leaves(new).items():
     old = tree.leaves(PARAMS)[path]
@@ -143,7 +145,7 @@ def test_a_choice_computes_what_the_masked_network_of_its_plan_does(
 
 def test_all_open_is_the_network():
   assert BLOCKS == ['block', 'tokens']
-  (_, (out, new)), _ = run()(
+  (_, (out, new)), _ = run()[0](
     PARAMS, masks_of([True] * BITS), dict.fromkeys(BLOCKS, True)
   )
   want = net(PARAMS, X)
@@ -167,7 +169,7 @@ def test_weights_stay_one_under_vmap():
   out, _ = jax.jit(many)(PARAMS, units, blocks, X)
   for k in range(3):
     choice = jax.tree.map(lambda x, k=k: x[k], (units, blocks))
-    (_, (one, _)), _ = run()(PARAMS, *choice)
+    (_, (one, _)), _ = run()[0](PARAMS, *choice)
     np.testing.assert_allclose(out[k], one, rtol=1e-4, atol=1e-5)
 
 
