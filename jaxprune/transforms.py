@@ -243,8 +243,10 @@ def soft_shrinkage(
     def shrink(w, u, mask):
       if u is None or masks_lib.is_dense(mask):
         return u
-      part = jnp.where(soft, factor, 0).astype(u.dtype)
-      return jnp.where(mask, u, part * u + (part - 1) * w.astype(u.dtype))
+      minus_w = _minus(w, u)
+      part = jnp.where(soft, factor, 0).astype(minus_w.dtype)
+      less = part * (u - minus_w) + minus_w
+      return jnp.where(mask, u, jnp.where(part > 0, less, minus_w))
 
     masks = jax.lax.cond(due, redraw, lambda: old)
     held = masks_lib.pack(masks) if packed else masks
@@ -396,7 +398,9 @@ def project(
 ) -> optax.Updates:
   """Returns updates that make pruned weights exactly zero.
 
-  u where mask, else -w; w + (-w) is 0 in every floating type.
+  u where mask, else -w; w + (-w) is 0 in every floating type. Updates that
+  are narrower than their params take the type of the two together, as a
+  bfloat16 holds no -w of float32.
 
   Args:
     updates: pytree like params; None where a leaf is not updated.
@@ -412,7 +416,7 @@ def project(
   def one(w, u, mask):
     if u is None or masks_lib.is_dense(mask):
       return u
-    return jnp.where(mask, u, -w.astype(u.dtype))
+    return jnp.where(mask, u, _minus(w, u))
 
   return jax.tree.map(one, params, updates, masks)
 
@@ -477,6 +481,11 @@ def _due(
     state.mask_sparsity,
   )
   return jnp.any(jnp.stack(jax.tree.leaves(due))), levels
+
+
+def _minus(w: jax.Array, u: jax.Array) -> jax.Array:
+  """Returns -w, exactly, in the type of w and u together."""
+  return -w.astype(jnp.promote_types(u.dtype, w.dtype))
 
 
 def applied(params, updates) -> tree_lib.PyTree:

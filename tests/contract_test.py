@@ -271,6 +271,49 @@ def test_zeros_of_float32_masters_are_exact_after_the_cast():
   assert zeros(low) == zeros(params) == [96, 96]
 
 
+NARROW = {
+  'multi_steps': lambda link: optax.MultiSteps(chained(link), 1),
+  'sgd': lambda link: chained(link, optax.sgd(1e-2)),
+  'momentum': WRAPPERS['momentum'],
+  'moments': WRAPPERS['moments'],
+  'rigl': lambda _: MOVERS['rigl'](optax.sgd(1e-2)),
+}
+
+
+@pytest.mark.parametrize('narrow', [False, True])
+@pytest.mark.parametrize(
+  ('wrapper', 'link'),
+  [
+    ('sgd', 'gradual'),
+    ('rigl', 'gradual'),
+    *(slow('sgd', link) for link in list(LINKS)[1:]),
+    *(slow(w, 'gradual') for w in ('multi_steps', 'momentum', 'moments')),
+  ],
+)
+def test_bfloat16_compute_with_float32_masters(wrapper, link, narrow):
+  low = lambda params: jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+
+  def loss(params):
+    params = params if narrow else low(params)
+    return sum(jnp.sum(w**2) / 20 for w in jax.tree.leaves(params))
+
+  tx = NARROW[wrapper](LINKS[link]())
+
+  @jax.jit
+  def step(params, state):
+    grads = jax.grad(loss)(low(params) if narrow else params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = start(link, network())
+  state = tx.init(params)
+  for _ in range(STEPS):
+    params, state = step(params, state)
+  assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(params))
+  assert sum(zeros(params)) >= 192
+  transforms.check(params, optax.tree.get(state, 'masks'))
+
+
 @pytest.mark.parametrize(
   'link',
   [

@@ -59,6 +59,20 @@ def test_by_hand(regrow, expected):
   assert (int(state.step), float(state.mask_sparsity)) == (1, 0.5)
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+  'link',
+  [
+    transforms.sparsify(jnp.abs, 2 / 3),
+    transforms.soft_shrinkage(jnp.abs, 2 / 3, end=0),
+  ],
+)
+def test_zeros_are_exact_under_narrower_updates(link, dtype):
+  w = jnp.array([1.2345678, 2.3456789, 9.0])
+  u, _ = link.update(jnp.zeros(3, dtype), link.init(w), w)
+  assert optax.apply_updates(w, u).tolist() == [0, 0, 9]
+
+
 @pytest.mark.parametrize('every', [1, 3, 4, 7])
 def test_zeros_follow_the_schedule_and_reach_the_target(every):
   schedule = schedules.cubic(0.8, begin=2, end=10)
@@ -231,6 +245,18 @@ def test_soft_shrinkage_shrinks_then_cuts():
     seen.append(w.tolist())
   # 1 + 8 passes 8 on the third step: the weight has come back.
   assert seen == [[8, 2], [8, 1], [4, 9], [0, 9], [0, 9]]
+
+
+@pytest.mark.parametrize('factor', [0.0, 0.5])
+def test_not_a_number_does_not_get_past_the_cut(factor):
+  tx = transforms.soft_shrinkage(
+    lambda w: jnp.abs(w), 0.5, end=0, factor=factor
+  )
+  w = jnp.array([8.0, 4.0])
+  u, state = tx.update(jnp.zeros(2), tx.init(w), w)
+  w = optax.apply_updates(w, u)
+  u, _ = tx.update(jnp.array([0.0, jnp.nan]), state, w)
+  assert optax.apply_updates(w, u).tolist() == [8, 0]
 
 
 def test_keep_sparse_finds_zeros_and_checks_shapes():
