@@ -197,7 +197,7 @@ def draw(
     grain = grains[path]
     if isinstance(grain, masks_lib.NByM):
       if not recipe.regrow:
-        x = jnp.where(previous[path], x, -jnp.inf)
+        x = _dead_last(x, previous[path])
       s = _pick(levels, rules[path])
       fewer = grain.m - jnp.round(s * grain.m).astype(jnp.int32)
       n = jnp.maximum(fewer, grain.n)
@@ -214,12 +214,19 @@ def draw(
     if not recipe.regrow:
       for path, x in units.items():
         steps = tuple(slice(None, None, n) for n in sizes[path])
-        kept = previous[path][steps]
-        units[path] = jnp.where(kept, x, -jnp.inf)
+        units[path] = _dead_last(x, previous[path][steps])
     keep = _budget(recipe, {path: shapes[path] for path in units}, levels)
     for path, mask in select.top_masks(units, keep).items():
       drawn[path] = masks_lib.spread(mask, sizes[path], shapes[path])
+  if not recipe.regrow:  # A sparsity that falls leaves masks as they are.
+    drawn = {path: mask & previous[path] for path, mask in drawn.items()}
   return tree_lib.map_with_path(lambda path, _: drawn[path], scores)
+
+
+def _dead_last(x: jax.Array, alive: jax.Array) -> jax.Array:
+  """Returns scores in which what is pruned ranks below all else, NaN too."""
+  least = jnp.finfo(x.dtype).min
+  return jnp.where(alive, jnp.where(x > least, x, least), -jnp.inf)
 
 
 def _budget(recipe: Recipe, shapes: distributions_lib.Shapes, levels: Any):

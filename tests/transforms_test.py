@@ -212,6 +212,26 @@ def test_without_regrowth_masks_only_lose():
   assert not regrown(trace(False, granularity=masks.channels()))
 
 
+@pytest.mark.parametrize(
+  'granularity',
+  [None, masks.blocks({0: 2}), masks.groups(2, 4, axis=0)],
+)
+@pytest.mark.parametrize('bad', [jnp.nan, -jnp.inf])
+def test_without_regrowth_no_score_brings_back_the_dead(bad, granularity):
+  levels = lambda step: jnp.array([0.25, 0.5, 0.25])[step]
+  tx = transforms.sparsify(
+    None, levels, granularity=granularity, which=lambda *_: True
+  )
+  w = jnp.arange(1.0, 17.0)
+  scores_by_step = [w, w.at[4:].set(bad), w]
+  state, alive = tx.init(w), jnp.ones(16, bool)
+  for x in scores_by_step:
+    _, state = tx.update(jnp.zeros(16), state, w, scores=x)
+    assert not (state.masks & ~alive).any()
+    alive = state.masks
+  assert int(alive.sum()) == 8
+
+
 def test_a_falling_sparsity_grows_weights_again():
   schedule = schedules.prune_then_regrow(0.9, 0.5, begin=0, turn=2, end=4)
   tx = transforms.sparsify(scores.magnitude, schedule, regrow=True)
