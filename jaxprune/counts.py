@@ -67,7 +67,8 @@ def kept_limbs(sizes: Sequence[int], sparsity: jax.Array) -> Limbs:
     ([0, 16], [5, 0])
   """
   limbs_of = jnp.asarray(np.stack([split(size) for size in sizes]))
-  high, low, half, rest = jax.vmap(scale)(limbs_of, sparsity)
+  high, low, point, rest = jax.vmap(scale)(limbs_of, sparsity)
+  half, rest = at_half(point, rest)
   up = half & (rest | (low & 1 == 1))
   pruned = carry(high, low + up.astype(jnp.uint32))
   whole = (limbs_of[:, 1] + (limbs_of[:, 2] << 16), limbs_of[:, 0])
@@ -89,8 +90,8 @@ def scale(
     fraction: float32 of shape [].
 
   Returns:
-    The integer part as high * 2**16 + low, whether the first bit after the
-    point is set, and whether any later bit is.
+    The integer part as high * 2**16 + low, the first 32 bits after the point,
+    and whether any later bit is set.
   """
   bits = jax.lax.bitcast_convert_type(
     jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0), jnp.uint32
@@ -108,14 +109,25 @@ def scale(
     product = product.at[i].set(product[i] & 0xFFFF)
   # fraction = mantissa 2**-shift, with 23 <= shift <= 149.
   shift = 150 - exponent
+  product = jnp.pad(product, (2, 4))  # From 32 bits before the point.
   limb, bit = shift // 16, (shift % 16).astype(jnp.uint32)
-  window = jax.lax.dynamic_slice(jnp.pad(product, (0, 4)), (limb,), (4,))
-  whole = ((window[:3] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
-  limb, bit = (shift - 1) // 16, ((shift - 1) % 16).astype(jnp.uint32)
-  half = (product[limb] >> bit) & 1 == 1
-  below = jnp.where(jnp.arange(16) < limb, product, 0)
-  rest = jnp.any(below > 0) | (product[limb] & ((np.uint32(1) << bit) - 1) > 0)
-  return whole[1] + (whole[2] << 16), whole[0], half, rest
+  window = jax.lax.dynamic_slice(product, (limb,), (6,))
+  parts = ((window[:5] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
+  below = jnp.where(jnp.arange(22) < limb, product, 0)
+  rest = jnp.any(below > 0) | (window[0] & ((np.uint32(1) << bit) - 1) > 0)
+  return (
+    parts[3] + (parts[4] << 16), parts[2], parts[0] + (parts[1] << 16), rest
+  )  # fmt: skip
+
+
+def at_half(point: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns whether a fraction is a half or more, and whether it is off it.
+
+  Args:
+    point: the first 32 bits after the point, as :func:`scale` gives them.
+    rest: whether any later bit is set.
+  """
+  return point >> 31 == 1, rest | (point << 1 > 0)
 
 
 def limbs(count: Keep) -> Limbs:

@@ -2,7 +2,7 @@
 
 A distribution is a function ``(shapes, sparsity) -> kept``: from the leaves
 that are pruned, by path, and one sparsity for all of them together, to the
-number of weights each leaf keeps. It runs on the host, in float64, on static
+number of weights each leaf keeps. It runs on the host, exactly, on static
 data; what is kept adds up to n - round(s n) over all prunable weights to the
 unit, and a leaf that reaches its bound stays there while the others take over
 its share. Leaves that stay dense are no part of the budget.
@@ -38,21 +38,41 @@ Distribution = Callable[[Shapes, float], Kept] | Pooled
 
 
 def uniform(shapes: Shapes, sparsity: float) -> Kept:
-  """Gives every leaf the same sparsity, n - round(s n) of its weights.
+  """Gives every leaf the same sparsity, to a weight.
+
+  Of a leaf floor(s n) weights go, and one more where the fraction is largest,
+  until all leaves together keep N - round(s N). Of equal fractions, compared
+  to 32 bits, the earlier leaf keeps its weight.
 
   Args:
     shapes: path -> shape of a leaf that is pruned.
     sparsity: s in [0, 1], static.
 
   Returns:
-    path -> number of weights kept.
+    path -> number of weights kept; the sum is N - round(s N).
 
   Examples:
     >>> uniform({'a': (2, 5), 'b': (4, 4)}, 0.5)
     {'a': 5, 'b': 8}
+    >>> uniform({'a': (5,), 'b': (5,), 'c': (5,)}, 0.5)
+    {'a': 3, 'b': 2, 'c': 2}
   """
-  sizes = _sizes(shapes)
-  return {path: counts_lib.kept(n, sparsity) for path, n in sizes.items()}
+  return _evenly(_sizes(shapes), sparsity)
+
+
+def _evenly(sizes: Mapping[str, int], sparsity: float) -> Kept:
+  total = sum(sizes.values())
+  pruned = total - counts_lib.kept(total, sparsity)
+  numerator, denominator = float(sparsity).as_integer_ratio()
+  kept, points = {}, []
+  for path, size in sizes.items():
+    whole, rest = divmod(size * numerator, denominator)
+    kept[path] = size - whole
+    pruned -= whole
+    points.append((-((rest << 32) // denominator), -len(points), path))
+  for _, _, path in sorted(points)[:pruned]:
+    kept[path] -= 1
+  return kept
 
 
 def uniform_plus(
@@ -184,7 +204,7 @@ def share(
 
   kept_l = clip(c weights_l, lowest_l, sizes_l), with the c that meets the
   budget; fractions are settled by the largest remainder, the earlier leaf
-  first.
+  first. Leaves of weight 0 share what the others cannot hold by their sizes.
 
   Args:
     sizes: path -> number of weights.
@@ -241,6 +261,8 @@ def _water(
   free = set(range(len(weights)))
   left = fractions.Fraction(budget)
   while free:
+    if not any(weights[i] for i in free):
+      weights = [fractions.Fraction(n) for n in high]
     total = sum((weights[i] for i in free), zero)
     rate = left / total if total else zero
     over = {i for i in free if rate * weights[i] > high[i]}
@@ -408,7 +430,8 @@ def interpolate(
   split = jax.vmap(counts_lib.scale, (0, None))
   limbs = [(np.abs(steps) >> shift) & 0xFFFF for shift in (0, 16, 32)]
   step = jnp.asarray(np.stack(limbs, -1), jnp.uint32)[row]
-  high, low, half, rest = split(step, weight)
+  high, low, point, rest = split(step, weight)
+  half, rest = counts_lib.at_half(point, rest)
   base = (
     jnp.asarray(counts >> 16, jnp.uint32)[row],
     jnp.asarray(counts & 0xFFFF, jnp.uint32)[row],
@@ -462,53 +485,59 @@ def counts(
     >>> high.tolist(), low.tolist()
     ([0, 0], [25, 75])
   """
+  if distribution is uniform:
+    if isinstance(sparsity, float | int):
+      return _evenly(units, sparsity)
+    return uniform_counts(list(units.values()), sparsity, levels)
   if isinstance(sparsity, float | int):
     _, pruned = table(distribution, shapes, units, [sparsity], grid=False)
     pairs = zip(shapes, pruned[0], strict=True)
     return {path: units[path] - int(count) for path, count in pairs}
   sizes = list(units.values())
-  if distribution is uniform:
-    each = jnp.broadcast_to(sparsity, (len(sizes),))
-    return uniform_counts(sizes, each, [levels] * len(sizes))
   pruned = interpolate(*table(distribution, shapes, units, levels), sparsity)
   whole = counts_lib.stack([counts_lib.limbs(size) for size in sizes])
   return counts_lib.minus(whole, pruned)
 
 
 def uniform_counts(
-  sizes: Sequence[int],
-  sparsity: jax.Array,
-  levels: Sequence[Sequence[float]],
+  sizes: Sequence[int], sparsity: jax.Array, levels: Sequence[float]
 ) -> counts_lib.Limbs:
-  """Returns n - round(s n) of each leaf, in float64 where s is a level.
+  """Returns what :func:`uniform` keeps at a sparsity known under jit.
 
   Args:
     sizes: n of each leaf, static.
-    sparsity: s of each leaf in [0, 1], float32, shape [leaves], traced.
-    levels: for each leaf the static sparsities that s stands for wherever it
-      equals their float32.
+    sparsity: s in [0, 1], float32, shape [], traced.
+    levels: the static sparsities that s stands for wherever it equals their
+      float32.
 
   Returns:
     Limbs, uint32 of shape [leaves].
 
   Examples:
-    >>> s = jnp.full(1, 0.9)
-    >>> high, low = uniform_counts([10**9], s, [()])
+    >>> s = jnp.float32(0.9)
+    >>> high, low = uniform_counts([10**9], s, [])
     >>> int(high[0]) * 2**16 + int(low[0])
     100000024
-    >>> high, low = uniform_counts([10**9], s, [(0.9,)])
+    >>> high, low = uniform_counts([10**9], s, [0.9])
     >>> int(high[0]) * 2**16 + int(low[0])
     100000000
   """
-  keep = counts_lib.kept_limbs(sizes, sparsity)
-  for i in range(max(map(len, levels), default=0)):
-    column = [row[min(i, len(row) - 1)] if row else None for row in levels]
-    exact = [
-      0 if level is None else counts_lib.kept(size, float(level))
-      for size, level in zip(sizes, column, strict=True)
-    ]
-    nan = [np.nan if level is None else level for level in column]
-    here = sparsity == np.array(nan, np.float32)
+  whole = counts_lib.stack([counts_lib.limbs(size) for size in sizes])
+  total = counts_lib.limbs(sum(sizes))
+  kept = counts_lib.kept_limbs([sum(sizes)], jnp.asarray(sparsity)[None])
+  split = jnp.asarray(np.stack([counts_lib.split(size) for size in sizes]))
+  scale = jax.vmap(counts_lib.scale, (0, None))
+  high, low, point, _ = scale(split, jnp.asarray(sparsity))
+  value = lambda limbs: (limbs[0] << 16) + limbs[1]  # Modulo 2**32.
+  pruned = value(total) - value(kept)[0]
+  missing = pruned - jnp.sum(value((high, low)), dtype=jnp.uint32)
+  order = jnp.argsort(~point[::-1], stable=True)  # Last first, where equal.
+  extra = (jnp.argsort(order)[::-1] < missing).astype(jnp.uint32)
+  keep = counts_lib.minus(whole, counts_lib.carry(high, low + extra))
+  for level in levels:
+    named = dict(enumerate(sizes))
+    exact = list(_evenly(named, float(level)).values())
+    here = sparsity == np.float32(level)
     high = np.array([count >> 16 for count in exact], np.uint32)
     low = np.array([count & 0xFFFF for count in exact], np.uint32)
     keep = jnp.where(here, high, keep[0]), jnp.where(here, low, keep[1])

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import schedules, select
@@ -211,11 +213,16 @@ def draw(
     rescale = getattr(distribution, 'rescale', None)
     if rescale is not None:
       units = rescale(units)
+    alive = None
     if not recipe.regrow:
+      alive = {}
       for path, x in units.items():
         steps = tuple(slice(None, None, n) for n in sizes[path])
-        units[path] = _dead_last(x, previous[path][steps])
-    keep = _budget(recipe, {path: shapes[path] for path in units}, levels)
+        held = previous[path][steps]
+        units[path] = _dead_last(x, held)
+        alive[path] = counts_lib.true(held)
+    shared = {path: shapes[path] for path in units}
+    keep = kept_units(recipe, shared, levels, alive)
     for path, mask in select.top_masks(units, keep).items():
       drawn[path] = masks_lib.spread(mask, sizes[path], shapes[path])
   if not recipe.regrow:  # A sparsity that falls leaves masks as they are.
@@ -229,25 +236,65 @@ def _dead_last(x: jax.Array, alive: jax.Array) -> jax.Array:
   return jnp.where(alive, jnp.where(x > least, x, least), -jnp.inf)
 
 
-def _budget(recipe: Recipe, shapes: distributions_lib.Shapes, levels: Any):
-  """Returns how many units to keep: one count if pooled, else one by path."""
+def kept_units(
+  recipe: Recipe,
+  shapes: distributions_lib.Shapes,
+  levels: Any,
+  alive: Mapping[str, counts_lib.Limbs] | None = None,
+) -> Any:
+  """Returns how many blocks to keep: one count if pooled, else one by leaf.
+
+  Args:
+    recipe: the arguments of a transformation.
+    shapes: path -> shape of a leaf that is pruned in blocks.
+    levels: the sparsity, or a dict of them by rule: static, which gives ints
+      by path; or traced, which gives limbs.
+    alive: how many blocks of a leaf may be kept, all by default. What rounding
+      would give a leaf beyond, others of its rule keep.
+  """
   grains, rules = recipe.grains(shapes), recipe.rules(shapes)
-  units = {}
+  units, groups = {}, {}
   for path, shape in shapes.items():
     grain = grains[path]
-    if isinstance(grain, masks_lib.Blocks):
-      lengths = zip(shape, grain.along(shape), strict=True)
-      units[path] = math.prod(-(-n // size) for n, size in lengths)
-  shapes = {path: shapes[path] for path in units}
+    assert isinstance(grain, masks_lib.Blocks)
+    lengths = zip(shape, grain.along(shape), strict=True)
+    units[path] = math.prod(-(-n // size) for n, size in lengths)
+    groups.setdefault(rules[path], []).append(path)
   exact = lambda rule: getattr(_pick(recipe.sparsity, rule), 'levels', ())
   if isinstance(recipe.distribution, distributions_lib.Pooled):
-    total, s = [sum(units.values())], jnp.asarray(levels)[None]
-    pooled = distributions_lib.uniform_counts(total, s, [exact(None)])
+    total = [sum(units.values())]
+    pooled = distributions_lib.uniform_counts(total, levels, exact(None))
     return pooled[0][0], pooled[1][0]
-  if isinstance(recipe.sparsity, dict):
-    s = jnp.stack([_pick(levels, rules[path]) for path in units])
-    known = [exact(rules[path]) for path in units]
-    return distributions_lib.uniform_counts(list(units.values()), s, known)
-  return distributions_lib.counts(
-    recipe.distribution, shapes, units, levels, exact(None)
-  )
+  found = []
+  for rule, paths in groups.items():
+    keep = distributions_lib.counts(
+      recipe.distribution,
+      {path: shapes[path] for path in paths},
+      {path: units[path] for path in paths},
+      _pick(levels, rule),
+      exact(rule),
+    )
+    if alive is not None:
+      most = counts_lib.stack([alive[path] for path in paths])
+      keep = _at_most(most, keep)
+    found.append(keep)
+  if isinstance(found[0], dict):
+    return {path: n for keep in found for path, n in keep.items()}
+  named = [path for paths in groups.values() for path in paths]
+  order = np.array([named.index(path) for path in units])
+  high, low = (jnp.concatenate(limbs) for limbs in zip(*found, strict=True))
+  return high[order], low[order]
+
+
+def _at_most(
+  most: counts_lib.Limbs, keep: counts_lib.Limbs
+) -> counts_lib.Limbs:
+  """Returns counts at most ``most``, with the sum kept where there is room."""
+  small = lambda limbs: jnp.where(limbs[0] > 0, 0xFFFF, limbs[1])
+  lack = jnp.sum(small(counts_lib.minus(keep, most)), dtype=jnp.uint32)
+  over = counts_lib.at_least(keep, most)
+  high, low = (jnp.where(over, a, b) for a, b in zip(most, keep, strict=True))
+  room = small(counts_lib.minus(most, keep))
+  before = jnp.cumsum(room, dtype=jnp.uint32) - room
+  left = jnp.where(lack > before, lack - before, 0)
+  return counts_lib.carry(high, low + jnp.minimum(left, room))

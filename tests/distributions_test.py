@@ -1,5 +1,7 @@
 """Tests of distributions: budgets met to the weight, bounds held."""
 
+import fractions
+import functools
 import math
 
 import hypothesis
@@ -26,10 +28,10 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize('name', SHARED)
+@pytest.mark.parametrize('name', ['uniform', *SHARED])
 @pytest.mark.parametrize('sparsity', [0.0, 0.1, 0.5, 0.777, 0.83])
 def test_budget_is_met_exactly(name, sparsity):
-  kept = SHARED[name](SHAPES, sparsity)
+  kept = SHARED.get(name, distributions.uniform)(SHAPES, sparsity)
   assert list(kept) == list(SHAPES)
   assert sum(kept.values()) == TOTAL - round(sparsity * TOTAL)
   assert all(0 <= kept[path] <= SIZES[path] for path in kept)
@@ -121,14 +123,62 @@ def test_interpolation_sums_to_the_rounded_line():
   assert low.tolist() == [2, 2, 1, 5]  # 9.5 in all: ten, two of them added.
 
 
-def test_traced_counts_past_float32_and_by_leaf():
-  sizes = [3 * 10**9, 3 * 10**9, 10]
-  levels = [(0.9,), (), (0.0, 0.9)]
-  fn = lambda s: distributions.uniform_counts(sizes, s, levels)
-  high, low = jax.jit(fn)(jnp.full(3, 0.9, jnp.float32))
-  got = (np.asarray(high, np.int64) << 16) + np.asarray(low)
-  rough = 3 * 10**9 - round(float(np.float32(0.9)) * 3 * 10**9)
-  assert got.tolist() == [3 * 10**8, rough, 1]
+@functools.cache
+def jitted_counts(sizes, levels):
+  return jax.jit(lambda s: distributions.uniform_counts(sizes, s, levels))
+
+
+def uniform_counts(sizes, sparsity, levels=()):
+  high, low = jitted_counts(tuple(sizes), levels)(jnp.float32(sparsity))
+  return ((np.asarray(high, np.int64) << 16) + np.asarray(low)).tolist()
+
+
+def test_traced_counts_past_float32():
+  sizes = [3 * 10**9, 10, 3 * 10**9]
+  assert uniform_counts(sizes, 0.9, (0.0, 0.9)) == [3 * 10**8, 1, 3 * 10**8]
+  rough = uniform_counts(sizes, 0.9)
+  share = 1 - fractions.Fraction(float(np.float32(0.9)))
+  assert sum(rough) == round(share * sum(sizes))
+  assert all(abs(k - share * n) < 1 for k, n in zip(rough, sizes, strict=True))
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+  st.sampled_from([(5, 5, 5), (0, 1, 7, 2**28), (2**40, 3, 2**33 + 1)]),
+  st.one_of(
+    st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.floats(0, 1, width=32)
+  ),
+)
+def test_uniform_is_fair_to_a_weight_and_the_same_traced(sizes, sparsity):
+  hypothesis.assume(sparsity == 0 or sparsity >= 1e-37)
+  shapes = {str(i): (n,) for i, n in enumerate(sizes)}
+  kept = list(distributions.uniform(shapes, sparsity).values())
+  assert sum(kept) == masks.kept(sum(sizes), sparsity)
+  share = fractions.Fraction(sparsity)
+  exact = [n - share * n for n in sizes]
+  assert all(abs(k - x) < 1 for k, x in zip(kept, exact, strict=True))
+  if sum(sizes) < 2**29:  # Beyond, the static product is one of float64.
+    assert uniform_counts(sizes, sparsity) == kept
+
+
+def test_uniform_rounds_the_whole():
+  shapes = dict.fromkeys('abc', (5,))
+  assert distributions.uniform(shapes, 0.5) == {'a': 3, 'b': 2, 'c': 2}
+  assert uniform_counts([5, 5, 5], 0.5) == [3, 2, 2]
+
+
+def test_leaves_of_no_weight_take_what_is_left():
+  sizes, weights = {'a': 10, 'b': 10}, {'a': 1, 'b': 0}
+  assert distributions.share(sizes, weights, 0.1) == {'a': 10, 'b': 8}
+  assert distributions.share(sizes, weights, 0.5) == {'a': 10, 'b': 0}
+
+
+@pytest.mark.parametrize('shape', [(10, 5), (10, 7)])
+def test_counts_of_units_are_the_same_static_and_traced(shape):
+  given = distributions.uniform, {'a': shape}, {'a': shape[-1]}
+  static = distributions.counts(*given, 0.5)
+  high, low = distributions.counts(*given, jnp.float32(0.5), (0.5,))
+  assert (high.tolist(), low.tolist()) == ([0], [static['a']])
 
 
 def test_units_keep_the_same_part():

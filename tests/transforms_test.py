@@ -83,10 +83,9 @@ def test_zeros_follow_the_schedule_and_reach_the_target(every):
   _, state, zeros = run(tx, weights(), 13)
   for step, (_, conv, head) in enumerate(zeros):
     drawn = step if step >= 10 else step - step % every
-    s = schedule(min(drawn, 10))
-    for found, size in ((conv, 288), (head, 160)):
-      exact = masks.kept(size, 0.8) if drawn >= 10 else masks.kept(size, s)
-      assert found == size - int(exact), (step, every)
+    s = 0.8 if drawn >= 10 else float(schedule(drawn))
+    kept = distributions.uniform({'conv': (288,), 'head': (160,)}, s)
+    assert (288 - conv, 160 - head) == tuple(kept.values()), (step, every)
   assert (zeros[:, 0] == 0).all()
   assert float(optax.tree.get(state, 'mask_sparsity')) == np.float32(0.8)
 
@@ -120,6 +119,30 @@ def test_budgets_are_met_on_every_step(distribution):
   exact = [round(float(schedule(step)) * 448) for step in range(7)]
   assert got[5:].tolist() == [round(0.9 * 448)] * 2
   np.testing.assert_allclose(got, exact, atol=1)
+
+
+@pytest.mark.parametrize('regrow', [False, True])
+@pytest.mark.parametrize('ruled', [False, True])
+def test_many_small_leaves_meet_the_whole_budget(regrow, ruled):
+  keys = jax.random.split(jax.random.key(0), 20)
+  shapes = [(3, 1 + i % 5) for i in range(20)]
+  params = {
+    f'{"ab"[i % 2]}{i}': {'kernel': jax.random.normal(key, shape)}
+    for i, (key, shape) in enumerate(zip(keys, shapes, strict=True))
+  }
+  ramp = schedules.cubic(0.7, begin=0, end=30)
+  levels = {'a.*': ramp, 'b.*': ramp} if ruled else ramp
+  tx = transforms.sparsify(scores.magnitude, levels, regrow=regrow)
+  _, state, _ = run(tx, params, 31)
+  pruned = {'a': 0, 'b': 0}
+  for path, (kept, size) in masks.count(state.masks).items():
+    pruned[path[0]] += size - kept
+  size = {
+    rule: sum(a * b for a, b in shapes[i::2]) for i, rule in enumerate('ab')
+  }
+  if ruled:
+    assert pruned == {rule: round(0.7 * n) for rule, n in size.items()}
+  assert sum(pruned.values()) == round(0.7 * sum(size.values()))
 
 
 def test_rules_for_the_sparsity():
