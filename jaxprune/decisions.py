@@ -5,7 +5,6 @@ every leaf of params: what it will be pruned to, or why it stays dense, or why
 it would be refused. The answer is data; :func:`table` prints it.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Decision(NamedTuple):
   path: str
   shape: tuple[int, ...]
   verdict: str  # 'pruned', 'dense' or 'refused'.
-  sparsity: float | None  # Of its weights; None where the scores will decide.
+  sparsity: float | None  # Of its units; None where the scores will decide.
   unit: str  # What is kept or pruned as one, such as 'element' or '2:4'.
   why: str  # Of a leaf that is not pruned, or of its sparsity; may be empty.
 
@@ -77,7 +76,6 @@ def decide(
   grains = tree_lib.match(recipe.granularity, scored, None)
   rules = recipe.rules(scored)
   dense: dict[str, str] = {}
-  refused: dict[str, str] = {}
   for path in named:
     if path not in scored:
       dense[path] = 'no weight by its name and shape'
@@ -87,8 +85,8 @@ def decide(
       dense[path] = 'its granularity rule says None, or there is none'
     elif isinstance(recipe.sparsity, dict) and rules[path] is None:
       dense[path] = 'no rule for its sparsity'
-    elif problem := drawing.problem(path, grains[path], scored[path].shape):
-      refused[path] = problem
+  live = {k: x.shape for k, x in scored.items() if k not in dense}
+  refused = drawing.refusals(recipe, live)
   pruned = [path for path in scored if path not in {**dense, **refused}]
   shapes = {path: scored[path].shape for path in pruned}
   kept = _kept(recipe, shapes, grains, rules, step)
@@ -155,12 +153,14 @@ def _kept(
   if not shared:
     return found
   if isinstance(recipe.sparsity, dict):
-    return {**found, **{path: (levels[path], '') for path in shared}}
-  level = next(iter(levels.values()))
-  for path, count in recipe.distribution(shared, level).items():
-    size = math.prod(shared[path])
-    why = 'at its bound: the distribution keeps all' if count == size else ''
-    found[path] = 1 - count / size, why if level else ''
+    given = {rules[path]: levels[path] for path in shared}
+  else:
+    given = next(iter(levels.values()))
+  kept = drawing.kept_units(recipe, shared, given)
+  for path, size in drawing.unit_counts(recipe, shared).items():
+    bound = kept[path] == size and levels[path] > 0
+    why = 'at its bound: the distribution keeps all' if bound else ''
+    found[path] = 1 - kept[path] / size if size else 0.0, why
   return found
 
 
@@ -169,7 +169,8 @@ def _level(sparsity: object, rule: str | None, step: int | None) -> float:
   levels = getattr(schedule, 'levels', ())
   if step is None and levels:
     return float(max(levels))
-  return float(schedule(jnp.int32(step or 0)))  # type: ignore
+  found = float(schedule(jnp.int32(step or 0)))  # type: ignore
+  return next((s for s in levels if np.float32(s) == found), found)
 
 
 def _unit(grain: drawing.Grain | None) -> str:

@@ -50,9 +50,7 @@ class Recipe:
     if granularity is None:
       granularity = masks_lib.elements()
     if sparsity is None:
-      if not isinstance(granularity, masks_lib.NByM):
-        raise ValueError('`sparsity` is needed unless all is n_by_m.')
-      sparsity = 1 - granularity.n / granularity.m
+      sparsity = _of_groups(granularity)
     if isinstance(sparsity, Mapping):
       if distribution is not distributions_lib.uniform:
         raise ValueError(
@@ -97,6 +95,22 @@ class Recipe:
     return _decide({rule: rule for rule in self.sparsity}, paths, None)
 
 
+def _of_groups(granularity: Grains) -> float | dict[str, float]:
+  """Returns the sparsity that n_by_m has of itself, by rule if they differ."""
+  rules = granularity
+  if not isinstance(rules, Mapping):
+    rules = {'.*': granularity}
+  found = {}
+  for rule, grain in rules.items():
+    if grain is not None and not isinstance(grain, masks_lib.NByM):
+      raise ValueError('`sparsity` is needed unless all is n_by_m.')
+    if grain is not None:
+      found[rule] = 1 - grain.n / grain.m
+  return (
+    found if len(set(found.values())) > 1 else max(found.values(), default=0.0)
+  )
+
+
 def _schedule(sparsity: Sparsity) -> Callable[[jax.Array], jax.Array]:
   if callable(sparsity):
     return sparsity
@@ -122,17 +136,9 @@ def all_kept(
       'No leaf is left to prune; the paths are: '
       f'{", ".join(tree_lib.leaves(params))}.'
     )
-  problems = []
-  rules = recipe.rules(shapes)
-  for path, grain in recipe.grains(shapes).items():
-    refusal = problem(path, grain, shapes[path])
-    levels = getattr(_pick(recipe.sparsity, rules[path]), 'levels', ())
-    if refusal is None and isinstance(grain, masks_lib.NByM):
-      most = 1 - grain.n / grain.m
-      if levels and max(levels) > most + 1e-6:
-        refusal = f'{grain.n}:{grain.m} prunes {most}, not {max(levels)}'
-    if refusal:
-      problems.append(f'{path} ({refusal})')
+  problems = [
+    f'{path} ({refusal})' for path, refusal in refusals(recipe, shapes).items()
+  ]
   if problems:
     raise ValueError(
       f'Leaves that cannot be pruned in the granularity asked for: '
@@ -165,15 +171,28 @@ def _decide(rules: Mapping[str, Any], paths: Iterable[str], default: Any):
   return tree_lib.match(live, paths, default)
 
 
-def problem(
-  path: str, grain: Grain | None, shape: tuple[int, ...]
-) -> str | None:
-  """Returns why a leaf does not fit its granularity, or None."""
-  if grain is None:
-    return None
-  if isinstance(grain, masks_lib.NByM):
-    return grain.problem(shape, path)
-  return grain.problem(shape)
+def refusals(
+  recipe: Recipe, shapes: distributions_lib.Shapes
+) -> dict[str, str]:
+  """Returns why leaves cannot be pruned as asked, by path."""
+  rules, found = recipe.rules(shapes), {}
+  for path, grain in recipe.grains(shapes).items():
+    if not isinstance(grain, masks_lib.NByM):
+      refusal = grain.problem(shapes[path]) if grain else None
+    else:
+      refusal = grain.problem(shapes[path], path)
+      levels = getattr(_pick(recipe.sparsity, rules[path]), 'levels', ())
+      most = 1 - grain.n / grain.m
+      odd = [s for s in levels if s > most + 1e-6]
+      odd += [s for s in levels[-1:] if s < most - 1e-6]
+      if odd and refusal is None:
+        refusal = (
+          f'{grain.n}:{grain.m} prunes {most:.4g}, not {odd[0]:.4g}; say '
+          f'{most:.4g} by a rule for its sparsity'
+        )
+    if refusal:
+      found[path] = refusal
+  return found
 
 
 def _pick(levels: Any, rule: str | None) -> Any:
@@ -236,6 +255,18 @@ def _dead_last(x: jax.Array, alive: jax.Array) -> jax.Array:
   return jnp.where(alive, jnp.where(x > least, x, least), -jnp.inf)
 
 
+def unit_counts(
+  recipe: Recipe, shapes: distributions_lib.Shapes
+) -> dict[str, int]:
+  """Returns how many blocks each leaf has."""
+  found = {}
+  for path, grain in recipe.grains(shapes).items():
+    assert isinstance(grain, masks_lib.Blocks)
+    lengths = zip(shapes[path], grain.along(shapes[path]), strict=True)
+    found[path] = math.prod(-(-n // size) for n, size in lengths)
+  return found
+
+
 def kept_units(
   recipe: Recipe,
   shapes: distributions_lib.Shapes,
@@ -252,14 +283,9 @@ def kept_units(
     alive: how many blocks of a leaf may be kept, all by default. What rounding
       would give a leaf beyond, others of its rule keep.
   """
-  grains, rules = recipe.grains(shapes), recipe.rules(shapes)
-  units, groups = {}, {}
-  for path, shape in shapes.items():
-    grain = grains[path]
-    assert isinstance(grain, masks_lib.Blocks)
-    lengths = zip(shape, grain.along(shape), strict=True)
-    units[path] = math.prod(-(-n // size) for n, size in lengths)
-    groups.setdefault(rules[path], []).append(path)
+  units, groups = unit_counts(recipe, shapes), {}
+  for path, rule in recipe.rules(shapes).items():
+    groups.setdefault(rule, []).append(path)
   exact = lambda rule: getattr(_pick(recipe.sparsity, rule), 'levels', ())
   if isinstance(recipe.distribution, distributions_lib.Pooled):
     total = [sum(units.values())]

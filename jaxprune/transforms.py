@@ -39,8 +39,9 @@ class SparsifyState(NamedTuple):
   """State of :func:`sparsify`."""
 
   step: jax.Array  # Updates seen so far; int32, shape [].
-  mask_sparsity: Any  # Of the last drawing; float32, shape [], or a dict of
-  # them by rule. Not `sparsity`, which optax.inject_hyperparams may hold.
+  mask_sparsity: Any  # Asked for at the last drawing, float32, shape [], or a
+  # dict of them by rule; masks.sparsity(masks) counts what came of it. Not
+  # `sparsity`, which optax.inject_hyperparams may hold.
   masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
 
 
@@ -79,8 +80,9 @@ def sparsify(
       it may for a score that needs batches.
     sparsity: fraction of zeros. A float prunes once, on the first step; a
       schedule maps a step to it. Rules over paths give each leaf its own (the
-      first match wins, what no rule matches stays dense). Not needed where all
-      is n_by_m.
+      first match wins, what no rule matches stays dense), met by the leaves
+      of a rule together. Not needed where all is n_by_m; what is n_by_m must
+      end at its 1 - n / m.
     distribution: how the leaves share the budget; for rules only ``uniform``.
     granularity: what is kept or pruned as one (``masks.elements()`` by
       default), or rules over paths; a leaf whose rule says None stays dense.

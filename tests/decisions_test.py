@@ -58,7 +58,7 @@ def test_what_the_distribution_gives_and_where_it_is_at_its_bound():
 def test_rules_steps_and_which():
   ramp = schedules.cubic(0.8, begin=0, end=10)
   rows = decided({'conv.*': ramp}, which={'head.*': False})
-  assert rows['conv/kernel'].sparsity == 0.8
+  assert rows['conv/kernel'].sparsity == 1 - 58 / 288
   assert rows['depthwise/kernel'].why == 'no rule for its sparsity'
   assert 'that `which` chooses' in rows['head/kernel'].why
   assert decided(ramp, step=0)['conv/kernel'].sparsity == 0
@@ -72,6 +72,7 @@ def test_rules_steps_and_which():
     {'distribution': distributions.erk},
     {'granularity': {'conv.*': masks.channels(), '.*': masks.elements()}},
     {'granularity': {'conv.*': masks.groups(1, 4), 'head.*': masks.elements()}},
+    {'granularity': masks.channels(axis=-2), 'which': {'head.*': False}},
   ],
 )
 def test_sparsify_does_what_was_decided(options):
@@ -83,6 +84,21 @@ def test_sparsify_does_what_was_decided(options):
   assert {p for p, row in rows.items() if row.verdict == 'pruned'} == set(found)
   for path, (kept, size) in found.items():
     assert 1 - kept / size == pytest.approx(rows[path].sparsity)
+
+
+def test_sparsify_raises_where_a_leaf_is_refused():
+  params = {'kernel': jnp.ones((8, 4))}
+  options = {'granularity': masks.groups(2, 4)}
+  (row,) = decisions.decide(params, 0.9, **options)
+  assert row.verdict == 'refused'
+  with pytest.raises(ValueError, match=row.why):
+    transforms.sparsify(scores.magnitude, 0.9, **options).init(params)
+
+
+def test_a_part_of_the_channels_is_rounded():
+  params = {'kernel': jnp.ones((16, 10))}
+  (row,) = decisions.decide(params, 0.75, granularity=masks.channels())
+  assert row.sparsity == 0.8
 
 
 def test_the_table_lines_up():

@@ -203,6 +203,18 @@ def test_n_by_m_alone_needs_no_sparsity_and_may_ramp():
   assert (zeros[:, 1] / 288).tolist() == [0.0, 0.0, 0.25, 0.5, 0.5]
 
 
+def test_groups_of_two_kinds_need_no_sparsity():
+  rules = {'conv.*': masks.groups(1, 4), 'head.*': masks.groups(2, 4)}
+  tx = transforms.sparsify(scores.magnitude, granularity=rules)
+  _, _, zeros = run(tx, weights(), 2)
+  assert zeros[-1].tolist() == [0, 216, 80]
+  same = {'conv.*': None, '.*': masks.groups(1, 4)}
+  tx = transforms.sparsify(scores.magnitude, granularity=same)
+  _, state, zeros = run(tx, weights(), 1)
+  assert zeros[-1].tolist() == [0, 0, 120]
+  assert float(state.mask_sparsity) == 0.75
+
+
 def test_without_regrowth_masks_only_lose():
   schedule = schedules.polynomial(0.8, begin=0, end=6, power=1)
   key = jax.random.key(0)
@@ -408,6 +420,19 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
         scores.magnitude, 0.9, granularity=masks.groups(2, 4)
       ).init(weights()),
       '2:4 prunes 0.5, not 0.9',
+    ),
+    (
+      lambda: transforms.sparsify(
+        scores.magnitude, 0.1, granularity=masks.groups(2, 4)
+      ).init(weights()),
+      '2:4 prunes 0.5, not 0.1; say 0.5 by a rule for its sparsity',
+    ),
+    (
+      lambda: transforms.sparsify(
+        scores.magnitude,
+        granularity={'conv.*': masks.groups(2, 4), '.*': masks.elements()},
+      ),
+      '`sparsity` is needed unless all is n_by_m',
     ),
     (
       lambda: transforms.sparsify(
