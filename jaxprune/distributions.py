@@ -295,10 +295,12 @@ def survival(x: jax.Array) -> jax.Array:
   """Returns each square over the sum of those at least as large, float32.
 
   It sorts: the sums need the whole order. The earlier of equal entries counts
-  as the larger, as in selection, and the largest has 1.
+  as the larger, as in selection, and the largest has 1. What is below 0 is no
+  part of the sums and comes last, in its own order: x over the largest |x| of
+  those.
 
   Args:
-    x: magnitudes of one leaf, of any shape.
+    x: scores of one leaf, of any shape.
 
   Examples:
     >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
@@ -307,10 +309,14 @@ def survival(x: jax.Array) -> jax.Array:
   flat = x.astype(jnp.float32).ravel()
   order = jnp.argsort(-flat, stable=True)
   peak = flat[order[0]]
-  squares = jnp.square(flat[order] / jnp.where(peak > 0, peak, 1))
+  above = jnp.where(flat < 0, 0, flat)[order]
+  squares = jnp.square(above / jnp.where(peak > 0, peak, 1))
   suffix = jax.lax.associative_scan(jnp.add, squares)
   ratio = squares / jnp.where(suffix > 0, suffix, 1)
-  return jnp.zeros_like(flat).at[order].set(ratio).reshape(x.shape)
+  found = jnp.zeros_like(flat).at[order].set(ratio)
+  most = jnp.max(jnp.where(flat < 0, -flat, 0), initial=0)
+  below = flat / jnp.where(most > 0, most, 1)
+  return jnp.where(flat < 0, below, found).reshape(x.shape)
 
 
 global_ = Pooled()
@@ -324,7 +330,7 @@ def select_pooled(
   """Returns masks of the best ``keep`` entries of all leaves together.
 
   Args:
-    scores: pytree of scores, at least 0 where the distribution rescales.
+    scores: pytree of scores.
     keep: how many; static or traced.
     distribution: ``global_`` takes scores as they are; ``normalised`` divides
       each leaf by its norm; ``lamp`` is the layer-adaptive score, the square

@@ -208,6 +208,17 @@ def test_lamp_golden():
     np.testing.assert_array_equal(got[k], rows[k] >= cut)
 
 
+@pytest.mark.parametrize(
+  'pooled', [distributions.lamp, distributions.normalised]
+)
+def test_rescaling_keeps_the_order_of_signed_scores(pooled):
+  x = jax.random.normal(jax.random.key(0), (40,))
+  got = pooled.rescale({'a': x, 'b': -jnp.abs(x)})
+  order = lambda x: jnp.argsort(x, stable=True).tolist()
+  assert order(got['a']) == order(x)
+  assert order(got['b']) == order(-jnp.abs(x))
+
+
 def test_normalised_divides_by_the_norm():
   scores = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([300.0, 100.0])}
   got = distributions.select_pooled(scores, 2, distributions.normalised)
