@@ -80,7 +80,8 @@ def n_by_m(
   """Keeps the best n of every m consecutive entries along an axis.
 
   An entry is kept if fewer than n others of its group are better, or equal
-  and before it. No sort: m comparisons of the whole array.
+  and before it; NaN is below everything. No sort: m comparisons of the whole
+  array.
 
   Args:
     score: any shape; floating.
@@ -117,7 +118,7 @@ def n_by_m(
   ranks = [jnp.zeros(parts[0].shape, jnp.uint8 if m < 256 else jnp.int32)] * m
   for i in range(m):
     for j in range(i):
-      first = parts[j] >= parts[i]
+      first = (parts[j] >= parts[i]) | jnp.isnan(parts[i])
       ranks[i] = ranks[i] + first.astype(ranks[i].dtype)
       ranks[j] = ranks[j] + (~first).astype(ranks[j].dtype)
   keep = jnp.asarray(n).astype(ranks[0].dtype)
@@ -203,7 +204,11 @@ class Blocks(NamedTuple):
   def problem(self, shape: tuple[int, ...]) -> str | None:
     """Returns why a leaf cannot be pruned so, or None."""
     beyond = [a for a in self.sizes if not -len(shape) <= a < len(shape)]
-    return f'it has no axis {beyond[0]}' if beyond else None
+    if beyond:
+      return f'it has no axis {beyond[0]}'
+    named = [axis % len(shape) for axis in self.sizes]
+    twice = [a for a in self.sizes if named.count(a % len(shape)) > 1]
+    return f'axes {twice} are one axis of {shape}' if twice else None
 
 
 class NByM(NamedTuple):

@@ -51,6 +51,19 @@ def test_n_by_m_equals_a_sort_of_each_group(shape, n, m, axis, dtype):
   np.testing.assert_array_equal(traced(score, n), got)
 
 
+def test_n_by_m_ranks_nan_below_everything():
+  score = jnp.array([jnp.nan, -jnp.inf, jnp.nan, 1.0])
+  for n, kept in ((1, [3]), (2, [1, 3]), (3, [0, 1, 3])):
+    got = masks.n_by_m(score, n, 4, axis=0)
+    assert np.flatnonzero(got).tolist() == kept
+
+
+def test_blocks_refuse_two_names_of_one_axis():
+  grain = masks.blocks({-1: 4, 1: 2})
+  assert grain.problem((8, 8)) == 'axes [-1, 1] are one axis of (8, 8)'
+  assert grain.problem((8, 8, 8)) is None
+
+
 def test_n_by_m_default_axis_is_the_input_of_linen():
   score = jnp.array([[4.0, 1.0], [3.0, 2.0], [2.0, 3.0], [1.0, 4.0]])
   expected = [[True, False], [True, False], [False, True], [False, True]]
@@ -111,6 +124,8 @@ def test_errors():
     masks.top(bad, 0.5)
   with pytest.raises(ValueError, match='must divide axis 0 of shape'):
     masks.n_by_m(jnp.ones((6, 2)), 2, 4)
+  with pytest.raises(ValueError, match='m >= 1, got n=0, m=0'):
+    masks.n_by_m(jnp.ones((4, 2)), 0, 0)
   with pytest.raises(ValueError, match='got n=5, m=4'):
     masks.n_by_m(jnp.ones((4, 2)), 5, 4)
   with pytest.raises(ValueError, match='has no axis 3'):
