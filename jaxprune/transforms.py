@@ -11,7 +11,10 @@ about to be applied, and gives a pruned weight the update -w, so that
 * With ``optax.lookahead``: ``chain(lookahead(...), sparsify(...))``, which
   holds both copies; ``lookahead(chain(..., sparsify))`` overwrites the zeros.
 * An average of the params (EMA) has exact zeros only once it is masked itself:
-  ``masks.apply(optax.tree.get(state, 'masks'), average)``.
+  ``masks.apply(optax.tree.get(state, 'masks'), average)``. So has what
+  ``optax.contrib.schedule_free_eval_params`` returns, which is an average: of
+  ``chain(schedule_free(...), sparsify(...))`` deploy
+  ``masks.apply(masks, schedule_free_eval_params(state[0], params))``.
 
 * Under ``vmap`` a mapped step makes every member draw at every step, as a
   branch that some take is taken by all. Members that draw together leave it
@@ -101,10 +104,10 @@ def sparsify(
     ``params``.
 
   Raises:
-    ValueError: if an argument is out of range, if a rule matches nothing, if a
-      leaf does not fit its granularity (all such leaves are named), or if
-      ``update`` is called without params or without scores.
-    TypeError: if the params of ``init`` hold no array to prune.
+    ValueError: if an argument is out of range, if a rule matches nothing, if
+      nothing is left to prune, if a leaf does not fit its granularity (all such
+      leaves are named), or if ``update`` is called without params or without
+      scores.
 
   References:
     Zhu and Gupta, 2017, arXiv:1710.01878 (gradual pruning); the projection by
@@ -325,6 +328,9 @@ def mask_moments(
   Returns:
     An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
 
+  Raises:
+    ValueError: from ``init``, unless exactly one link of ``inner`` prunes.
+
   Examples:
     >>> mask = jnp.array([True, False])
     >>> tx = mask_moments(optax.chain(optax.trace(0.9), keep_sparse(mask)))
@@ -334,6 +340,17 @@ def mask_moments(
     [3. 0.]
   """
   inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    state = inner.init(params)
+    links = len(optax.tree.get_all_with_path(state, 'masks'))
+    if links != 1:
+      raise ValueError(
+        f'mask_moments needs one link that prunes, {links} of its chain do. '
+        'Wrap a chain that ends in one of sparsify, soft_shrinkage and '
+        'keep_sparse.'
+      )
+    return state
 
   def update_fn(updates, state, params=None, **extra):
     updates, state = inner.update(updates, state, params, **extra)
@@ -346,7 +363,7 @@ def mask_moments(
     )
     return updates, replace_in_state(inner, state, zeros, params, pruned)
 
-  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def replace_in_state(

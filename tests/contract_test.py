@@ -433,6 +433,15 @@ def test_tied_leaves_have_one_mask():
   assert zeros(params) == [96, 96]
 
 
+def test_schedule_free_params_are_sparse_once_masked():
+  params, state = train(
+    WRAPPERS['schedule_free'](LINKS['gradual']()), network()
+  )
+  average = optax.contrib.schedule_free_eval_params(state[0], params)
+  held = optax.tree.get(state, 'masks')
+  assert zeros(masks.apply(held, average)) == zeros(params) == [96, 96]
+
+
 def test_lookahead_works_inside_the_chain():
   tx = optax.chain(
     optax.lookahead(optax.adam(1e-2), 2, 0.5), LINKS['gradual']()

@@ -443,6 +443,14 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
       'fewer than the',
     ),
     (
+      lambda: transforms.mask_moments(optax.adam(0.1)).init(weights()),
+      'needs one link that prunes, 0 of its chain do',
+    ),
+    (
+      lambda: transforms.mask_moments(optax.chain(LINK, LINK)).init(weights()),
+      'needs one link that prunes, 2 of its chain do',
+    ),
+    (
       lambda: LINK.update(weights(), LINK.init(weights())),
       'sparsify needs `params`',
     ),
