@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import distributions as distributions_lib
-from jaxprune import drawing
+from jaxprune import drawing, schedules
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
 
@@ -197,8 +197,8 @@ def soft_shrinkage(
     :class:`SparsifyState`.
 
   Raises:
-    ValueError: as :func:`sparsify`, or if ``factor`` or ``end`` is out of
-      range.
+    ValueError: as :func:`sparsify`, if ``factor`` or ``end`` is out of range,
+      or if the schedule does not reach its target by ``end``.
 
   References:
     ISS-P, 2023, arXiv:2303.09650; ``factor`` is the default of the authors'
@@ -222,6 +222,8 @@ def soft_shrinkage(
   recipe = drawing.Recipe.of(
     sparsity, distribution, granularity, which, regrow=True
   )
+
+  _check_end(recipe, end)
 
   def init_fn(params):
     masks = drawing.all_kept(score, params, recipe)
@@ -474,6 +476,20 @@ def check(params: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
 def _check_every(every: int) -> None:
   if every < 1:
     raise ValueError(f'`every` must be at least 1, got {every}.')
+
+
+def _check_end(recipe: drawing.Recipe, end: int) -> None:
+  for schedule in jax.tree.leaves(recipe.sparsity):
+    if not isinstance(schedule, schedules.Schedule):
+      continue
+    with jax.ensure_compile_time_eval():
+      last, target = schedule(end), schedule.levels[-1]
+      short = bool(last != target)
+    if short:
+      raise ValueError(
+        f'The schedule is at {float(last):.4g} at `end`={end}, when masks are cut, '
+        f'not at its target {target}; end it by then, or raise `end`.'
+      )
 
 
 def _check_given(params, score, scores) -> None:

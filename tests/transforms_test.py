@@ -472,6 +472,12 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
       'scores are needed at each step',
     ),
     (
+      lambda: transforms.soft_shrinkage(
+        scores.magnitude, schedules.cubic(0.5, begin=0, end=9), end=8
+      ),
+      'is at 0.4993 at `end`=8, .* not at its target 0.5',
+    ),
+    (
       lambda: transforms.soft_shrinkage(scores.magnitude, 0.5, end=-1),
       '`end` must be at least 0, got -1',
     ),
