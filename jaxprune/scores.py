@@ -168,7 +168,7 @@ def saliency(
   """
   chosen = tree.prunable(params, which)
   grads = tree.restrict(grads, chosen)
-  return jax.tree.map(lambda w, g: jnp.abs(w * g), chosen, grads)
+  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
 
 
 def movement(
@@ -199,7 +199,7 @@ def movement(
   """
   chosen = tree.prunable(params, which)
   grads = tree.restrict(grads, chosen)
-  step = jax.tree.map(lambda w, g: -w * g, chosen, grads)
+  step = jax.tree.map(lambda w, g: -_wide(w) * g, chosen, grads)
   return step if previous is None else jax.tree.map(jnp.add, previous, step)
 
 
@@ -236,7 +236,7 @@ def snip(
   """
   chosen = tree.prunable(params, which)
   grads = _mean(_gradient(loss), params, chosen, batches)
-  return jax.tree.map(lambda w, g: jnp.abs(w * g), chosen, grads)
+  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
 
 
 def taylor(
@@ -271,7 +271,7 @@ def taylor(
 
   def squares(params, chosen, batch):
     grads = gradient(params, chosen, batch)
-    return jax.tree.map(lambda w, g: jnp.square(w * g), chosen, grads)
+    return jax.tree.map(lambda w, g: jnp.square(_wide(w) * g), chosen, grads)
 
   return _mean(squares, params, chosen, batches)
 
@@ -331,7 +331,7 @@ def obd(
 
     def sample(key):
       v = optax.tree.random_like(key, chosen, jax.random.rademacher)
-      return jax.tree.map(jnp.multiply, v, product(v))
+      return jax.tree.map(lambda v, h: v * _wide(h), v, product(v))
 
     keys = jax.random.split(key, samples)
     return jax.tree.map(lambda x: x.mean(0), lax.map(sample, keys))
@@ -339,7 +339,8 @@ def obd(
   def fisher(params, chosen, batch):
     def squares(sample):
       alone = jax.tree.map(lambda x: x[None], sample)
-      return jax.tree.map(jnp.square, gradient(params, chosen, alone))
+      grads = gradient(params, chosen, alone)
+      return jax.tree.map(lambda g: jnp.square(_wide(g)), grads)
 
     return jax.tree.map(lambda x: x.mean(0), jax.vmap(squares)(batch))
 
@@ -352,7 +353,7 @@ def obd(
     keyed = enumerate(batches)
     batches = ((jax.random.fold_in(key, i), batch) for i, batch in keyed)
   h = _mean(ways[hessian], params, chosen, batches)
-  return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(w), chosen, h)
+  return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(_wide(w)), chosen, h)
 
 
 def grasp(
@@ -435,7 +436,7 @@ def synflow(
   )
   chosen = tree.prunable(sizes, which)
   grads = _gradient(total)(sizes, chosen, ones)
-  return jax.tree.map(lambda w, g: jnp.abs(w * g), chosen, grads)
+  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
 
 
 def wanda(
@@ -497,7 +498,12 @@ def wanda(
   return tree.map_with_path(score, chosen)
 
 
-# What the scores of the second half share.
+# What the scores share.
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """Returns x in float32 or wider: products of half precision are not exact."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _gradient(loss: Loss) -> Callable[[Any, Any, Any], tree.PyTree]:

@@ -1,5 +1,7 @@
 """Scores against hand-worked numbers, laws and float64 NumPy."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -186,6 +188,26 @@ def test_movement_accumulates():
     got = scores.movement(params, grads, got)
   g = np.einsum('bs,bsi->i', (p - y)[:2], x[:2]) / 8
   np.testing.assert_allclose(column(got), -w * g, 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_products_of_half_precision_are_of_float32(dtype):
+  w = {'kernel': jnp.full((1, 2), 1e-3, dtype)}
+  wide = jax.tree.map(lambda w: w.astype(jnp.float32), w)
+  linear = lambda p, x: jnp.sum(p['kernel'] * x)
+  batches = [jnp.full((1, 2), 1e-3, dtype)]
+  total = lambda w: functools.reduce(
+    lambda s, _: scores.movement(w, w, s), range(300), None
+  )
+  for score in (
+    total,
+    lambda w: scores.saliency(w, w),
+    lambda w: scores.taylor(linear, w, batches),
+    lambda w: scores.obd(linear, w, batches, hessian='fisher'),
+  ):
+    got, exact = score(w)['kernel'], score(wide)['kernel']
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, 1e-5)
 
 
 def test_synflow_conserves_the_flow():
