@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune import masks as masks_lib
 from jaxprune import soft, tree
 
 
@@ -40,7 +41,7 @@ def sr_ste(
   params: tree.PyTree,
   n_by_m: soft.NByM = (2, 4),
   *,
-  axis: int = -2,
+  axis: int | None = None,
   decay: float | jax.Array = 2e-4,
   which: tree.Which = None,
 ) -> tree.PyTree:
@@ -51,12 +52,13 @@ def sr_ste(
   Args:
     params: any pytree.
     n_by_m: keep n of every m neighbours along ``axis``; static.
-    axis: the axis of the groups.
+    axis: the axis of the groups, as for :func:`jaxprune.masks.groups`: by
+      default -2 of kernels with two or four axes, and no other layout.
     decay: the paper's lambda_W.
     which: the leaves, as for :func:`jaxprune.tree.prunable`.
 
   Raises:
-    ValueError: if m does not divide an axis, or n_by_m is not 0 < n < m.
+    ValueError: if a leaf does not fit, or n_by_m is not 0 < n < m.
 
   References:
     Zhou et al. (2021), arXiv:2102.04010; formula from memory.
@@ -67,6 +69,13 @@ def sr_ste(
      [-3.]]
   """
   state = soft.pdp_init(params, n_by_m=n_by_m, which=which)
+  grain = masks_lib.groups(*n_by_m, axis=axis)
+  live = tree.leaves(tree.prunable(params, which))
+  found = {path: grain.problem(w.shape, path) for path, w in live.items()}
+  wrong = [f'{path} ({text})' for path, text in found.items() if text]
+  if wrong:
+    raise ValueError(f'No groups of {n_by_m} in: {"; ".join(wrong)}.')
+  axis = -2 if axis is None else axis
   masks = soft.harden(params, state, n_by_m=n_by_m, axis=axis).masks
   return straight_through(params, masks, decay)
 

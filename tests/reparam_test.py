@@ -41,6 +41,16 @@ def test_sr_ste_draws_its_masks_from_the_weights():
   np.testing.assert_allclose(back, G + 0.5 * np.array([[1, 0], [0, -0.5]]))
 
 
+@pytest.mark.parametrize(
+  ('name', 'shape'), [('weight', (4, 4)), ('kernel', (4, 4, 4))]
+)
+def test_sr_ste_takes_no_axis_of_a_layout_it_does_not_know(name, shape):
+  leaf = {name: jnp.ones(shape)}
+  with pytest.raises(ValueError, match=f'{name} .* is not known; say the axis'):
+    reparam.sr_ste(leaf)
+  assert reparam.sr_ste(leaf, axis=-1)[name].sum() == jnp.ones(shape).sum() / 2
+
+
 def test_soft_threshold():
   s = {'kernel': jnp.log(3.0), 'bias': optax.MaskedNode()}  # sigmoid is 3/4.
   value, w, s = pull(reparam.soft_threshold, params(), s)

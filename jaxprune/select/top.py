@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,9 @@ def top_mask(
 
   Raises:
     TypeError: if ``x`` is not floating.
-    ValueError: if a static ``keep`` is out of range, or if histograms are
-      asked for with ``spec`` or for 2**31 entries and more.
+    ValueError: if ``method`` is unknown, if a static ``keep`` is out of range,
+      or if histograms are asked for with ``spec`` or for 2**31 entries and
+      more.
 
   Examples:
     >>> print(top_mask(jnp.array([1.0, 3.0, 3.0, 2.0, 3.0]), 2))
@@ -258,6 +259,8 @@ def _select(
 
   One count is for all leaves together, and then there is one key.
   """
+  if method not in get_args(Method):
+    raise ValueError(f'`method` is one of {get_args(Method)}, got {method!r}.')
   if not xs:
     return [], jnp.zeros(0, jnp.uint32)
   sharded = any(split.names for split in splits)
