@@ -447,7 +447,9 @@ def _factors(
       one = jnp.square(vectors[norm.scale].astype(jnp.float32))
     if norm.var is not None:
       one = one / (vectors[norm.var].astype(jnp.float32) + norm.eps)
-    factor = factor * (one if norm.entries is None else one[norm.entries])
+    if norm.entries is not None:
+      one = jnp.ravel(one)[norm.entries]
+    factor = factor * one
   return factor
 
 

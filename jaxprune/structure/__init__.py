@@ -11,4 +11,5 @@ from jaxprune.structure.slices import Leaf as Leaf
 from jaxprune.structure.slices import Member as Member
 from jaxprune.structure.stages import cut as cut
 from jaxprune.structure.tracing import trace as trace
+from jaxprune.structure.wires import unwired as unwired
 from jaxprune.structure.wires import wiring as wiring

@@ -8,12 +8,13 @@ what a depthwise convolution writes is not what it reads.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune import lookahead
+from jaxprune import lookahead, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
 from jaxprune.structure.axes import Axis
@@ -23,13 +24,15 @@ from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.slices import occurrences
 
 SPACE = 'channels'  # One space numbers the channels of the whole network.
+_Powers = dict[tuple[str, float], float]  # (leaf, number added) -> power.
 
 
 class _Factor(NamedTuple):
   """A normalisation on the way of data, and the axis that it runs over."""
 
   norm: lookahead.Norm
-  axis: Axis
+  axis: Axis | None  # None: one number for all channels.
+  why: str  # Where it stands.
 
 
 class _Trail(NamedTuple):
@@ -43,12 +46,13 @@ class _Use(NamedTuple):
   """A product of data and a kernel, in the second typing."""
 
   path: str
-  read: Axis  # Of the data, the axis that is contracted (or convolved).
+  read: tuple[Axis, ...]  # Of the data: what is contracted (or convolved).
   into: tuple[int, ...]  # The kernel's axes that run over it.
   groups: int
-  written: Axis  # Of the result.
-  out: int  # The kernel's axis that runs over it.
+  written: tuple[Axis, ...]  # Of the result.
+  out: tuple[int, ...]  # The kernel's axes that run over it.
   trail: _Trail  # Of the data.
+  why: str
 
 
 def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
@@ -56,10 +60,14 @@ def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
 
   A kernel is a leaf that multiplies data in a matrix product, a convolution, or
   (a depthwise convolution written as shifts) a plain product; it must enter as
-  it is, but for its dtype and the order of its axes. A BatchNorm that reads its
-  statistics (``scale / sqrt(var + eps)``, so trace the eval form) counts where
-  it stands: on the branch of a residual sum that it is on, and once, whatever
-  is flattened or concatenated after it.
+  it is, but for its dtype and the order of its axes, of which several may be
+  contracted or stay (the heads of an attention). A BatchNorm that reads its
+  statistics from leaves (``scale / sqrt(var + eps)``, so trace the eval form)
+  counts where it stands: on the branch of a residual sum that it is on, and
+  once, whatever is flattened or concatenated after it.
+
+  What this cannot say of a network it leaves out, with a warning that names
+  it; :func:`unwired` returns the same as data.
 
   Args:
     graph: of :func:`jaxprune.trace`.
@@ -67,8 +75,7 @@ def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
   Returns:
     path -> :class:`jaxprune.lookahead.Wire`, in the order of the forward pass.
     The paths are those of the traced params: pass the same pytree as ``params``
-    of :func:`jaxprune.lookahead.lookahead`. Kernels inside loops and branches
-    are left out.
+    of :func:`jaxprune.lookahead.lookahead`.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -80,74 +87,166 @@ def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
     >>> wires['a'].writes.channels.tolist(), wires['b'].reads.channels.tolist()
     ([0, 1], [0, 1])
   """
+  wires, refused = _wire(graph)
+  if refused:
+    reasons = '; '.join(f'{path!r}: {why}' for path, why in refused.items())
+    warnings.warn(f'Not in the wiring: {reasons}.', stacklevel=2)
+  return wires
+
+
+def unwired(graph: Graph) -> dict[str, str]:
+  """Returns what :func:`wiring` leaves out: path of a leaf -> the reason.
+
+  These are kernels without a wire, or with one that is not all there is to
+  say, and factors on the way of data that no norm stands for.
+
+  Args:
+    graph: of :func:`jaxprune.trace`.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structure import trace, unwired
+    >>> params = {'a': jnp.ones((2, 2))}
+    >>> graph = trace(lambda p, x: x @ -p['a'], params, jnp.ones((1, 2)))
+    >>> list(unwired(graph))
+    ['a']
+  """
+  return _wire(graph)[1]
+
+
+def _wire(graph: Graph) -> tuple[dict[str, lookahead.Wire], dict[str, str]]:
+  """Returns the wiring, and why some leaves are not in it."""
   second = _Second(graph)
   second.walk(graph.program)
-  number = _Numbering(use.written for use in second.uses)
+  refused = second.refused
+  number = _Numbering([use.written for use in second.uses], refused)
   wires: dict[str, lookahead.Wire] = {}
+  marks: dict[str, tuple[object, ...]] = {}
   for use in second.uses:
-    if use.path in wires:
-      continue  # A kernel used twice is wired where it is used first.
-    read = number(use.read)
+    read = number.side(use.path, use.read)
     if use.groups > 1:
-      shape = graph.leaves[use.path].shape
-      each = read.size // use.groups
-      out = np.arange(shape[use.out]) // (shape[use.out] // use.groups)
-      inner, outer = np.arange(each)[:, None], out[None]
-      read = read[outer * each + inner]
-      if len(use.into) == 1:
-        read = read[0]
-      elif use.into[0] == use.out:
-        read = read.T
+      read = _grouped(read, use, graph.leaves[use.path].shape)
+    into, read = _ascending(use.into, read)
     # What a sum has given to the kernel before is not the reader's too.
     given = second.flushed.get(use.trail.writer or '', ())
     own = use.trail.factors[len(given) :]
-    written = number(use.written)
+    out, written = _ascending(use.out, number.side(use.path, use.written))
     left = second.flushed.get(use.path, ())
-    wires[use.path] = lookahead.Wire(
-      lookahead.Side(
-        SPACE, tuple(sorted(use.into)), read, number.norms(own, read)
-      ),
-      lookahead.Side(SPACE, (use.out,), written, number.norms(left, written)),
+    wire = lookahead.Wire(
+      lookahead.Side(SPACE, into, read, number.norms(own, read)),
+      lookahead.Side(SPACE, out, written, number.norms(left, written)),
     )
-  return wires
+    mark = (into, out, read.tobytes(), written.tobytes())
+    if use.path not in wires:
+      wires[use.path], marks[use.path] = wire, mark
+    elif into != out or mark != marks[use.path]:  # It is not another tap.
+      refused.setdefault(
+        use.path, f'{use.why} uses it again; it is wired where it is used first'
+      )
+  for path, leaf in graph.leaves.items():
+    if path not in wires and tree.is_prunable(path, leaf):
+      refused.setdefault(path, 'it multiplies no data as it is')
+  return wires, refused
+
+
+def _ascending(
+  axes: Sequence[int], channels: np.ndarray
+) -> tuple[tuple[int, ...], np.ndarray]:
+  """Returns axes of a leaf in order, and the channels along them."""
+  order = np.argsort(axes)
+  return tuple(axes[k] for k in order), channels.transpose(order)
+
+
+def _grouped(read: np.ndarray, use: _Use, shape: tuple[int, ...]) -> np.ndarray:
+  """Returns the channels along (input, output) of a grouped kernel."""
+  (k_out,) = use.out
+  each = read.size // use.groups
+  group = np.arange(shape[k_out]) // (shape[k_out] // use.groups)
+  read = read[group[None] * each + np.arange(each)[:, None]]
+  return read[0] if len(use.into) == 1 else read
 
 
 class _Numbering:
   """Numbers the entries of axes: equal types, equal numbers."""
 
-  def __init__(self, written: Any):
-    self.atoms = {atom for axis in written for atom in ax.atoms(axis)}
+  def __init__(
+    self, written: Sequence[tuple[Axis, ...]], refused: dict[str, str]
+  ):
+    self.refused = refused
+    self.order: dict[Axis, int] = {}
+    for axis in (axis for axes in written for axis in axes):
+      for atom in ax.atoms(axis):
+        self.order.setdefault(atom, len(self.order))
     self.bases: dict[tuple[Axis, ...], int] = {}
     self.total = 0
+    for axes in written:
+      for key, _, _ in self._entries(_all(axes)):
+        if key and key not in self.bases:
+          self.bases[key] = self.total
+          self.total += math.prod(atom.size for atom in key)
 
-  def __call__(self, axis: Axis) -> np.ndarray:
+  def side(self, path: str, axes: tuple[Axis, ...]) -> np.ndarray:
     """Returns the number of each entry, -1 where no kernel writes it."""
-    return np.concatenate([self._term(term) for term in ax.terms(axis)])
+    numbers, partly = self._numbers(_all(axes))
+    if partly:
+      self.refused.setdefault(
+        path, 'it reads some of the axes that others write together, or more'
+      )
+    return numbers.reshape([ax.find(axis).size for axis in axes])
 
   def norms(
     self, found: Iterable[_Factor], channels: np.ndarray
   ) -> tuple[lookahead.Norm, ...]:
     """Returns norms with the entry of their vectors for each channel."""
     norms = []
-    for norm, axis in found:
+    for norm, axis, why in found:
+      if axis is None:
+        norms.append(norm._replace(entries=np.zeros(channels.shape, int)))
+        continue
+      own, _ = self._numbers(axis)
+      known = own[own >= 0]
+      several = np.unique(known).size < known.size
+      if several or not np.isin(channels, [*known, -1]).all():
+        self.refused.setdefault(
+          norm.scale or norm.var or '', f'{why} runs not over channels alone'
+        )
+        continue
       place = np.zeros(self.total + 1, int)  # The last is for channel -1.
-      own = self(axis)
       place[own] = np.arange(own.size)
       norms.append(norm._replace(entries=place[channels]))
     return tuple(norms)
 
-  def _term(self, term: Axis) -> np.ndarray:
-    found = [(a, n) for a, n in occurrences(term) if a in self.atoms]
-    key = tuple(atom for atom, _ in found)
-    if not key:
-      return np.full(ax.find(term).size, -1)
-    if key not in self.bases:
-      self.bases[key] = self.total
-      self.total += math.prod(atom.size for atom in key)
-    index = np.zeros(ax.find(term).size, int)
-    for atom, labels in found:
-      index = index * atom.size + labels
-    return self.bases[key] + index
+  def _numbers(self, axis: Axis) -> tuple[np.ndarray, bool]:
+    """Returns the number of each entry, and whether some are parts of one."""
+    numbers, partly = np.full(ax.find(axis).size, -1), False
+    for key, at, index in self._entries(axis):
+      if key in self.bases:
+        numbers[at] = self.bases[key] + index
+      partly = partly or bool(key and key not in self.bases)
+    return numbers, partly
+
+  def _entries(
+    self, axis: Axis
+  ) -> list[tuple[tuple[Axis, ...], np.ndarray, np.ndarray]]:
+    """Returns the atoms of the entries: (atoms, entries, index within)."""
+    found = [(a, n) for a, n in occurrences(axis) if a in self.order]
+    found.sort(key=lambda pair: self.order[pair[0]])
+    size = ax.find(axis).size
+    labels = np.array([n for _, n in found], int).reshape(len(found), size)
+    patterns, which = np.unique(labels >= 0, axis=1, return_inverse=True)
+    entries = []
+    for k, pattern in enumerate(patterns.T):
+      at = np.flatnonzero(which.ravel() == k)
+      index = np.zeros(at.size, int)
+      own = [pair for pair, there in zip(found, pattern, strict=True) if there]
+      for atom, n in own:
+        index = index * atom.size + n[at]
+      entries.append((tuple(atom for atom, _ in own), at, index))
+    return entries
+
+
+def _all(axes: tuple[Axis, ...]) -> Axis:
+  return axes[0] if len(axes) == 1 else ax.product(axes)
 
 
 class _Second:
@@ -161,6 +260,7 @@ class _Second:
     self.aliases: dict[Value, Value] = {}
     self.leaf_axes: dict[int, tuple[str, int]] = {}
     self.uses: list[_Use] = []
+    self.refused: dict[str, str] = {}
     self.flushed: dict[str, tuple[_Factor, ...]] = {}
     leaves = zip(graph.leaves, graph.program.inputs, strict=False)
     for path, value in leaves:
@@ -222,13 +322,8 @@ class _Second:
       trail = self.trail(data[0])
       others = [v for v in eqn.inputs if not v.has_data and v.sources]
       if eqn.primitive.name in ('mul', 'div') and others:
-        norm = self.norm(others[0])
-        wide = [k for k, n in enumerate(others[0].shape) if n != 1]
-        if norm is not None and len(wide) == 1:
-          offset = len(data[0].shape) - len(others[0].shape)
-          axis = self.value(data[0]).axes[wide[0] + offset]
-          factor = _Factor(norm, axis)
-          trail = trail._replace(factors=(*trail.factors, factor))
+        found = self.factors(eqn, data[0], others[0])
+        trail = trail._replace(factors=(*trail.factors, *found))
     else:
       for value in data:
         self.flush(value)
@@ -238,133 +333,197 @@ class _Second:
   def product(self, eqn: Equation) -> bool:
     """Notes the use of a kernel, typing its result; False if it is none."""
     name = eqn.primitive.name
-    kernels = [
-      (k, path)
-      for k, value in enumerate(eqn.inputs)
-      if not value.has_data and (path := self.kernel(value)) is not None
-    ]
     data = [v for v in eqn.inputs if v.has_data]
-    if len(kernels) != 1 or len(data) != 1:
+    leaves = [(k, v) for k, v in enumerate(eqn.inputs) if v.sources]
+    leaves = [(k, v) for k, v in leaves if not v.has_data]
+    if not data or not leaves:
       return False
-    ((place, path),) = kernels
-    kernel, x = self.value(eqn.inputs[place]), self.value(data[0])
+    if eqn.programs:
+      for _, value in leaves:
+        self.refuse(value, f'{eqn.why} is a loop or a branch')
+      return False
+    if len(data) != 1 or len(leaves) != 1:
+      return False
+    ((place, value),) = leaves
+    path = self.kernel(value, taps=name == 'mul')
+    kernel, x = self.value(value), self.value(data[0])
+    if path is None:
+      if name in ('conv_general_dilated', 'dot_general'):
+        self.refuse(value, f'{eqn.why} takes what is computed from it')
+      return False
     out = Value(eqn.outputs[0].shape, eqn.outputs[0].dtype)
     axes = [self.leaf_axes.get(id(axis), (path, -1))[1] for axis in kernel.axes]
     groups = 1
     if name == 'conv_general_dilated':
       numbers = eqn.params['dimension_numbers']
       groups = eqn.params['feature_group_count']
+      if place == 0 or eqn.params['batch_group_count'] > 1:
+        self.refuse(value, f'{eqn.why} takes it for data')
+        return False
       k_out, k_in = numbers.rhs_spec[:2]
-      channel, position = numbers.lhs_spec[1], numbers.out_spec[1]
+      free, over, channels = (k_out,), (k_in,), (numbers.lhs_spec[1],)
       out.axes = [ax.atom(n) for n in out.shape]
       out.axes[numbers.out_spec[0]] = x.axes[numbers.lhs_spec[0]]
-      into = (axes[k_in],) if groups == 1 else (axes[k_in], axes[k_out])
+      out.axes[numbers.out_spec[1]] = kernel.axes[k_out]
+      into = over if groups == 1 else (k_in, k_out)
     elif name == 'dot_general':
       contract, batch = eqn.params['dimension_numbers']
-      free = [
-        k
-        for k in range(len(kernel.axes))
-        if k not in contract[place] and k not in batch[place]
-      ]
-      if len(contract[0]) != 1 or batch[0] or len(free) != 1:
+      if batch[0]:
+        self.refuse(value, f'{eqn.why} shares an axis with the data')
         return False
-      (k_in,), (channel,) = contract[place], contract[1 - place]
-      (k_out,) = free
-      kept = [a for k, a in enumerate(x.axes) if k != channel]
-      position = 0 if place == 0 else len(kept)
-      out.axes = [*kept[:position], kernel.axes[k_out], *kept[position:]]
-      into = (axes[k_in],)
+      into = over = tuple(contract[place])
+      channels = tuple(contract[1 - place])
+      rank = range(len(kernel.axes))
+      free = tuple(k for k in rank if k not in over)
+      kept = [a for k, a in enumerate(x.axes) if k not in channels]
+      own = [kernel.axes[k] for k in free]
+      out.axes = [*own, *kept] if place == 0 else [*kept, *own]
     elif name == 'mul' and len(self.graph.leaves[path].shape) > 3:
       # One tap of a depthwise convolution: kernel entries along one axis.
-      wide = [k for k, n in enumerate(eqn.inputs[place].shape) if n != 1]
+      wide = tuple(k for k, n in enumerate(value.shape) if n != 1)
       if len(wide) != 1:
         return False
-      (k_out,) = wide
-      channel = position = k_out
-      groups = out.shape[k_out]
+      into = over = free = channels = wide
+      groups = out.shape[wide[0]]
       out.axes = list(x.axes)
-      into = (axes[k_out],)
+      out.axes[wide[0]] = kernel.axes[wide[0]]
     else:
       return False
-    if -1 in into or axes[k_out] == -1:
+    if not over or not free or -1 in [axes[k] for k in (*into, *free)]:
+      self.refuse(value, f'{eqn.why} takes it in another shape')
       return False
-    out.axes[position] = kernel.axes[k_out]
     if groups == 1:
-      k = kernel.axes.index(
-        next(a for a, n in zip(kernel.axes, axes, strict=True) if n == into[0])
-      )
-      ax.unify(x.axes[channel], kernel.axes[k], eqn.why)
+      for k, channel in zip(over, channels, strict=True):
+        ax.unify(x.axes[channel], kernel.axes[k], eqn.why)
     self.values[eqn.outputs[0]] = out
     self.trails[eqn.outputs[0]] = _Trail(path)
     self.uses.append(
       _Use(
         path,
-        x.axes[channel],
-        into,
+        tuple(x.axes[k] for k in channels),
+        tuple(axes[k] for k in into),
         groups,
-        kernel.axes[k_out],
-        axes[k_out],
+        tuple(kernel.axes[k] for k in free),
+        tuple(axes[k] for k in free),
         self.trail(data[0]),
+        eqn.why,
       )
     )
     return True
 
-  def kernel(self, value: Value) -> str | None:
-    """The leaf that a value is, but for layout and dtype."""
-    if len(value.sources) != 1:
+  def refuse(self, value: Value, why: str) -> None:
+    """Notes why the kernels that a value is made of are not wired."""
+    for path in sorted(value.sources):
+      if tree.is_prunable(path, self.graph.leaves[path]):
+        self.refused.setdefault(path, why)
+
+  def origin(
+    self, value: Value, names: frozenset[str]
+  ) -> tuple[Value, Equation | None]:
+    """Returns what a value is, but for some operations, and its equation."""
+    while True:
+      eqn = self.makers.get(value)
+      if value in self.aliases:
+        value = self.aliases[value]
+      elif eqn is not None and eqn.primitive.name in names:
+        value = eqn.inputs[0]
+      else:
+        return value, eqn
+
+  def kernel(self, value: Value, taps: bool) -> str | None:
+    """The leaf that a value is, but for layout and dtype, or a slice of it."""
+    names = _LAYOUT | {'rev'} | ({'slice', 'dynamic_slice'} if taps else set())
+    value, eqn = self.origin(value, names)
+    if eqn is not None or len(value.sources) != 1:
       return None
     (path,) = value.sources
     return path if len(self.graph.leaves[path].shape) > 1 else None
 
-  def norm(self, value: Value) -> lookahead.Norm | None:
-    """Reads scale / sqrt(var + eps) off what multiplies data."""
-    found = self.factors(value)
-    if found is None or len(found.get('scale', ())) > 1:
-      return None
-    scale = found.get('scale', (None,))[0]
-    var, eps = found.get('var', (None, 0.0))
-    return lookahead.Norm(scale, var, eps)
+  def factors(
+    self, eqn: Equation, data: Value, other: Value
+  ) -> tuple[_Factor, ...]:
+    """Returns what multiplies or divides data as norms, or refuses it."""
+    why, powers = eqn.why, self.powers(other)
+    if eqn.primitive.name == 'div':
+      powers = _times({}, powers, -1) if data is eqn.inputs[0] else None
+    norms = None if powers is None else _norms(powers)
+    shapes = {path: self.graph.leaves[path].shape for path in other.sources}
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    wide = [k for k, n in enumerate(other.shape) if n != 1]
+    plain = len(wide) < 2 and all(
+      n == max(shapes[path], default=1) and n in (1, math.prod(other.shape))
+      for path, n in sizes.items()
+    )
+    if norms is None or not plain:
+      for path in sorted(other.sources):
+        self.refused.setdefault(path, f'no norm says what {why} does with it')
+      return ()
+    axis = None
+    if wide:
+      offset = len(data.shape) - len(other.shape)
+      axis = self.value(data).axes[wide[0] + offset]
+    return tuple(
+      _Factor(norm, axis if sizes[path] > 1 else None, why)
+      for path, norm in norms
+    )
 
-  def factors(self, value: Value) -> Mapping[str, Any] | None:
-    """The leaves that a value multiplies: scales, and 1 / sqrt(var + eps)."""
-    while value in self.aliases:
-      value = self.aliases[value]
-    eqn = self.makers.get(value)
+  def powers(self, value: Value) -> _Powers | None:
+    """Reads a value as a product of powers of leaves plus numbers."""
+    value, eqn = self.origin(value, _LAYOUT)
     if eqn is None:
-      one = len(value.sources) == 1 and value.constant is None
-      return {'scale': tuple(value.sources)} if one else None
+      if value.constant is not None:
+        return {} if np.all(np.asarray(value.constant) == 1) else None
+      return {(path, 0.0): 1.0 for path in value.sources}
     name = eqn.primitive.name
-    if name in _LAYOUT:
-      return self.factors(eqn.inputs[0])
-    if name == 'mul':
-      parts = [self.factors(v) for v in eqn.inputs]
-      if None in parts:
+    if name in ('mul', 'div'):
+      left, right = map(self.powers, eqn.inputs)
+      return _times(left, right, 1 if name == 'mul' else -1)
+    if name == 'add':
+      numbers = [n for v in eqn.inputs if (n := self.number(v)) is not None]
+      leaves = [v for v in eqn.inputs if self.number(v) is None]
+      base = self.powers(leaves[0]) if len(leaves) == 1 else None
+      if base is None or list(base.values()) != [1]:
         return None
-      merged: dict[str, Any] = {}
-      for part in parts:
-        for key, leaves in (part or {}).items():
-          if key in merged:
-            return None
-          merged[key] = leaves
-      return merged
-    if name == 'rsqrt':
-      return self.variance(eqn.inputs[0])
-    return None
+      ((path, eps),) = base
+      return {(path, eps + numbers[0]): 1.0}
+    power = {'neg': 1, 'abs': 1, 'square': 2, 'sqrt': 0.5, 'rsqrt': -0.5}.get(
+      name, eqn.params['y'] if name == 'integer_pow' else None
+    )
+    if name == 'pow':
+      power = self.number(eqn.inputs[1])
+    return (
+      None if power is None else _times({}, self.powers(eqn.inputs[0]), power)
+    )
 
-  def variance(self, value: Value) -> Mapping[str, Any] | None:
-    """The leaf and eps of var + eps."""
-    eqn = self.makers.get(value)
-    while eqn is not None and eqn.primitive.name in _LAYOUT:
-      value = eqn.inputs[0]
-      eqn = self.makers.get(value)
-    if eqn is None or eqn.primitive.name != 'add':
+  def number(self, value: Value) -> float | None:
+    """The number that a constant holds, if it is one throughout."""
+    value, _ = self.origin(value, _LAYOUT)
+    found = np.unique(value.constant) if value.constant is not None else ()
+    return float(found[0]) if len(found) == 1 else None
+
+
+def _times(
+  left: _Powers | None, right: _Powers | None, power: float
+) -> _Powers | None:
+  """Returns left * right ** power."""
+  if left is None or right is None:
+    return None
+  return {
+    base: left.get(base, 0.0) + power * right.get(base, 0.0)
+    for base in {**left, **right}
+  }
+
+
+def _norms(powers: _Powers) -> list[tuple[str, lookahead.Norm]] | None:
+  """Returns norms with the same squares, each with its leaf; None if none."""
+  norms = []
+  for (path, eps), power in powers.items():
+    times = power if power > 0 else -2 * power
+    if times % 1 or (power > 0 and eps):
       return None
-    known = [v for v in eqn.inputs if v.constant is not None]
-    (leaf,) = [v for v in eqn.inputs if v.constant is None] or [None]
-    if len(known) != 1 or leaf is None or len(leaf.sources) != 1:
-      return None
-    (path,) = leaf.sources
-    return {'var': (path, float(np.asarray(known[0].constant)))}
+    one = lookahead.Norm(path) if power > 0 else lookahead.Norm(None, path, eps)
+    norms += [(path, one)] * int(times)
+  return norms
 
 
 _LAYOUT = frozenset(
