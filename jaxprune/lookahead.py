@@ -15,12 +15,13 @@ a :class:`Wire`. :func:`chain` makes one from a list of paths, and
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import masks as masks_lib
 from jaxprune import select, tree
 
 Look = Literal['both', 'before', 'after']
@@ -71,8 +72,8 @@ def chain(
 ) -> dict[str, Wire]:
   """Returns the wiring of layers that follow one another.
 
-  Between a convolution of C channels and a dense layer of K C inputs stands a
-  flatten: input i is channel i % C where channels are last, else i // K. A
+  Between a layer of C channels and a kernel of two axes with K C inputs stands
+  a flatten: input i is channel i % C where channels are last, else i // K. A
   kernel with fewer inputs than there are channels is grouped (or depthwise).
 
   Args:
@@ -152,7 +153,7 @@ def lookahead(
 
   Raises:
     ValueError: if the wiring names a leaf, a norm or an axis that is not
-      there, or a shape does not fit.
+      there, or a shape does not fit, or if ``look`` is unknown.
 
   References:
     Park et al. (2020), arXiv:2002.04809, Algorithm 1; the squared form and the
@@ -168,7 +169,7 @@ def lookahead(
     [[9. 4.]]
   """
   vectors = {**tree.leaves(params), **tree.leaves(stats)}
-  _check(vectors, wiring)
+  _check(vectors, wiring, look)
   squares = {path: _squares(vectors[path]) for path in wiring}
   scores = _scores(squares, wiring, vectors, list(wiring), look)
   chosen = tree.prunable(params, lambda path, _: path in wiring)
@@ -211,7 +212,7 @@ def lookahead_masks(
 
   Raises:
     ValueError: as :func:`lookahead`, if a sparsity is outside [0, 1), if
-      rounds < 1, or if the order is unknown.
+      rounds < 1, if the order is unknown, or if scores are not finite.
 
   References:
     Park et al. (2020), arXiv:2002.04809; rounds and rounding as in the
@@ -234,7 +235,7 @@ def lookahead_masks(
   if odd:
     raise ValueError(f'A sparsity must be in [0, 1), got {odd}.')
   vectors = {**tree.leaves(params), **tree.leaves(stats)}
-  _check(vectors, wiring)
+  _check(vectors, wiring, look)
   given = {} if masks is None else tree.leaves(masks)
   alive = {
     path: given.get(path, np.ones(vectors[path].shape, bool)) for path in wiring
@@ -251,7 +252,9 @@ def lookahead_masks(
   )
   for s in range(rounds):
     for paths in steps[order]:
-      for path, scores in score(squares, tuple(paths)).items():
+      found = score(squares, tuple(paths))
+      masks_lib.check_finite(found)
+      for path, scores in found.items():
         rate = rates[path] / rounds
         counts[path] = round((1 - rate / (1 - rate * s)) * counts[path])
         ranked = jnp.where(alive[path], scores, -jnp.inf)
@@ -307,7 +310,8 @@ def scale_by_activation(
   Args:
     params: a pytree of arrays.
     wiring: as for :func:`lookahead`; its last leaf needs no rates.
-    rates: path -> float[..., channels] from :func:`activation_rates`.
+    rates: path -> float[..., channels] from :func:`activation_rates`; several
+      axes where the kernel writes several, such as heads.
 
   Raises:
     ValueError: if rates name a leaf that writes nothing, or do not fit it.
@@ -336,15 +340,15 @@ def scale_by_activation(
       return w
     side = sides[path]
     assert side is not None
-    (axis,) = side.axes
     s = jnp.sqrt(rates[path])
-    s = jnp.sum(s, tuple(range(s.ndim - 1))).astype(w.dtype)
-    if s.shape != (w.shape[axis],):
+    s = jnp.sum(s, tuple(range(s.ndim - len(side.axes)))).astype(w.dtype)
+    spanned = tuple(w.shape[axis] for axis in side.axes)
+    if s.shape != spanned:
       raise ValueError(
-        f'Rates of {path!r} must have {w.shape[axis]} channels last, got the '
-        f'shape {rates[path].shape}.'
+        f'Rates of {path!r} must have channels of shape {spanned} last, got '
+        f'the shape {rates[path].shape}.'
       )
-    return w * jnp.expand_dims(s, _others(w.ndim, (axis,)))
+    return w * jnp.expand_dims(s, _others(w.ndim, side.axes))
 
   return tree.map_with_path(scale, params)
 
@@ -480,16 +484,16 @@ def _read(
   n = shape[into]
   if n == channels:
     return Side(writer, (into,))
-  if n % channels == 0:
+  if n % channels == 0 and len(shape) == 2:
     i = np.arange(n)
     index = i % channels if channels_last else i // (n // channels)
     return Side(writer, (into,), index)
   groups = channels // n
-  if channels % n or shape[out] % groups:
+  if n > channels or channels % n or shape[out] % groups:
     raise ValueError(
       f'{reader!r} of shape {shape} has {n} inputs on axis {into}: neither '
-      f'the {channels} channels of {writer!r}, nor a flatten of them, nor '
-      f'groups. Say `in_axis` and `out_axis`, or wire it by hand.'
+      f'the {channels} channels of {writer!r}, nor (of two axes) a flatten of '
+      f'them, nor groups. Say `in_axis` and `out_axis`, or wire it by hand.'
     )
   i, o = np.meshgrid(np.arange(n), np.arange(shape[out]), indexing='ij')
   index = o // (shape[out] // groups) * n + i
@@ -498,8 +502,12 @@ def _read(
   return Side(writer, (out, into), index.T)
 
 
-def _check(vectors: Mapping[str, Any], wiring: Wiring) -> None:
+def _check(vectors: Mapping[str, Any], wiring: Wiring, look: str) -> None:
   """Raises where a wiring does not fit the leaves."""
+  if look not in get_args(Look):
+    raise ValueError(
+      f"`look` must be 'both', 'before' or 'after', got {look!r}."
+    )
   problems = []
   for path, wire in wiring.items():
     if path not in vectors:

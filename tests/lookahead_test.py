@@ -1,5 +1,7 @@
 """Lookahead scores against loops in float64 NumPy, and the authors' quirks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -315,6 +317,14 @@ def test_low_precision_scores_are_float32():
   assert {x.dtype for x in got.values()} == {jnp.dtype('float32')}
 
 
+def test_heads_are_scaled_one_by_one():
+  params = {'a': jnp.ones((3, 2, 4))}
+  wiring = {'a': la.Wire(None, la.Side('x', (1, 2), np.zeros((2, 4), int)))}
+  rates = {'a': jnp.arange(8.0).reshape(2, 4) ** 2}
+  got = la.scale_by_activation(params, wiring, rates)['a']
+  np.testing.assert_allclose(got[1], np.arange(8.0).reshape(2, 4))
+
+
 # Errors.
 
 
@@ -324,11 +334,12 @@ def test_low_precision_scores_are_float32():
     (['a', 'z'], r"unknown: \['z'\]"),
     (['a', 'a'], 'takes each path of params once'),
     (['a', 'c'], r"'c' of shape \(7, 4\) has 7 inputs on axis 0"),
+    (['a', 'conv'], r"'conv' .* has 16 inputs on axis 2: neither the 8"),
   ],
 )
 def test_chain_refuses(paths, text):
   with pytest.raises(ValueError, match=text):
-    la.chain(mlp(), paths)
+    la.chain({**mlp(), 'conv': jnp.ones((3, 3, 16, 8))}, paths)
 
 
 @pytest.mark.parametrize(
@@ -360,11 +371,22 @@ def test_other_errors():
   wiring = la.chain(params, list(params))
   with pytest.raises(ValueError, match="got 'sideways' and 1"):
     la.lookahead_masks(params, wiring, 0.5, order='sideways')
+  with pytest.raises(ValueError, match="got 'forward' and 0"):
+    la.lookahead_masks(params, wiring, 0.5, rounds=0)
+  for fn in (la.lookahead, functools.partial(la.lookahead_masks, sparsity=0.5)):
+    with pytest.raises(ValueError, match="or 'after', got 'next'"):
+      fn(params, wiring=wiring, look='next')
+  for bad in (jnp.nan, jnp.inf):
+    wrong = {**params, 'b': params['b'].at[0, 0].set(bad)}
+    with pytest.raises(ValueError, match='finite; NaN or infinity in: a, b, c'):
+      la.lookahead_masks(wrong, wiring, 0.5, order='all')
   with pytest.raises(ValueError, match=r"in \[0, 1\), got \{'a': 1.0"):
     la.lookahead_masks(params, wiring, 1.0)
   with pytest.raises(ValueError, match="'c' belong to no output"):
     la.scale_by_activation(params, wiring, {'c': jnp.ones(4)})
-  with pytest.raises(ValueError, match="'a' must have 8 channels last"):
+  with pytest.raises(
+    ValueError, match=r"'a' must have channels of shape \(8,\) last"
+  ):
     la.scale_by_activation(params, wiring, {'a': jnp.ones(4)})
   with pytest.raises(ValueError, match='at least one batch'):
     la.activation_rates(lambda x: {'a': x}, [])
