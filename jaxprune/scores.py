@@ -288,8 +288,8 @@ def obd(
 ) -> tree.PyTree:
   """Returns h w^2 / 2, the change of the loss to second order, OBD.
 
-  h is the diagonal of the Hessian, a mean over batches. For OBD+LAP score the
-  roots: ``lookahead.lookahead(jax.tree.map(jnp.sqrt, obd(...)), wiring)``.
+  h is the diagonal of the Hessian, a mean over batches. For OBD+LAP give the
+  result to :func:`jaxprune.lookahead.obd`.
 
   Args:
     loss: (params, batch) -> mean loss of the batch, a scalar.

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxprune import lookahead as la
@@ -325,6 +326,35 @@ def test_heads_are_scaled_one_by_one():
   np.testing.assert_allclose(got[1], np.arange(8.0).reshape(2, 4))
 
 
+# OBD.
+
+
+def test_obd_lap_agrees_with_float64_and_takes_what_is_negative_for_zero():
+  params, stats, norms = net()
+  wiring = la.chain(params, PATHS, norms=norms)
+  noise = jax.random.normal(jax.random.key(3), params['fc'].shape)
+  saliencies = {
+    path: optax.MaskedNode() if 'bn' in path else jnp.square(w)
+    for path, w in params.items()
+  }
+  saliencies['fc'] = noise
+  assert (noise < 0).any()
+  got = la.obd(params, saliencies, wiring, stats=stats)
+  positive = np.maximum(np.asarray(noise, np.float64), 0)
+  want = golden({**params, 'fc': np.sqrt(positive)}, stats, True)
+  for k in PATHS:
+    np.testing.assert_allclose(got[k], want[k], 1e-5, err_msg=k)
+
+
+def test_obd_lap_without_the_saliencies_of_a_leaf_takes_its_weights():
+  params = mlp()
+  wiring = la.chain(params, list(params))
+  some = {'a': 4 * params['a'] ** 2, 'c': 9 * params['c'] ** 2}
+  got, want = la.obd(params, some, wiring), la.lookahead(params, wiring)
+  for k, factor in {'a': 4, 'b': 36, 'c': 9}.items():
+    np.testing.assert_allclose(got[k], factor * want[k], 1e-5)
+
+
 # Errors.
 
 
@@ -388,5 +418,7 @@ def test_other_errors():
     ValueError, match=r"'a' must have channels of shape \(8,\) last"
   ):
     la.scale_by_activation(params, wiring, {'a': jnp.ones(4)})
+  with pytest.raises(ValueError, match='Saliencies of z belong to no leaf'):
+    la.obd(params, {'z': jnp.ones(4)}, wiring)
   with pytest.raises(ValueError, match='at least one batch'):
     la.activation_rates(lambda x: {'a': x}, [])

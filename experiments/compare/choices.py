@@ -25,7 +25,6 @@ from jaxprune import (
   schedules,
   scores,
   structure,
-  tree,
 )
 
 Batch = tuple[jax.Array, jax.Array]  # Prepared images and labels.
@@ -143,8 +142,8 @@ def _obd(given: Given) -> Any:
 
 
 def _obd_lap(given: Given) -> Any:
-  roots = jax.tree.map(jnp.sqrt, _obd(given))
-  return _lap(given, tree.map_pruned(lambda _, r: r, given.params, roots))
+  saliencies = {'params': _obd(given)}
+  return lookahead.obd(given.variables, saliencies, given.wiring)['params']
 
 
 def _movement(given: Given) -> Any:
