@@ -6,6 +6,9 @@ from jaxprune.structure.choices import normalise as normalise
 from jaxprune.structure.choices import pools as pools
 from jaxprune.structure.gating import scale as scale
 from jaxprune.structure.graph import Graph as Graph
+from jaxprune.structure.inputs import InputAxis as InputAxis
+from jaxprune.structure.inputs import input_axes as input_axes
+from jaxprune.structure.inputs import n_by_m as n_by_m
 from jaxprune.structure.slices import Group as Group
 from jaxprune.structure.slices import Leaf as Leaf
 from jaxprune.structure.slices import Member as Member

@@ -7,7 +7,7 @@ gate on the data and the gate on the kernel's rows are the same number, so
 :func:`scale` needs the params alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules, scaling
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.flow import Binding, Flow, Step, made, read
+from jaxprune.structure.flow import Binding, Flow, made, read
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.slices import Leaf, Member, member, occurrences
 
@@ -75,13 +75,11 @@ class _Search:
     arguments = stream.inputs[len(leaves) :]
     self.data = stream.descendants(arguments, ())
     self.refused: dict[str, str] = {}
-    self.fresh: dict[Value, list[Axis]] = {}
+    self.fresh = apart(stream, self.data)
     self.reads: dict[str, list[_Read]] = {}
 
   def result(self) -> Readers:
     for step in self.flow.steps:
-      if not any(out in self.data for out in made(step)):
-        self.retype(step)
       if isinstance(step, Equation):
         self.find_reads(step)
     self.follow_leaks()
@@ -104,32 +102,8 @@ class _Search:
     found = (self.groups.get(atom) for axis in axes for atom in ax.atoms(axis))
     return list(dict.fromkeys(name for name in found if name is not None))
 
-  def retype(self, step: Step) -> None:
-    """Types what is made of leaves alone once more, each axis of a leaf apart.
-
-    Equal types then say from which axis of which leaf an axis of a kernel
-    comes, where the first typing makes both axes of a square kernel one.
-    """
-    if isinstance(step, Binding):
-      axes, rank = self.typed(step.source), len(step.target.shape)
-      lost = max(len(axes) - rank, 0)
-      new = [ax.atom(n) for n in step.target.shape[: rank - len(axes) + lost]]
-      self.fresh.setdefault(step.target, [*new, *axes[lost:]])
-      return
-    inputs = [
-      Value(v.shape, v.dtype, self.typed(v), v.constant) for v in step.inputs
-    ]
-    outputs = [Value(v.shape, v.dtype) for v in step.outputs]
-    rules.infer(
-      Equation(step.primitive, dict(step.params), inputs, outputs, step.why)
-    )
-    for old, new in zip(step.outputs, outputs, strict=True):
-      self.fresh[old] = new.axes
-
   def typed(self, value: Value) -> list[Axis]:
-    if value not in self.fresh:
-      self.fresh[value] = [ax.atom(n) for n in value.shape]
-    return self.fresh[value]
+    return types_of(self.fresh, value)
 
   def find_reads(self, eqn: Equation) -> None:
     """Notes who reads a group in a product; two arrays of data leak it."""
@@ -230,6 +204,46 @@ class _Search:
       for part, labels in occurrences(axis):
         if part is self.atoms[name] and np.any(touched & (labels >= 0)):
           yield member(path, k, labels)
+
+
+def apart(stream: Flow, data: Container[Value]) -> dict[Value, list[Axis]]:
+  """Types what is made of leaves alone once more, each axis of a leaf apart.
+
+  Equal types then say from which axis of which leaf an axis of a kernel
+  comes, where the first typing makes both axes of a square kernel one.
+
+  Args:
+    stream: the flow of the program.
+    data: the values that are not typed.
+  """
+  fresh: dict[Value, list[Axis]] = {}
+  for step in stream.steps:
+    if any(out in data for out in made(step)):
+      continue
+    if isinstance(step, Binding):
+      axes, rank = types_of(fresh, step.source), len(step.target.shape)
+      lost = max(len(axes) - rank, 0)
+      new = [ax.atom(n) for n in step.target.shape[: rank - len(axes) + lost]]
+      fresh.setdefault(step.target, [*new, *axes[lost:]])
+      continue
+    inputs = [
+      Value(v.shape, v.dtype, types_of(fresh, v), v.constant)
+      for v in step.inputs
+    ]
+    outputs = [Value(v.shape, v.dtype) for v in step.outputs]
+    rules.infer(
+      Equation(step.primitive, dict(step.params), inputs, outputs, step.why)
+    )
+    for old, new in zip(step.outputs, outputs, strict=True):
+      fresh[old] = new.axes
+  return fresh
+
+
+def types_of(fresh: dict[Value, list[Axis]], value: Value) -> list[Axis]:
+  """Returns the types of a value's axes among those of :func:`apart`."""
+  if value not in fresh:
+    fresh[value] = [ax.atom(n) for n in value.shape]
+  return fresh[value]
 
 
 def over(pair: tuple[tuple[Value, int], ...]) -> list[Axis]:
