@@ -36,18 +36,45 @@ PARAMS = {
 }
 
 
-def test_lookahead_with_a_norm_and_a_flatten():
-  params = {**PARAMS, 'norm': {'scale': given('scale', 4)}}
-  wiring = lookahead.chain(
-    params,
+NORM = {'norm': {'scale': given('scale', 4)}}
+STATS = {'var': given('var', 4)}
+
+
+def wiring():
+  return lookahead.chain(
+    {**PARAMS, **NORM},
     ['conv', 'dense', 'head'],
     norms={'conv': lookahead.Norm('norm/scale', 'var')},
   )
-  found = lookahead.lookahead(params, wiring, stats={'var': given('var', 4)})
+
+
+def test_lookahead_with_a_norm_and_a_flatten():
+  found = lookahead.lookahead({**PARAMS, **NORM}, wiring(), stats=STATS)
   for name, expected in GOLDEN['lookahead'].items():
     np.testing.assert_allclose(
       np.ravel(found[name]), expected, rtol=1e-5, err_msg=name
     )
+
+
+def test_lookahead_of_obd():
+  saliencies = {
+    name: np.float32(x).reshape(PARAMS[name].shape)
+    for name, x in zip(PARAMS, GOLDEN['saliencies'], strict=True)
+  }
+  assert any((x < 0).any() for x in saliencies.values())
+  params = {**PARAMS, **NORM}
+  found = lookahead.obd(params, saliencies, wiring(), stats=STATS)
+  for name, expected in GOLDEN['obd_lookahead'].items():
+    np.testing.assert_allclose(
+      np.ravel(found[name]), expected, rtol=1e-5, err_msg=name
+    )
+
+
+def test_normalised_lookahead():
+  found = lookahead.lookahead({**PARAMS, **NORM}, wiring(), stats=STATS)
+  masks = distributions.select_pooled(found, 40, distributions.normalised)
+  for name, expected in GOLDEN['normalised'].items():
+    assert np.ravel(masks[name]).tolist() == expected, name
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,8 @@ def test_errors():
     ValueError, match=r"inputs of 'kernel' with 4 channels.*none"
   ):
     scores.wanda(lambda *_: {}, params, batches)
+  with pytest.raises(ValueError, match=r'with 4 channels last, got \(2, 3\)'):
+    scores.wanda(lambda *_: {'kernel': jnp.ones((2, 3))}, params, batches)
   with pytest.raises(ValueError, match='No leaf is left to prune'):
     scores.magnitude(params, lambda *_: False)
   with pytest.raises(TypeError, match=r"True or False, got '.*': 0.5"):

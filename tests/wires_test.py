@@ -108,6 +108,43 @@ def test_a_norm_before_a_sum_counts_on_its_branch_alone():
   )
 
 
+def test_a_downsampling_block_by_hand():
+  """a, then b and c beside the shortcut d, each with a norm; e reads the sum.
+
+  The authors' code takes the norm of d for that of c.
+  """
+  shapes = {'a': (3, 2), 'b': (2, 4), 'c': (4, 5), 'd': (2, 5), 'e': (5, 3)}
+  params = {name: normal(3, 3, *shape) for name, shape in shapes.items()}
+  for seed, name in enumerate('abcd'):
+    made = norm_params(name, shapes[name][1])
+    params |= {k: v + 0.1 * seed for k, v in made.items()}
+
+  def fn(p, x):
+    layer = lambda x, name: norm(p, conv(x, p[name]), name)
+    x = jax.nn.relu(layer(x, 'a'))
+    y = layer(jax.nn.relu(layer(x, 'b')), 'c')
+    return conv(jax.nn.relu(y + layer(x, 'd')), p['e'])
+
+  _, found = scores(fn, params, IMAGE)
+  exact = {k: np.float64(v) for k, v in params.items()}
+  w = {name: exact[name] ** 2 for name in shapes}
+  gain = {
+    k: exact[f'{k}_scale'] ** 2 / (exact[f'{k}_var'] + 1e-3) for k in 'abcd'
+  }
+  out = {k: gain[k] * w[k].sum((0, 1, 2)) for k in 'abcd'}
+  read = {k: w[k].sum((0, 1, 3)) for k in 'bcde'}
+  want = {
+    'a': w['a'] * gain['a'] * (read['b'] + read['d']),
+    'b': w['b'] * out['a'][:, None] * gain['b'] * read['c'],
+    'c': w['c'] * out['b'][:, None] * gain['c'] * read['e'],
+    'd': w['d'] * out['a'][:, None] * gain['d'] * read['e'],
+    'e': w['e'] * (out['c'] + out['d'])[:, None],
+  }
+  assert found.keys() == want.keys()
+  for name, score in want.items():
+    np.testing.assert_allclose(found[name], score, rtol=1e-5, err_msg=name)
+
+
 def test_a_concatenation_keeps_offsets():
   params = {
     'a': normal(3, 3, 3, 2),

@@ -20,6 +20,9 @@ HEAD = RNG.standard_normal((6, 3)).astype(np.float32)
 SCALE = RNG.uniform(0.5, 2, 4).astype(np.float32)
 VAR = RNG.uniform(0.5, 2, 4).astype(np.float32)
 EPS = 1e-5
+# Estimates of the diagonal of a Hessian: some are below 0.
+CURVES = [RNG.normal(0.5, 1, x.shape).astype(np.float32)
+          for x in (CONV, DENSE, HEAD)]  # fmt: skip
 SHAPES = {
   'conv1': (3, 3, 3, 16),
   'conv2': (3, 3, 16, 64),
@@ -29,23 +32,43 @@ SHAPES = {
 MACS = {'conv1': 1024.0, 'conv2': 256.0, 'conv3': 64.0, 'head': 1.0}
 
 
-def lookahead() -> dict[str, np.ndarray]:
-  """Scores of all three kernels, one entry at a time."""
-  conv, dense, head = (x.astype(np.float64) for x in (CONV, DENSE, HEAD))
+def lookahead(conv, dense, head) -> dict[str, np.ndarray]:
+  """Scores of all three kernels from their squares, one entry at a time."""
   gain = SCALE.astype(np.float64) ** 2 / (VAR.astype(np.float64) + EPS)
   scores = {'conv': np.zeros(conv.shape), 'dense': np.zeros(dense.shape),
             'head': np.zeros(head.shape)}  # fmt: skip
   for h, w, i, o in np.ndindex(conv.shape):
-    after = sum(dense[k, j] ** 2 for k in range(o, 16, 4) for j in range(6))
-    scores['conv'][h, w, i, o] = conv[h, w, i, o] ** 2 * after * gain[o]
+    after = sum(dense[k, j] for k in range(o, 16, 4) for j in range(6))
+    scores['conv'][h, w, i, o] = conv[h, w, i, o] * after * gain[o]
   for i, o in np.ndindex(dense.shape):
-    before = sum(conv[h, w, c, i % 4] ** 2 for h, w, c in np.ndindex(3, 3, 2))
-    after = sum(head[o, k] ** 2 for k in range(3))
-    scores['dense'][i, o] = dense[i, o] ** 2 * before * gain[i % 4] * after
+    before = sum(conv[h, w, c, i % 4] for h, w, c in np.ndindex(3, 3, 2))
+    after = sum(head[o, k] for k in range(3))
+    scores['dense'][i, o] = dense[i, o] * before * gain[i % 4] * after
   for i, o in np.ndindex(head.shape):
-    before = sum(dense[k, i] ** 2 for k in range(16))
-    scores['head'][i, o] = head[i, o] ** 2 * before
+    before = sum(dense[k, i] for k in range(16))
+    scores['head'][i, o] = head[i, o] * before
   return scores
+
+
+def squares() -> list[np.ndarray]:
+  """The squares of all three kernels."""
+  return [x.astype(np.float64) ** 2 for x in (CONV, DENSE, HEAD)]
+
+
+def saliencies() -> list[np.ndarray]:
+  """OBD of all three kernels, of either sign."""
+  curves = [h.astype(np.float64) for h in CURVES]
+  return [h * x / 2 for h, x in zip(curves, squares(), strict=True)]
+
+
+def normalised(scores, kept) -> dict[str, list[bool]]:
+  """The masks of the best of all leaves, each divided by its L2 norm."""
+  ranked = []
+  for name, x in scores.items():
+    norm = math.sqrt(math.fsum(y * y for y in x.ravel()))
+    ranked += [(y / norm, name, i) for i, y in enumerate(x.ravel())]
+  best = {(name, i) for _, name, i in sorted(ranked)[-kept:]}
+  return {n: [(n, i) in best for i in range(x.size)] for n, x in scores.items()}
 
 
 def lamp(w: np.ndarray) -> np.ndarray:
@@ -107,7 +130,13 @@ def main() -> None:
         'conv': CONV, 'dense': DENSE, 'head': HEAD, 'scale': SCALE, 'var': VAR
       }.items()
     },
-    'lookahead': {name: plain(x) for name, x in lookahead().items()},
+    'saliencies': [plain(x) for x in saliencies()],
+    'lookahead': {n: plain(x) for n, x in lookahead(*squares()).items()},
+    'obd_lookahead': {
+      n: plain(x)
+      for n, x in lookahead(*(np.maximum(s, 0) for s in saliencies())).items()
+    },
+    'normalised': normalised(lookahead(*squares()), 40),
     'lamp': plain(lamp(DENSE)),
     'fpgm': plain(fpgm(CONV)),
     'distributions': distributions(),
