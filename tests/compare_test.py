@@ -1,5 +1,6 @@
 """Tests of experiments.compare and of what it is made of."""
 
+import functools
 import json
 
 import jax
@@ -123,8 +124,8 @@ def test_a_residual_network_with_statistics(tmp_path):
   assert all(runs(tmp_path)[-1]['kept'].values())
 
 
-@pytest.mark.parametrize('name', list(choices.SCORES))
-def test_every_score_scores_every_kernel(name):
+@functools.cache
+def found_scores(name):
   net = models.MLP(hidden=(4,), num_classes=3)
   x = jax.random.normal(jax.random.key(1), (6, 2, 2, 1))
   params = net.init(jax.random.key(0), x)['params']
@@ -138,9 +139,14 @@ def test_every_score_scores_every_kernel(name):
     key=jax.random.key(2),
     rates={'hidden1/kernel': 0.5, 'head/kernel': 0.5},
   )
-  found = choices.SCORES[name](given)
-  for layer in ('hidden1', 'head'):
-    assert found[layer]['kernel'].shape == params[layer]['kernel'].shape
+  return choices.SCORES[name](given)
+
+
+@pytest.mark.parametrize('name', list(choices.SCORES))
+def test_every_score_scores_every_kernel(name):
+  found = found_scores(name)
+  for layer, shape in {'hidden1': (4, 4), 'head': (4, 3)}.items():
+    assert found[layer]['kernel'].shape == shape
     assert bool(jnp.all(jnp.isfinite(found[layer]['kernel'])))
 
 
@@ -149,6 +155,10 @@ def test_every_score_scores_every_kernel(name):
   [
     ('--contenders=best', "No score is called 'best'; there are random, mag"),
     ('--contenders=lap@even', "No distribution is called 'even'; there are l"),
+    ('--contenders=lap_forward@global', 'lap_forward prunes one leaf after th'),
+    ('--contenders=lap_backward@lamp', 'such as layerwise or erk, not lamp.'),
+    ('--contenders=lap_forward@normalised', 'gives each its share'),
+    ('--contenders=movement@lamp', 'movement may be below 0, and lamp divides'),
     ('--sparsities=0.5', '--sparsities need another --distribution.'),
     ('--granularity=big', 'A granularity is element, channel, n:m or axb, got'),
     ('lap', "'lap' is no flag; write --name=value."),
@@ -158,6 +168,14 @@ def test_every_score_scores_every_kernel(name):
 def test_wrong_flags_are_one_line(flag, text, tmp_path, capsys):
   assert compare.main([*SMALL, f'--workdir={tmp_path}', flag]) == 2
   assert text in capsys.readouterr().err
+
+
+def test_scores_that_go_below_zero_are_known():
+  """Of a random network; the others are at least 0 as they are defined."""
+  found = {name: found_scores(name) for name in choices.SCORES}
+  least = {n: min(map(jnp.min, jax.tree.leaves(x))) for n, x in found.items()}
+  below = {name for name, x in least.items() if x < 0}
+  assert {'grasp', 'movement', 'obd_hutchinson'} <= below <= {*choices.SIGNED}
 
 
 def test_standings_pair_by_seed():

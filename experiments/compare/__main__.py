@@ -456,17 +456,8 @@ def contenders() -> Iterator[Contender]:
   for amount in _SPARSITIES.value or _ROUNDS.value:
     for name in _CONTENDERS.value:
       score, _, own = name.partition('@')
-      if score not in choices.SCORES:
-        raise ValueError(
-          f'No score is called {score!r}; there are '
-          f'{", ".join(choices.SCORES)}.'
-        )
       distribution = own or _DISTRIBUTION.value
-      if distribution not in ('layerwise', *choices.DISTRIBUTIONS):
-        raise ValueError(
-          f'No distribution is called {distribution!r}; there are layerwise, '
-          f'{", ".join(choices.DISTRIBUTIONS)}.'
-        )
+      choices.check(score, distribution)
       if distribution == 'layerwise' and _SPARSITIES.value:
         raise ValueError('--sparsities need another --distribution.')
       yield Contender(name, score, distribution, amount)

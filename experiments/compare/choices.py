@@ -172,6 +172,12 @@ OF_WEIGHTS: Mapping[str, Score] = {
 OF_DATA: Mapping[str, Score] = {
   'lap_act': _lap_act,
   'obd': _obd,
+  'obd_exact': lambda given: scores.obd(
+    given.loss, given.params, given.batches, hessian='exact'
+  ),
+  'obd_hutchinson': lambda given: scores.obd(
+    given.loss, given.params, given.batches, key=given.key
+  ),
   'obd_lap': _obd_lap,
   'snip': _with_data(scores.snip),
   'taylor': _with_data(scores.taylor),
@@ -188,6 +194,7 @@ OF_DATA: Mapping[str, Score] = {
 }
 SCORES = {**OF_WEIGHTS, **OF_DATA}
 SEQUENTIAL = ('lap_forward', 'lap_backward')  # Need the rate of each leaf.
+SIGNED = ('grasp', 'movement', 'obd_exact', 'obd_hutchinson')  # May be < 0.
 
 DISTRIBUTIONS: Mapping[str, Callable[[Any], distributions.Distribution]] = {
   'uniform': lambda graph: distributions.uniform,
@@ -216,6 +223,37 @@ SCHEDULES: Mapping[str, Callable[[float, int], schedules.Schedule]] = {
     s, begin=0, end=end, cycles=3
   ),
 }
+
+
+def check(score: str, distribution: str) -> None:
+  """Raises if a distribution cannot take a score.
+
+  Args:
+    score: its name.
+    distribution: its name; ``layerwise`` gives each leaf its share.
+
+  Raises:
+    ValueError: if there is none of these names, or if they do not go together.
+  """
+  if score not in SCORES:
+    raise ValueError(
+      f'No score is called {score!r}; there are {", ".join(SCORES)}.'
+    )
+  if distribution not in ('layerwise', *DISTRIBUTIONS):
+    raise ValueError(
+      f'No distribution is called {distribution!r}; there are layerwise, '
+      f'{", ".join(DISTRIBUTIONS)}.'
+    )
+  if score in SEQUENTIAL and distribution in ('global', 'normalised', 'lamp'):
+    raise ValueError(
+      f'{score} prunes one leaf after the other and needs a distribution that '
+      f'gives each its share, such as layerwise or erk, not {distribution}.'
+    )
+  if score in SIGNED and distribution in ('normalised', 'lamp'):
+    raise ValueError(
+      f'{score} may be below 0, and {distribution} divides by sums of squares: '
+      f'take another distribution, such as global.'
+    )
 
 
 def granularity(text: str) -> masks.Granularity:
