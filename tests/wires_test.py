@@ -345,16 +345,17 @@ def test_heads_that_a_flat_kernel_reads_or_writes():
 @pytest.mark.parametrize(
   ('fn', 'why'),
   [
-    (lambda p, x: jnp.tanh(p['a']), 'takes what is computed from it'),
-    (lambda p, x: p['a'].reshape(6, 3)[:4], 'takes what is computed from it'),
-    (lambda p, x: p['a'].reshape(3, 6).T[:, :2].T, 'computed from it'),
+    (lambda p, x: jnp.tanh(p['b']), 'takes what is computed from it'),
+    (lambda p, x: p['b'][::-1], 'takes it in another shape'),
+    (lambda p, x: p['b'].reshape(6, 3)[:4], 'takes what is computed from it'),
+    (lambda p, x: p['b'].reshape(3, 6).T[:, :2].T, 'computed from it'),
   ],
 )
 def test_a_kernel_that_enters_changed_is_named(fn, why):
-  params = {'a': normal(3, 6)}
+  params = {'b': normal(3, 6)}
   apply = lambda p, x: x[:, : len(fn(p, x))] @ fn(p, x)
   graph = structure.trace(apply, params, jnp.ones((1, 9)))
-  with pytest.warns(UserWarning, match=f"'a': dot_general at .*{why}"):
+  with pytest.warns(UserWarning, match=f"'b': dot_general at .*{why}"):
     assert not structure.wiring(graph)
 
 

@@ -414,7 +414,7 @@ class _Second:
   def refuse(self, value: Value, why: str) -> None:
     """Notes why the kernels that a value is made of are not wired."""
     for path in sorted(value.sources):
-      if tree.is_prunable(path, self.graph.leaves[path]):
+      if len(self.graph.leaves[path].shape) > 1:
         self.refused.setdefault(path, why)
 
   def origin(
