@@ -349,12 +349,16 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
   The derivative is traced by JAX at the original sizes, typed with the types of
   the function's inputs and outputs, and attached again at the new sizes.
   """
-  body = build(*_body(eqn.params), [_copy(v) for v in eqn.inputs])
+  jaxpr, consts = _body(eqn.params)
+  body = build(
+    eliminate_dead_code(jaxpr), consts, [_copy(v) for v in eqn.inputs]
+  )
   _type_outputs(eqn, body.outputs)
   floats = [k for k, v in enumerate(eqn.inputs) if _is_float(v)]
+  slopes = [k for k, v in enumerate(eqn.outputs) if _is_float(v)]
   eqn.programs = (body,)
   call = lambda run, values: run(body, values)
-  if not floats or not all(_is_float(out) for out in eqn.outputs):
+  if not floats or not slopes:
     eqn.evaluate = call
     return
   fn = _original(eqn)
@@ -370,24 +374,33 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
 
   def push(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
     xs = [primals[k] for k in floats]
-    return jax.jvp(on_floats(primals), xs, list(tangents))
+    outs, pushed = jax.jvp(on_floats(primals), xs, list(tangents))
+    return outs, [pushed[k] for k in slopes]
 
   def pull(primals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
     xs = [primals[k] for k in floats]
-    return jax.vjp(on_floats(primals), *xs)[1](tuple(cotangents))
+    outs, pulled = jax.vjp(on_floats(primals), *xs)
+    return pulled(tuple(_spread(outs, slopes, cotangents)))
 
-  inner = [eqn.inputs[k] for k in floats] if forward else eqn.outputs
+  inner = (
+    [eqn.inputs[k] for k in floats]
+    if forward
+    else [eqn.outputs[k] for k in slopes]
+  )
   closed = jax.make_jaxpr(push if forward else pull)(
     _specs(eqn.inputs), _specs(inner)
   )
   derivative = build(
-    closed.jaxpr,
+    eliminate_dead_code(closed.jaxpr),
     closed.consts,
     [_copy(v) for v in (*eqn.inputs, *inner)],
     plain=True,
   )
+  eqn.derivative = derivative
   wanted = (
-    [*eqn.outputs, *eqn.outputs] if forward else [eqn.inputs[k] for k in floats]
+    [*eqn.outputs, *(eqn.outputs[k] for k in slopes)]
+    if forward
+    else [eqn.inputs[k] for k in floats]
   )
   for out, value in zip(derivative.outputs, wanted, strict=True):
     _unify_values(out, value, eqn.why)
@@ -399,9 +412,11 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-      outs = run(derivative, [*primals, *(tangents[k] for k in floats)])
-      half = len(outs) // 2
-      return tuple(outs[:half]), tuple(outs[half:])
+      given = [*primals, *(tangents[k] for k in floats)]
+      results = run(derivative, given)
+      outs = results[: -len(slopes)]
+      pushed = _spread(outs, slopes, results[-len(slopes) :])
+      return tuple(outs), tuple(pushed)
 
     return list(call(*values))
 
@@ -411,17 +426,23 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
       return tuple(run(body, xs))
 
     def backward(xs: Any, cotangents: Any) -> tuple[Any, ...]:
-      grads = [np.zeros(np.shape(x), jax.dtypes.float0) for x in xs]
-      for k, grad in zip(
-        floats, run(derivative, [*xs, *cotangents]), strict=True
-      ):
-        grads[k] = grad
-      return tuple(grads)
+      given = [*xs, *(cotangents[k] for k in slopes)]
+      return tuple(_spread(xs, floats, run(derivative, given)))
 
     call.defvjp(lambda *xs: (call(*xs), xs), backward)
     return list(call(*values))
 
   eqn.evaluate = evaluate_jvp if forward else evaluate_vjp
+
+
+def _spread(
+  like: Sequence[Any], places: Sequence[int], slopes: Sequence[Any]
+) -> list[Any]:
+  """Slopes at their places; no slope for the integers among what they are of."""
+  full = [np.zeros(np.shape(x), jax.dtypes.float0) for x in like]
+  for k, slope in zip(places, slopes, strict=True):
+    full[k] = slope
+  return full
 
 
 def _custom_jvp(eqn: Equation, plain: bool) -> None:

@@ -54,6 +54,7 @@ class Equation:
     resize: its parameters at other sizes; None where they hold no size.
     evaluate: how to run it where binding the primitive is not enough.
     programs: the typed bodies of control flow.
+    derivative: the typed derivative, if it has one of its own.
     reductions: the axes it reduces over.
     products: for a matrix product or convolution, the axes whose sizes
       multiply to its number of multiply-adds.
@@ -67,6 +68,7 @@ class Equation:
   resize: Resize | None = None
   evaluate: Callable[..., list[Any]] | None = None
   programs: tuple[Any, ...] = ()
+  derivative: Any = None
   reductions: list[Axis] = dataclasses.field(default_factory=list)
   products: list[Axis] | None = None
 
