@@ -63,3 +63,36 @@ def test_a_derivative_stays_where_some_outputs_are_integers(make):
   assert jnp.any(wanted['a'])
   for name in PARAMS:
     np.testing.assert_allclose(ours[name], wanted[name], rtol=1e-5)
+
+
+def scaled_gradient(scale):
+  """The identity, whose gradient is scaled."""
+
+  @jax.custom_vjp
+  def identity(h):
+    return 1.0 * h
+
+  identity.defvjp(lambda h: (h, None), lambda _, g: (g * scale(g),))
+  return lambda p, x: identity(x @ p['a']) @ p['o']
+
+
+def test_what_a_derivative_reduces_over_counts_as_reduced():
+  fn = scaled_gradient(lambda g: 1 / jnp.linalg.norm(g, axis=1, keepdims=True))
+  graph = structure.trace(fn, PARAMS, X)
+  assert 'reduces over it' in graph.explain('a', 1)
+  graph = structure.trace(fn, PARAMS, X, reductions='keep')
+  assert 'reduce_sum' in graph.groups['a'].reduced[0]
+
+
+def test_numbers_of_a_derivative_are_in_doubt_or_told_by_another_width():
+  fn = scaled_gradient(lambda g: jnp.mean(g**2, axis=1, keepdims=True))
+  how = {'reductions': 'rescale'}
+  graph = structure.trace(fn, PARAMS, X, **how)
+  assert 'has a derivative of its own' in graph.explain('a', 1)
+  other = {'a': normal(4, 5), 'o': normal(5, 2)}
+  graph = structure.trace(fn, PARAMS, X, **how, narrow=(fn, other, X))
+  plan = plans.from_widths(graph, {'a': 3})
+  small = plans.shrink(graph, plan, PARAMS)
+  slope = lambda fn: jax.grad(lambda p: jnp.sum(fn(p, X) ** 2))(small)
+  ours, theirs = slope(plans.specialise(graph, plan)), slope(fn)
+  np.testing.assert_allclose(ours['a'], theirs['a'], rtol=1e-5)

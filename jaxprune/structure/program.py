@@ -75,14 +75,25 @@ def eliminate_dead_code(jaxpr: Any) -> Any:
   return live
 
 
-def all_equations(program: Program) -> list[tuple[Equation, int]]:
-  """Returns every equation, those of bodies too, with how often it runs."""
+def all_equations(
+  program: Program, derivatives: bool = False
+) -> list[tuple[Equation, int]]:
+  """Returns every equation, those of bodies too, with how often it runs.
+
+  Args:
+    program: the program.
+    derivatives: whether to return those of custom derivatives too.
+  """
   found = []
   for eqn in program.equations:
     found.append((eqn, 1))
     times = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
-    for body in eqn.programs:
-      found += [(inner, n * times) for inner, n in all_equations(body)]
+    bodies = [*eqn.programs]
+    if derivatives and eqn.derivative is not None:
+      bodies.append(eqn.derivative)
+    for body in bodies:
+      inner = all_equations(body, derivatives)
+      found += [(each, n * times) for each, n in inner]
   return found
 
 

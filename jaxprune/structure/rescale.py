@@ -145,8 +145,14 @@ def _parts(
   yield program, is_custom
   for eqn in program.equations:
     custom = is_custom or eqn.primitive.name.startswith('custom_')
-    for body in eqn.programs:
+    for body in _bodies(eqn):
       yield from _parts(body, custom)
+
+
+def _bodies(eqn: Equation) -> list[Program]:
+  """The programs that an equation runs, in a derivative of its own too."""
+  own = [] if eqn.derivative is None else [eqn.derivative]
+  return [*eqn.programs, *own]
 
 
 class _Part:
@@ -473,7 +479,7 @@ def _pairs(
     )
   for eqn, twin in zip(program.equations, other.equations, strict=True):
     yield eqn, twin
-    for body, its in zip(eqn.programs, twin.programs, strict=True):
+    for body, its in zip(_bodies(eqn), _bodies(twin), strict=True):
       yield from _pairs(body, its)
 
 

@@ -363,7 +363,7 @@ def _reduced(programs: Sequence[Program]) -> dict[Axis, list[str]]:
   """Atoms that nothing locked, with the operations that reduce over them."""
   reduced: dict[Axis, list[str]] = {}
   for program in programs:
-    for eqn, _ in all_equations(program):
+    for eqn, _ in all_equations(program, derivatives=True):
       for axis in eqn.reductions:
         for atom in ax.atoms(axis):
           if not atom.locked:
