@@ -96,3 +96,17 @@ def test_numbers_of_a_derivative_are_in_doubt_or_told_by_another_width():
   slope = lambda fn: jax.grad(lambda p: jnp.sum(fn(p, X) ** 2))(small)
   ours, theirs = slope(plans.specialise(graph, plan)), slope(fn)
   np.testing.assert_allclose(ours['a'], theirs['a'], rtol=1e-5)
+
+
+def test_a_leaf_that_such_a_function_ignores_is_not_used():
+  @jax.custom_jvp
+  def double(h, w):
+    jnp.tanh(w)
+    return 2 * h
+
+  double.defjvp(lambda values, slopes: (double(*values), 2 * slopes[0]))
+  loop = lambda h, w: jax.lax.fori_loop(0, 2, lambda _, h: double(h, w), h)
+  fn = lambda p, x: loop(x @ p['a'], p['w']) @ p['o']
+  graph = structure.trace(fn, {**PARAMS, 'w': normal(6, 5)}, X)
+  assert list(graph.groups) == ['a']
+  assert 'does not use this leaf' in graph.explain('w', 0)

@@ -349,7 +349,7 @@ def _program(
         ax.lock(axis, 'it is an output of the function')
       else:
         ax.unify(axis, leaves[name].axes[k], 'an output of the function')
-  read = {value for eqn in program.equations for value in eqn.inputs}
+  read = _read(program)
   used.update(
     path
     for path, value in zip(leaves, values, strict=True)
@@ -357,6 +357,23 @@ def _program(
   )
   out_tree = jax.tree.structure(out_spec)
   return program, tuple(args_like), out_tree, tuple(outputs_like)
+
+
+def _read(program: Program) -> set[Value]:
+  """The values that an operation reads.
+
+  What is given to a function with a derivative of its own, it may ignore.
+  """
+  read: set[Value] = set()
+  for eqn in program.equations:
+    parts = [*eqn.programs, *([eqn.derivative] if eqn.derivative else [])]
+    if not parts or eqn.primitive.name in ('cond', 'while'):
+      read.update(eqn.inputs)
+    for part in parts:
+      inner = {*_read(part), *part.outputs}
+      given = zip(eqn.inputs, part.inputs, strict=False)
+      read.update(value for value, its in given if its in inner)
+  return read
 
 
 def _reduced(programs: Sequence[Program]) -> dict[Axis, list[str]]:
