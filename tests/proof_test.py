@@ -149,3 +149,23 @@ def test_a_check_moves_tokens_too():
   graph = structure.trace(fn, params, tokens)
   plan = plans.from_kept(graph, {'b': [0, 2, 5]})
   assert check(graph, plan, params, tokens).sensitivity > 0.1
+
+
+COUNTS = {
+  'sum': lambda y: jnp.sum(y, 1, keepdims=True),
+  'xor': lambda y: jnp.bitwise_xor.reduce(y.astype(jnp.int32), 1)[:, None],
+}
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_absent_units_are_not_counted(name):
+  fn = lambda p, x: COUNTS[name](x @ p['a'] > -0.5) * (x @ p['o'])
+  params = {'a': normal(5, 6), 'o': normal(5, 2)}
+  graph = structure.trace(fn, params, X, reductions='keep')
+  plan = plans.from_kept(graph, {'a': [0, 2, 3]})
+  masked = plans.masked(graph, plan)(params, X)
+  small = plans.shrink(graph, plan, params)
+  assert jnp.array_equal(plans.specialise(graph, plan)(small, X), masked)
+  units = {'a': jnp.array([True, False, True, True, False, False])}
+  assert jnp.array_equal(plans.supernet(graph)(params, units, {}, X), masked)
+  check(graph, plan, params, X)

@@ -171,9 +171,9 @@ class Run:
     outs = list(outs) if eqn.primitive.multiple_results else [outs]
     if self.masked:
       outs = [
-        self.take(out, value.axes)
-        if jnp.issubdtype(value.dtype, jnp.inexact)
-        else out
+        out
+        if jnp.issubdtype(value.dtype, jax.dtypes.extended)
+        else self.take(out, value.axes)
         for out, value in zip(outs, eqn.outputs, strict=True)
       ]
     return outs
