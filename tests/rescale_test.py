@@ -227,6 +227,138 @@ def test_what_cannot_be_told_is_protected_by_name(name):
     raise AssertionError(graph.explain('a', 1))
 
 
+def attend(p, x, scale=lambda d: 1 / np.sqrt(d)):
+  q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+  return jax.nn.softmax(q @ k.T * scale(q.shape[1])) @ v @ p['o']
+
+
+def decode(p, x):
+  """Attention of a state that starts from nothing."""
+  k, v = x @ p['k'], x @ p['v']
+
+  def step(h, _):
+    scores = h @ p['q'] @ k.T / np.sqrt(k.shape[1])
+    return jnp.tanh(h + 1 + jax.nn.softmax(scores) @ v), None
+
+  h, _ = lax.scan(step, jnp.zeros((1, v.shape[1])), length=3)
+  return h @ p['o']
+
+
+def attention(width):
+  return {
+    'q': 3 * normal(D, width),
+    'k': 3 * normal(D, width, seed=1),
+    'v': normal(D, D),
+    'o': normal(D, 3),
+  }
+
+
+def from_host(y):
+  """A mean by a product with a constant of the host."""
+  return y - y @ np.full((y.shape[1], 1), 1 / y.shape[1], np.float32)
+
+
+def averaged(y):
+  mean = jnp.einsum('bc,c->b', y, jnp.ones(y.shape[1])) / y.shape[1]
+  return y - mean[:, None]
+
+
+def equalised(p, x):
+  """Kernels of variance 1, scaled by the root of what they read."""
+  return jnp.tanh(x @ p['a']) @ p['b'] / np.sqrt(p['b'].shape[0])
+
+
+def convolved(p, x):
+  x = jnp.tanh(x @ p['a']).T[None]
+  y = lax.conv_general_dilated(x, p['c'], (1,), 'SAME')
+  return (y / np.sqrt(np.prod(p['c'].shape[1:])))[0]
+
+
+SCALED = {
+  'attention in a loop': (decode, attention, 'k'),
+  'a product with a constant': (net(from_host), lambda n: params(n), 'a'),
+  'a contraction with ones': (net(averaged), lambda n: params(n), 'a'),
+  'equalised kernels': (equalised, lambda n: params(n), 'a'),
+  'equalised convolutions': (
+    convolved,
+    lambda n: {'a': normal(D, n), 'c': normal(3, n, 3)},
+    'a',
+  ),
+}
+
+
+@pytest.mark.usefixtures('promote')
+@pytest.mark.parametrize('name', SCALED)
+def test_what_scales_a_contraction_follows_its_width(name):
+  fn, make, group = SCALED[name]
+  full = make(E)
+  graph = structure.trace(fn, full, X, reductions='rescale')
+  members = {m.path: g for g in graph.groups for m in graph.groups[g].members}
+  plan = plans.from_widths(graph, {members[group]: 5})
+  small = plans.shrink(graph, plan, full)
+  assert error(plans.specialise(graph, plan)(small, X), fn(small, X)) < 1e-6
+  masked = plans.masked(graph, plan)(full, X)
+  assert error(plans.specialise(graph, plan)(small, X), masked) < 1e-5
+
+
+CHANCE = {
+  'a half of a sum over 4': (
+    lambda p, x: 0.5 * jnp.sum((x @ p['a']) ** 2, 1),
+    {'a': normal(D, 4)},
+  ),
+  'a quarter of a sum over 16': (
+    lambda p, x: 0.25 * jnp.sum((x @ p['a']) ** 2, 1),
+    {'a': normal(D, 16)},
+  ),
+  'twice a sum over 16': (
+    lambda p, x: 2.0 * jnp.sum(jnp.tanh(x @ p['a']), 1),
+    {'a': normal(D, 16)},
+  ),
+  'scores of 16 units times 4': (
+    lambda p, x: attend(p, x, lambda _: 4.0),
+    attention(16),
+  ),
+  'scores of 4 units times a half': (
+    lambda p, x: attend(p, x, lambda _: 0.5),
+    attention(4),
+  ),
+  'a layer times the size of what it reads': (
+    lambda p, x: jnp.tanh(x @ p['a']) @ p['b'] * 16.0,
+    params(16),
+  ),
+  'a scale of one of two layers': (
+    lambda p, x: jnp.tanh(x @ p['a']) @ p['m'] / np.sqrt(E) @ p['b'],
+    {**params(), 'm': normal(E, E)},
+  ),
+  'a constant with rows of its own': (
+    lambda p, x: x @ p['a'] @ np.full((E, 2), [1 / E, 2 / E], np.float32),
+    {'a': normal(D, E)},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CHANCE)
+def test_a_number_that_may_be_one_by_chance_is_no_law(name):
+  """Where it stands next to a width, the width stays; another width tells."""
+  fn, full = CHANCE[name]
+  graph = structure.trace(fn, full, X, reductions='rescale')
+  path = 'k' if 'k' in full else 'a'
+  assert 'trace it at two widths' in graph.explain(path, 1)
+
+
+def test_gradients_of_scaled_contractions_follow_the_widths():
+  slopes = jax.grad(lambda p, x: jnp.sum(equalised(p, x) ** 2))
+  full = params()
+  graph = structure.trace(
+    equalised, full, X, reductions='rescale', also=[(slopes, X)]
+  )
+  plan = plans.from_widths(graph, {'a': 5})
+  small = plans.shrink(graph, plan, full)
+  ours = plans.specialise(graph.also[0], plan)(small, X)
+  for name, slope in slopes(small, X).items():
+    np.testing.assert_allclose(ours[name], slope, rtol=1e-5, atol=1e-6)
+
+
 def scaled(p, x):
   """sqrt(width) times a unit vector, and 0.3 of a sum."""
   y = x @ p['a']

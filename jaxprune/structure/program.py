@@ -228,6 +228,26 @@ def loop_parts(params: Mapping[str, Any]) -> tuple[int, int]:
   return len(consts), len(carries)
 
 
+def _carry_data(jaxpr: Any, inputs: Sequence[Value], consts: int) -> None:
+  """Marks what a loop carries as data where a step makes data of it."""
+  while True:
+    has_data = dict(zip(jaxpr.invars, inputs, strict=True))
+    known = {var for var, value in has_data.items() if value.has_data}
+    for jaxpr_eqn in jaxpr.eqns:
+      operands = [v for v in jaxpr_eqn.invars if not isinstance(v, jex.Literal)]
+      if known.intersection(operands):
+        known.update(jaxpr_eqn.outvars)
+    made = [
+      value
+      for out, value in zip(jaxpr.outvars, inputs[consts:], strict=False)
+      if out in known and not value.has_data
+    ]
+    if not made:
+      return
+    for value in made:
+      value.has_data, value.sources = True, frozenset()
+
+
 def _scan(eqn: Equation, plain: bool) -> None:
   """Carries keep their types; the scanned axis stays whole."""
   params = eqn.params
@@ -236,6 +256,7 @@ def _scan(eqn: Equation, plain: bool) -> None:
   for value in eqn.inputs[split:]:
     ax.lock(value.axes[0], f'{eqn.why} steps along it')
   inputs = [_copy(v, k >= split) for k, v in enumerate(eqn.inputs)]
+  _carry_data(_body(params)[0], inputs, consts)
   body = build(*_body(params), inputs, plain)
   for out, carry in zip(
     body.outputs[:carries], inputs[consts:split], strict=True
@@ -281,11 +302,9 @@ def _while(eqn: Equation, plain: bool) -> None:
     [_copy(v) for v in (*cond_consts, *carry)],
     plain,
   )
-  body = build(
-    *_body(params, 'body_jaxpr'),
-    [_copy(v) for v in (*body_consts, *carry)],
-    plain,
-  )
+  inputs = [_copy(v) for v in (*body_consts, *carry)]
+  _carry_data(_body(params, 'body_jaxpr')[0], inputs, n_body)
+  body = build(*_body(params, 'body_jaxpr'), inputs, plain)
   for out, value in zip(body.outputs, carry, strict=True):
     _unify_values(out, value, eqn.why)
   eqn.programs = (cond, body)
@@ -449,7 +468,7 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
 def _spread(
   like: Sequence[Any], places: Sequence[int], slopes: Sequence[Any]
 ) -> list[Any]:
-  """Slopes at their places; no slope for the integers among what they are of."""
+  """Slopes at their places, and none for the integers among ``like``."""
   full = [np.zeros(np.shape(x), jax.dtypes.float0) for x in like]
   for k, slope in zip(places, slopes, strict=True):
     full[k] = slope

@@ -6,9 +6,13 @@ are found, each with the axes that it counts and to which power:
 
   literal = c |axes|^p,    p in {1, -1, 1/2, -1/2, 1/4, -1/4},
 
-by the places where they stand (:func:`patterns`: next to the reduction or the
-contraction over those axes, c = 1), or by a second trace at other widths
-(:func:`confirm`). What cannot be told protects its axes, under its name.
+by the places where they stand (:func:`patterns`), or by a second trace at other
+widths (:func:`confirm`). What cannot be told protects its axes, under its name.
+
+Only two places tell: a sum that is divided by its number of entries, and a
+contraction (of queries with keys, of data with a kernel) that is divided by the
+root of it; and the derivatives of these two. Any other number that is a power
+of a size may be one by chance.
 """
 
 import math
@@ -24,7 +28,9 @@ from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation, Value
 
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
-_PLAIN = (1.0, 2.0, 0.5)  # Numbers of formulas, rather than of widths.
+# Numbers of formulas, rather than of widths.
+_PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
+_MEAN, _ROOT = -1.0, -0.5  # What scales a sum, what a contraction.
 _REMEDY = 'trace it at two widths (`narrow`) to tell'
 
 _UNIFORM: dict[str, Callable[..., float]] = {
@@ -81,9 +87,15 @@ class _Target(NamedTuple):
 
   axes: tuple[Axis, ...]
   before: tuple[Value, ...]  # A factor may stand behind these,
-  after: tuple[Value, ...]  # or before those.
+  after: tuple[Value, ...]  # or before those,
+  constants: tuple[Use, ...]  # or be one of these.
+  power: float | None  # Of its scale; None in a derivative: as it is proven.
   is_sum: bool  # Whether a factor that it does not explain is a doubt.
   why: str
+
+
+# What is known to be scaled by its size: (its atoms, the power) -> its axes.
+Proven = dict[tuple[frozenset[Axis], float], tuple[Axis, ...]]
 
 
 def apply(findings: Findings) -> None:
@@ -126,15 +138,33 @@ def _recompute(value: Value, law: Law) -> Callable[[Any], Any]:
   return recompute
 
 
-def patterns(program: Program) -> Findings:
-  """Returns what the places of its numbers tell of a typed program."""
+def patterns(program: Program, proven: Proven | None = None) -> Findings:
+  """Returns what the places of its numbers tell of a typed program.
+
+  Args:
+    program: the program.
+    proven: what other functions of the same params have proven, which a
+      derivative repeats; what this one proves is added.
+  """
+  proven = {} if proven is None else proven
   findings = Findings({}, [], [])
-  targets: list[_Target] = []
-  for part, is_custom in _parts(program):
-    _Part(part, is_custom).read(findings, targets)
-  counts = [(target.axes, target.why) for target in targets if target.is_sum]
-  for part, _ in _parts(program):
-    _Part(part, False).doubt(findings, counts)
+  targets: list[tuple[_Part, _Target]] = []
+  parts = [_Part(*part) for part in _parts(program)]
+  for part in parts:
+    part.tables(findings)
+    targets += [(part, target) for target in part.targets()]
+  # What a derivative repeats is proven elsewhere, what is left is known last.
+  targets.sort(key=lambda pair: pair[1].power is None)
+  left = [
+    (part, target, part.explain(target, findings, proven))
+    for part, target in targets
+  ]
+  for part, target, factors in left:
+    part.leave(target, factors, findings)
+  counts = [target.axes for _, target in targets if target.is_sum]
+  counts += proven.values()
+  for part in parts:
+    part.doubt(findings, counts)
   return findings
 
 
@@ -176,21 +206,22 @@ class _Part:
         if number is not None:
           self.numbers[eqn.outputs[0]] = number
 
-  def read(self, findings: Findings, targets: list[_Target]) -> None:
-    """Adds the laws, doubts and targets of this part."""
+  def tables(self, findings: Findings) -> None:
+    """Adds the constants that vary along an axis that may shrink."""
     for eqn in self.program.equations:
-      for target in _targets(eqn):
-        targets.append(target)
-        self._explain(target, findings)
       for place, value in enumerate(eqn.inputs):
         for axis in _varying(value):
           why = f'a table of constants at {eqn.why} counts it: {_REMEDY}'
           findings.tables.append((Use(eqn, place), axis, why))
 
+  def targets(self) -> list[_Target]:
+    """Returns what may be scaled by a size."""
+    return [t for eqn in self.program.equations for t in _targets(eqn)]
+
   def doubt(
     self,
     findings: Findings,
-    counts: Sequence[tuple[tuple[Axis, ...], str]],
+    counts: Sequence[tuple[Axis, ...]],
   ) -> None:
     """Adds a doubt for each number that may well be a size, and has no law."""
     in_doubt = {use for use, *_ in findings.doubts}
@@ -199,59 +230,104 @@ class _Part:
         continue
       for place, value in enumerate(eqn.inputs):
         use, number = Use(eqn, place), self.numbers.get(value)
-        if number is None or abs(number) in _PLAIN or use in in_doubt:
+        if number is None or _is_plain(number) or use in in_doubt:
           continue
         roots = list(self._roots(use))
         if any(root in findings.laws for root in roots):
           continue
         own = eqn.inputs[1 - place].axes
-        for axes in [*((axis,) for axis in own), *(axes for axes, _ in counts)]:
+        for axes in [*((axis,) for axis in own), *counts]:
           if _is_live(axes) and _power(value, number, axes) is not None:
-            why = (
-              f'{number:g} in {eqn.why} may stand for its {_count(axes)} '
-              f'entries: {_REMEDY}'
-            )
+            why = _may_stand(number, eqn, axes)
             findings.doubts.append((use, tuple(axes), why))
 
-  def _explain(self, target: _Target, findings: Findings) -> None:
-    """Looks for the factors of a target that are powers of its size."""
+  def explain(
+    self, target: _Target, findings: Findings, proven: Proven
+  ) -> list[Use]:
+    """Looks for the factors of a target that are powers of its size.
+
+    Returns:
+      Those that are none, where none is.
+    """
     factors = [
+      *(use for use in target.constants if self._number(use) is not None),
       *(use for value in target.before for use in self._behind(value)),
       *(use for value in target.after for use in self._ahead(value)),
     ]
     left, found = [], False
     for use in factors:
-      law = self._law(use, target.axes)
-      if law is None:
+      known = self._law(use, target, proven)
+      if known is None:
         left.append(use)
       elif self.is_custom:
         why = f'{target.why} has a derivative of its own: {_REMEDY}'
         findings.doubts.append((use, target.axes, why))
       else:
-        findings.laws.update(law)
+        root, law, power = known
+        other = findings.laws.setdefault(root, law)
+        proven[_leaves(target.axes), power] = target.axes
         found = True
-    if found or not target.is_sum:
-      return
+        if _leaves(other.axes) != _leaves(law.axes):
+          why = f'{target.why} and another may be scaled by it: {_REMEDY}'
+          findings.doubts.append((root, (*other.axes, *law.axes), why))
+    for use in target.constants:
+      if _is_scaled_table(use.eqn.inputs[use.place]):
+        why = f'a table of constants at {target.why} may count it: {_REMEDY}'
+        findings.doubts.append((use, target.axes, why))
+    return [] if found else left
+
+  def leave(
+    self, target: _Target, left: Sequence[Use], findings: Findings
+  ) -> None:
+    """Adds a doubt for each factor of a target that may follow its size."""
     for use in left:
-      number = self.numbers[use.eqn.inputs[use.place]]
-      if abs(number) != 1 and not self._has_law(use, findings):
+      value = use.eqn.inputs[use.place]
+      number = self.numbers[value]
+      if any(root in findings.laws for root in self._roots(use)):
+        continue
+      if target.is_sum and abs(number) != 1:
         why = (
           f'{target.why} sums {_count(target.axes)} entries and {number:g} in '
           f'{use.eqn.why} scales it: {_REMEDY}'
         )
         findings.doubts.append((use, target.axes, why))
+      elif not _is_plain(number) and _power(value, number, target.axes):
+        why = _may_stand(number, use.eqn, target.axes)
+        findings.doubts.append((use, target.axes, why))
 
-  def _has_law(self, use: Use, findings: Findings) -> bool:
-    return any(root in findings.laws for root in self._roots(use))
+  def _number(self, use: Use) -> float | None:
+    return self.numbers.get(use.eqn.inputs[use.place])
 
-  def _law(self, use: Use, axes: tuple[Axis, ...]) -> dict[Use, Law] | None:
-    """The law of a factor, at the literals it is made of or as it stands."""
-    for root in [*self._roots(use), use]:
-      value = root.eqn.inputs[root.place]
-      power = _power(value, self.numbers[value], axes)
-      if power is not None and value.constant is not None:
-        return {root: Law(axes, power)}
-    return None
+  def _law(
+    self, use: Use, target: _Target, proven: Proven
+  ) -> tuple[Use, Law, float] | None:
+    """The law of a factor at the literal it is made of, and its power.
+
+    The power is that of the size in the factor, the law's that in the literal:
+    8 divides, for the root of 64.
+    """
+    powers = [target.power]
+    if target.power is None:
+      atoms = _leaves(target.axes)
+      powers = [power for known, power in proven if known == atoms]
+    value = use.eqn.inputs[use.place]
+    number = self.numbers[value]
+    roots = []
+    for root in self._roots(use):
+      literal = root.eqn.inputs[root.place]
+      found = _power(literal, self.numbers[literal], target.axes)
+      if found is not None and not _is_plain(self.numbers[literal]):
+        roots.append((root, found))
+    if len(roots) != 1 or not number:
+      return None
+    ((root, own),) = roots
+    divides = use.eqn.primitive.name == 'div'
+    scale = _power(value, 1 / number if divides else number, target.axes)
+    if scale is None and divides and own == 1 and root != use:
+      scale = _MEAN  # A sample variance divides by one less.
+    if scale is None or scale not in powers:
+      return None
+    return root, Law(target.axes, own), scale
 
   def _roots(self, use: Use) -> Iterator[Use]:
     """The literals that a number is made of."""
@@ -297,37 +373,88 @@ def _targets(eqn: Equation) -> Iterator[_Target]:
   if out is None:
     return
   if name == 'reduce_sum' and _is_live(eqn.reductions):
-    x = eqn.inputs[0]
-    yield _Target(tuple(eqn.reductions), (x,), (out,), True, eqn.why)
+    axes, x = tuple(eqn.reductions), eqn.inputs[0]
+    yield _Target(axes, (x,), (out,), (), _MEAN, True, eqn.why)
   elif name == 'broadcast_in_dim':  # The derivative of a sum.
     x, kept = eqn.inputs[0], eqn.params['broadcast_dimensions']
-    new = [axis for k, axis in enumerate(out.axes) if k not in kept]
-    if _is_live(new):
-      yield _Target(tuple(new), (x,), (out,), False, eqn.why)
-  elif name == 'dot_general' and all(v.has_data for v in eqn.inputs):
-    (left, right), numbers = eqn.inputs, eqn.params['dimension_numbers']
-    (contract, batch) = numbers
-    summed = tuple(left.axes[k] for k in contract[0])
+    new = tuple(axis for k, axis in enumerate(out.axes) if k not in kept)
+    if _is_live(new) and not _is_constant(x):
+      yield _Target(new, (x,), (out,), (), None, False, eqn.why)
+  elif name == 'dot_general':
+    yield from _contractions(eqn)
+  elif name == 'conv_general_dilated':
+    kernel = eqn.inputs[1]
+    spec = eqn.params['dimension_numbers'].rhs_spec
+    summed = tuple(kernel.axes[k] for k in spec[1:])
     if _is_live(summed):
-      yield _Target(summed, (left, right), (out,), True, eqn.why)
-    for value, gone in ((left, 0), (right, 1)):  # The derivatives of that.
-      free = tuple(
-        axis
-        for k, axis in enumerate(value.axes)
-        if k not in (*contract[gone], *batch[gone])
-      )
-      live = tuple(axis for axis in free if _is_live([axis]))
-      if live:
-        yield _Target(live, (left, right), (out,), False, eqn.why)
+      yield _contraction(eqn, summed)
+
+
+def _contractions(eqn: Equation) -> Iterator[_Target]:
+  """A matrix product: of data, as a sum, or one that is the derivative."""
+  (left, right), (out,) = eqn.inputs, eqn.outputs
+  (contract, batch) = eqn.params['dimension_numbers']
+  summed = tuple(left.axes[k] for k in contract[0])
+  if _is_live(summed):
+    yield _contraction(eqn, summed)
+  for value, gone in ((left, 0), (right, 1)):
+    free = [
+      axis
+      for k, axis in enumerate(value.axes)
+      if k not in (*contract[gone], *batch[gone])
+    ]
+    live = tuple(axis for axis in free if _is_live([axis]))
+    if live:
+      yield _Target(live, (left, right), (out,), (), None, False, eqn.why)
+
+
+def _contraction(eqn: Equation, summed: tuple[Axis, ...]) -> _Target:
+  """A contraction, which is a sum with a constant, and of squares."""
+  (left, right), (out,) = eqn.inputs, eqn.outputs
+  constants = tuple(
+    Use(eqn, k) for k, value in enumerate(eqn.inputs) if _is_constant(value)
+  )
+  squares = left is right and len(out.shape) + len(summed) == len(left.shape)
+  power = _MEAN if constants or squares else _ROOT
+  is_sum = bool(constants) or (left.has_data and right.has_data)
+  before = (left, right)
+  return _Target(summed, before, (out,), constants, power, is_sum, eqn.why)
+
+
+def _is_constant(value: Value) -> bool:
+  return not value.has_data and not value.sources
+
+
+def _is_scaled_table(value: Value) -> bool:
+  """Whether a constant has several numbers, and others than 0 and 1."""
+  if value.constant is None or _number(value) is not None:
+    return False
+  return not np.all(np.isin(np.asarray(value.constant), (0, 1, -1)))
+
+
+def _is_plain(number: float) -> bool:
+  return any(math.isclose(abs(number), n, rel_tol=4e-3) for n in _PLAIN)
+
+
+def _leaves(axes: Iterable[Axis]) -> frozenset[Axis]:
+  return frozenset(leaf for axis in axes for leaf in ax.atoms(axis))
+
+
+def _may_stand(number: float, eqn: Equation, axes: Iterable[Axis]) -> str:
+  return (
+    f'{number:g} in {eqn.why} may stand for its {_count(axes)} entries: '
+    f'{_REMEDY}'
+  )
 
 
 def _number(value: Value) -> float | None:
-  """The number that a constant of one entry is."""
-  if value.constant is None or math.prod(value.shape) != 1:
+  """The number that a constant is, in every entry."""
+  if value.constant is None or not jnp.issubdtype(value.dtype, jnp.number):
     return None
-  if not jnp.issubdtype(value.dtype, jnp.number):
+  array = np.asarray(value.constant)
+  if not array.size or np.any(array != array.flat[0]):
     return None
-  return float(np.asarray(value.constant).reshape(()))
+  return float(array.flat[0])
 
 
 def _fold(eqn: Equation, known: Sequence[Any]) -> float | None:
@@ -362,7 +489,7 @@ def _power(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
   if not isinstance(count, int) or count < 2:
     return None
   exact = not jnp.issubdtype(value.dtype, jnp.inexact)
-  tolerance = 0.0 if exact else 2 * float(jnp.finfo(value.dtype).eps)
+  tolerance = 1e-12 if exact else 2 * float(jnp.finfo(value.dtype).eps)
   for power in POWERS:
     wanted = count**power
     if abs(abs(number) - wanted) <= tolerance * wanted:

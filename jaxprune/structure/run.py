@@ -102,7 +102,7 @@ class Run:
   def constant(self, value: Value) -> Any:
     """Returns what is left of a constant of the program."""
     if value.recompute is not None:
-      return value.recompute(self.size)
+      return self.take(value.recompute(self.size), value.axes)
     return self.take(value.constant, value.axes)
 
   def fill(self, array: Any, axes: Sequence[Axis], value: Any) -> Any:

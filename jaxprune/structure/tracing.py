@@ -136,12 +136,12 @@ class _How(NamedTuple):
 
   params: tree.PyTree
   reductions: Reductions
-  find: Callable[[Program], rescale.Findings]
+  find: Callable[[Program, rescale.Proven], rescale.Findings]
 
 
 def _evidence(
   params: tree.PyTree, narrow: tuple[Any, ...] | None
-) -> Callable[[Program], rescale.Findings]:
+) -> Callable[[Program, rescale.Proven], rescale.Findings]:
   """What finds the numbers of a program that follow from its widths."""
   if narrow is None:
     return rescale.patterns
@@ -154,7 +154,8 @@ def _evidence(
   form, used = _Form(fn, args), set()
   known: list[tuple[Program, rescale.Findings]] = []
 
-  def find(program: Program) -> rescale.Findings:
+  def find(program: Program, proven: rescale.Proven) -> rescale.Findings:
+    del proven  # A second trace proves more, of the first function alone.
     if known:
       return rescale.transfer(*known[0], program)
     other, *_ = _program(form, small, _leaves(small), used)
@@ -268,9 +269,10 @@ def _graphs(
       for axis in leaf.axes:
         ax.lock(axis, 'the function does not use this leaf')
   if how.reductions == 'rescale':
-    rescale.apply(how.find(programs[0]))
+    proven: rescale.Proven = {}
+    rescale.apply(how.find(programs[0], proven))
     for program in programs[1:]:
-      rescale.apply(rescale.patterns(program))
+      rescale.apply(rescale.patterns(program, proven))
   if how.reductions == 'protect':
     for atom, why in _reduced(programs).items():
       ax.lock(atom, f'{why[0]} reduces over it')
