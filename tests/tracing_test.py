@@ -211,3 +211,41 @@ def test_the_derivative_of_an_embedding_and_of_a_grouped_kernel():
   )
   proof = check(graph.also[0], plan, params, tokens, gradients=False)
   assert proof.values < 1e-5
+
+
+def test_an_output_that_only_has_the_name_of_a_leaf_is_not_cut():
+  params = {'a': normal(6, 6), 'w': normal(6, 6)}
+  x = normal(6, 6, seed=1)
+  named = lambda p, x: {'w': jnp.tanh(x @ p['a']) @ p['w']}
+  graph = structure.trace(named, params, x)
+  assert graph.outputs_like == (None,)
+  assert list(graph.groups) == ['a']
+  assert 'output of the function' in graph.explain('w', 1)
+
+
+def test_an_output_that_is_cut_is_shown():
+  params = {'a': normal(3, 6), 'b': normal(6, 2)}
+  step = lambda p, x: {'a': 0.9 * p['a'], 'y': jnp.tanh(x @ p['a']) @ p['b']}
+  graph = structure.trace(step, params, normal(5, 3))
+  assert graph.outputs_like == ('a', None)
+  assert 'output\na  cut like a\n' in str(graph)
+
+
+def test_a_sum_over_whole_params_is_kept():
+  """An L2 term and clipping by the global norm: zeros add nothing."""
+  params = {'a': normal(3, 6), 'b': normal(6, 2)}
+  chain = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+  net = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+
+  def step(p, state, x):
+    loss = lambda p: jnp.mean(net(p, x) ** 2) + optax.tree.norm(p, squared=True)
+    updates, state = chain.update(jax.grad(loss)(p), state, p)
+    return optax.apply_updates(p, updates), state
+
+  x, state = normal(5, 3), chain.init(params)
+  form = (step, state, x)
+  assert not structure.trace(net, params, x, also=[form]).groups
+  graph = structure.trace(net, params, x, also=[form], reductions='keep')
+  plan = plans.from_kept(graph, {'a': [1, 2, 5]})
+  proof = check(graph.also[0], plan, params, state, x, gradients=False)
+  assert proof.values < 1e-5

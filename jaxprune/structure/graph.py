@@ -222,7 +222,8 @@ class Graph:
     return '; '.join(lines) or 'protected: it has a single entry'
 
   def __str__(self) -> str:
-    """Returns a table of the groups, the blocks, and of what is protected."""
+    """Returns a table of the groups, the blocks, the outputs that are cut like
+    a leaf, and of what is protected."""
     rows = [('group', 'units', 'members')]
     for group in self.groups.values():
       members = ', '.join(f'{m.path}:{m.axis}' for m in group.members[:4])
@@ -236,6 +237,16 @@ class Graph:
         by = ', '.join(block.closing) or f'none: {block.unclosed}'
         rows.append((block.name, str(len(block.leaves)), by))
       lines += ['', *_columns(rows)]
+    outputs = range(len(self.outputs_like))
+    rows = [
+      (path, '', f'cut like {self.outputs_like[k]}')
+      for path, k in tree.leaves(self.out_tree.unflatten(outputs)).items()
+      if self.outputs_like[k] is not None
+    ]
+    if rows:
+      more = len(rows) - 4
+      rows = rows[:4] + ([('', '', f'and {more} more')] if more > 0 else [])
+      lines += ['', 'output', *_columns(rows)]
     whole: dict[tuple[str, str], list[str]] = {}
     for where, why in self.protected.items():
       path, _, axis = where.rpartition(':')

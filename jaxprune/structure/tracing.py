@@ -47,8 +47,9 @@ def trace(
   ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
   but for those that have the path and shape of a leaf of the params (the
   state of an optimizer, a statistic that a training step hands back), which
-  are cut like that leaf. A leaf that the function does not use, but to hand it
-  back unchanged, stays whole.
+  are cut like that leaf; an output whose path is but one name, only where it
+  has the units of the leaf besides. ``str(graph)`` names them. A leaf that the
+  function does not use, but to hand it back unchanged, stays whole.
 
   Several functions of the same params (a network as it is evaluated and a
   step of its training) have one graph: what any of them ties or protects is
@@ -71,6 +72,9 @@ def trace(
       (see :mod:`jaxprune.structure.rescale`) or by ``narrow``; an axis that a
       number may stand for that cannot be told stays whole.
     also: other functions of the same params, each a tuple ``(fn, *args)``.
+      A step that sums over whole params (an L2 term in the loss, a gradient
+      clipped by its global norm) reduces over every axis: it needs
+      ``reductions='keep'``, and computes what it did, for zeros add nothing.
     rules: regular expression over names of groups -> :class:`Choice`; the
       first that matches a group decides.
     narrow: for 'rescale', ``(fn, params, *args)`` of the same function at
@@ -345,6 +349,8 @@ def _program(
   outputs_like = []
   for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
     name = _mirrored(path, value.shape, leaves)
+    if name is not None and '/' not in name:
+      name = name if _is_tied(value, leaves[name]) else None
     outputs_like.append(name)
     for k, axis in enumerate(value.axes):
       if name is None:
@@ -359,6 +365,19 @@ def _program(
   )
   out_tree = jax.tree.structure(out_spec)
   return program, tuple(args_like), out_tree, tuple(outputs_like)
+
+
+def _is_tied(value: Value, leaf: Leaf) -> bool:
+  """Whether what can be removed of a leaf is that of a value."""
+  return all(
+    ax.is_locked(a) or _parts(a) == _parts(b)
+    for a, b in zip(leaf.axes, value.axes, strict=True)
+  )
+
+
+def _parts(axis: Axis) -> Any:
+  axis = ax.find(axis)
+  return [axis.kind, *map(_parts, axis.parts)] if axis.parts else axis
 
 
 def _read(program: Program) -> set[Value]:
