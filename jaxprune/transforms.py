@@ -487,8 +487,8 @@ def _check_end(recipe: drawing.Recipe, end: int) -> None:
       short = bool(last != target)
     if short:
       raise ValueError(
-        f'The schedule is at {float(last):.4g} at `end`={end}, when masks are cut, '
-        f'not at its target {target}; end it by then, or raise `end`.'
+        f'The schedule is at {float(last):.4g} at `end`={end}, when masks are '
+        f'cut, not at its target {target}; end it by then, or raise `end`.'
       )
 
 
