@@ -56,10 +56,11 @@ def check(
   """Proves on data that the smaller function computes what the masked one does.
 
   Compares values and gradients of :func:`specialise` with those of
-  :func:`masked`, and, where no reduction runs over a removed axis, values with
-  the user's own function on masked params. Controls keep it honest: the output
-  must depend on the input, and one deliberately wrong index, or a dropped block
-  that stays, must show.
+  :func:`masked`, and, where no reduction runs over a removed axis, with those
+  of the user's own function on masked params (gradients where they are finite:
+  the slope of a root is not, at a unit of zeros). Controls keep it honest: the
+  output must depend on the input, and one deliberately wrong index, or a
+  dropped block that stays, must show.
 
   Args:
     graph: the graph.
@@ -109,11 +110,18 @@ def check(
   is_closed = [not graph.blocks[name].unclosed for name in plan.dropped]
   if not any(graph.groups[name].reduced for name in kept) and all(is_closed):
     hidden = _apply(plans.leaf_masks(graph, plan), params)
-    own = _error(small_outs, cut(jax.jit(graph.fn)(hidden, *args)))
-    if not own <= tolerance:
+    given = lambda outs, args: _map_outputs(graph, plan, args, outs, False)
+    fn = lambda p, *args: given(graph.fn(p, *args), args)
+    outs, grads = jax.jit(wrap(fn))(hidden, left, *args)
+    own = _error(small_outs, cut(outs))
+    own_slopes = 0.0
+    if all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)):
+      grads = plans.shrink(graph, plan, grads)
+      own_slopes = _error(small_grads, grads, share=0.1)
+    if not max(own, own_slopes) <= tolerance:
       raise CheckError(
-        f'The smaller function differs from the original one on masked params '
-        f'by {own:.1e} (relative).'
+        f'The smaller function differs from the original one on masked params: '
+        f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative).'
       )
   moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))

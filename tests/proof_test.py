@@ -8,7 +8,7 @@ import pytest
 from jaxprune import plans, structure
 from jaxprune.proof import CheckError, check
 from jaxprune.structure import axes as ax
-from jaxprune.structure import rules
+from jaxprune.structure import program, rules
 
 
 def normal(*shape):
@@ -169,3 +169,24 @@ def test_absent_units_are_not_counted(name):
   units = {'a': jnp.array([True, False, True, True, False, False])}
   assert jnp.array_equal(plans.supernet(graph)(params, units, {}, X), masked)
   check(graph, plan, params, X)
+
+
+def test_a_check_catches_a_derivative_that_is_lost(monkeypatch):
+  """In the small function and in the masked one alike."""
+
+  @jax.custom_vjp
+  def tanh(y):
+    return jnp.tanh(y)
+
+  tanh.defvjp(lambda y: (tanh(y), None), lambda _, g: (7.0 * g,))
+  fn = lambda p, x: tanh(x @ p['a']) @ p['b']
+  params = {'a': normal(5, 6), 'b': normal(6, 3)}
+
+  def proved():
+    graph = structure.trace(fn, params, X)
+    return check(graph, plans.from_kept(graph, {'a': [0, 1, 4]}), params, X)
+
+  assert proved().gradients <= 1e-5
+  monkeypatch.setattr(program, '_is_float', lambda value: False)
+  with pytest.raises(CheckError, match='the original one on masked params'):
+    proved()
