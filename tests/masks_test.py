@@ -1,5 +1,7 @@
 """Tests of counts, masks and granularities."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,55 @@ def test_errors():
     masks.blocks({0: 0})
   with pytest.raises(ValueError, match=r"mask of 'w' must have shape \(2,\)"):
     masks.apply({'w': jnp.ones(3, bool)}, {'w': jnp.ones(2)})
+
+
+LAWS = hypothesis.settings(deadline=None, max_examples=8)
+SCORES = {
+  'dtype': st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+  'ties': st.sampled_from([0, 1, 3]),
+}
+
+
+def drawn(shape, dtype, ties):
+  x = np.random.default_rng(0).standard_normal(shape)
+  return jnp.asarray(np.round(x * ties) if ties < 3 else x, dtype)
+
+
+@LAWS
+@hypothesis.given(
+  st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+  st.integers(0, 2),
+  st.integers(1, 5),
+  st.data(),
+)
+def test_every_group_keeps_n_the_best_of_it(shape, axis, m, data):
+  shape = tuple(k * m if i == axis else k for i, k in enumerate(shape))
+  n = data.draw(st.integers(0, m))
+  score = drawn(shape, **{k: data.draw(v) for k, v in SCORES.items()})
+  got = masks.n_by_m(score, n, m, axis=axis)
+  np.testing.assert_array_equal(got, ranked(score, n, m, axis))
+
+
+@LAWS
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=2, max_size=3
+  ),
+  st.data(),
+)
+def test_means_and_masks_of_blocks_are_those_of_their_entries(axes, data):
+  shape, sides = zip(*axes, strict=True)
+  score = drawn(shape, **{k: data.draw(v) for k, v in SCORES.items()})
+  sizes = masks.blocks(dict(enumerate(sides))).along(shape)
+  means = masks.block_means(score, sizes)
+  spread = masks.spread(means > 0, sizes, shape)
+  for at in np.ndindex(means.shape):
+    block = tuple(
+      slice(i * n, i * n + n) for i, n in zip(at, sizes, strict=True)
+    )
+    exact = np.asarray(score, np.float64)[block].mean()
+    np.testing.assert_allclose(means[at], exact, 1e-5, 1e-6)
+    assert (spread[block] == (means[at] > 0)).all()
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,10 @@ def test_errors():
     select.top_masks([jnp.ones(3), jnp.ones(2)], limbs)
   with pytest.raises(ValueError, match='k must be at least 1, got 0'):
     select.kth_largest(jnp.ones(3), 0)
+  with pytest.raises(ValueError, match='between 0 and 3, got 4'):
+    select.top_mask(jnp.ones(3), 4)
+  with pytest.raises(ValueError, match=r"`method` is one of .*, got 'sort'"):
+    select.top_mask(jnp.ones(3), 1, method='sort')
   huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32)
   with pytest.raises(ValueError, match=r'fewer than 2\*\*31 entries'):
     jax.eval_shape(lambda x: select.top_mask(x, 1, method='histogram'), huge)

@@ -2,6 +2,8 @@
 
 import itertools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,46 @@ def test_budgets_are_met_on_every_step(distribution):
   exact = [round(float(schedule(step)) * 448) for step in range(7)]
   assert got[5:].tolist() == [round(0.9 * 448)] * 2
   np.testing.assert_allclose(got, exact, atol=1)
+
+
+@pytest.mark.parametrize('every', [1, 5])
+@pytest.mark.parametrize(
+  'schedule',
+  [
+    schedules.constant(0.7, begin=2),
+    schedules.polynomial(0.7, begin=1, end=8, power=1),
+    schedules.cubic(0.7, begin=1, end=8, initial=0.2),
+    schedules.cosine(0.7, begin=1, end=8),
+    schedules.iterative(0.7, begin=1, end=8, rounds=3),
+    schedules.prune_then_regrow(0.9, 0.7, begin=0, turn=4, end=8),
+    schedules.warm_restarts(0.7, begin=1, end=8, cycles=2),
+  ],
+)
+def test_every_schedule_ends_at_its_target_whatever_the_period(schedule, every):
+  tx = transforms.sparsify(jnp.abs, schedule, every=every, regrow=True)
+  w = jax.random.normal(jax.random.key(0), (23,))
+  _, _, zeros = run(tx, w, 9)
+  assert zeros[-1].tolist() == [16]
+
+
+@hypothesis.settings(deadline=None, max_examples=8)
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=2, max_size=2
+  ),
+  st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+  st.sampled_from([0, 1, 9]),
+  st.floats(0, 1),
+)
+def test_zeros_are_as_many_as_asked(shapes, dtype, ties, sparsity):
+  draw = lambda i, shape: jnp.round(
+    ties * jax.random.normal(jax.random.key(i), shape)
+  ).astype(dtype)
+  params = {f'{i}/kernel': draw(i, shape) for i, shape in enumerate(shapes)}
+  tx = transforms.sparsify(scores.magnitude, sparsity)
+  _, state = tx.update(params, tx.init(params), params)
+  kept = sum(k for k, _ in masks.count(state.masks).values())
+  assert kept == masks.kept(sum(a * b for a, b in shapes), sparsity)
 
 
 @pytest.mark.parametrize('regrow', [False, True])
@@ -426,6 +468,18 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
         scores.magnitude, 0.1, granularity=masks.groups(2, 4)
       ).init(weights()),
       '2:4 prunes 0.5, not 0.1; say 0.5 by a rule for its sparsity',
+    ),
+    (
+      lambda: transforms.sparsify(
+        scores.magnitude, 0.5, granularity=masks.blocks({3: 2})
+      ).init(weights()),
+      r'head/kernel \(it has no axis 3\)',
+    ),
+    (
+      lambda: transforms.sparsify(scores.magnitude, {'conv(': 0.5}).init(
+        weights()
+      ),
+      r"Rule 'conv\(' is no regular expression",
     ),
     (
       lambda: transforms.sparsify(
