@@ -541,7 +541,7 @@ def uniform_counts(
   extra = (jnp.argsort(order)[::-1] < missing).astype(jnp.uint32)
   keep = counts_lib.minus(whole, counts_lib.carry(high, low + extra))
   for level in levels:
-    named = dict(enumerate(sizes))
+    named = {str(i): size for i, size in enumerate(sizes)}
     exact = list(_evenly(named, float(level)).values())
     here = sparsity == np.float32(level)
     high = np.array([count >> 16 for count in exact], np.uint32)

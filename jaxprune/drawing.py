@@ -300,7 +300,7 @@ def kept_units(
       _pick(levels, rule),
       exact(rule),
     )
-    if alive is not None:
+    if alive is not None and not isinstance(keep, dict):
       most = counts_lib.stack([alive[path] for path in paths])
       keep = _at_most(most, keep)
     found.append(keep)
