@@ -424,6 +424,28 @@ def test_training_moves_the_statistics_by_a_tenth_and_eval_reads_them():
   )
 
 
+@pytest.mark.parametrize('name', ['mobilenet_v1', 'mobilenet_v2'])
+def test_the_given_epsilon_is_that_of_every_norm(name):
+  model, variables, x = family(name)
+  greater = tree.map_with_path(
+    lambda path, v: v + (0.5 - model.epsilon) if path.endswith('var') else v,
+    variables,
+  )
+  found = model.clone(epsilon=0.5).apply(variables, x)
+  np.testing.assert_allclose(found, model.apply(greater, x), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+  'build',
+  [models.mobilenet_v2, models.mobilenet_v3_large, models.mobilenet_v3_small],
+)
+def test_every_default_of_a_mobilenet_gives_way(build):
+  given = {'last': 8, 'hidden': 6, 'momentum': 0.5, 'epsilon': 0.1}
+  given |= {'table': models.mobilenet_v2(0.25).table, 'stem_channels': 8}
+  found = build(**given, activation=nn.relu)
+  assert found == models.MobileNet(**given, activation=nn.relu)
+
+
 def test_an_image_is_normalised_by_its_batch_in_training_only():
   model, variables, x = family('resnet')
   train = lambda x: model.apply(variables, x, True, mutable=['batch_stats'])[0]

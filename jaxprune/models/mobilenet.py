@@ -30,6 +30,7 @@ class Separable(nn.Module):
     width: channels after the block.
     stride: of the depthwise convolution.
     padding: of the depthwise convolution.
+    epsilon: of the norms.
     grouped: see :class:`jaxprune.models.layers.DepthwiseConv`.
     dtype: dtype of the computation; parameters are float32.
   """
@@ -37,13 +38,16 @@ class Separable(nn.Module):
   width: int
   stride: int
   padding: Pad
+  epsilon: float
   grouped: bool | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Returns the block's output; shape (batch, rows, columns, width)."""
-    norm = lambda name: layers.norm(train, 0.99, 1e-3, self.dtype, name)
+    norm = lambda name: layers.norm(
+      train, 0.99, self.epsilon, self.dtype, name
+    )
     x = layers.DepthwiseConv(
       3, self.stride, self.padding, self.grouped, self.dtype, name='depthwise'
     )(x)
@@ -57,8 +61,8 @@ class MobileNetV1(nn.Module):
   """MobileNet V1 (Howard et al., 2017, arXiv:1704.04861), Table 1.
 
   The layers are ``stem``, ``stage{s}_block{b}/depthwise`` and ``/pointwise``,
-  and ``head``; a stage is a resolution. As published: relu6, norms with epsilon
-  1e-3, and TensorFlow's padding.
+  and ``head``; a stage is a resolution. As published: relu6 and TensorFlow's
+  padding.
 
   Attributes:
     multiplier: every width is int(multiplier * the published one).
@@ -69,6 +73,7 @@ class MobileNetV1(nn.Module):
     strides: of the first block of each stage.
     tensorflow_padding: at stride 2 pad (0, 1), as TensorFlow does on even
       sides, else (1, 1), as PyTorch does.
+    epsilon: of the norms; 1e-5 in timm.
     dropout: rate before the last layer in training; needs the rng 'dropout'.
     widths: path of a layer -> width, where it is not the one above. A depthwise
       convolution has the width of its input.
@@ -87,6 +92,7 @@ class MobileNetV1(nn.Module):
   blocks: Sequence[int] = (1, 2, 2, 6, 2)
   strides: Sequence[int] = (1, 2, 2, 2, 2)
   tensorflow_padding: bool = True
+  epsilon: float = 1e-3
   dropout: float = 1e-3
   widths: Mapping[str, int] = field(default_factory=dict)
   drop: Sequence[str] = ()
@@ -150,13 +156,13 @@ class MobileNetV1(nn.Module):
       stride = 2 if self.stem == 'large' else 1
       padding = pad(3, stride)
       x = layers.conv(width, 3, stride, padding, self.dtype, 'stem')(x)
-      x = layers.norm(train, 0.99, 1e-3, self.dtype, 'stem_norm')(x)
+      x = layers.norm(train, 0.99, self.epsilon, self.dtype, 'stem_norm')(x)
       x = nn.relu6(x)
     for name, stage, width, stride, same in self._plan():
       if not start <= stage < stop:
         continue
       width = self.widths.get(f'{name}/pointwise', width)
-      options = (self.grouped, self.dtype)
+      options = (self.epsilon, self.grouped, self.dtype)
       run = block(width, stride, pad(3, stride), *options, name=name)
       y = layers.bypass(run, x, train, keep=keep.get(name, True))
       x = x + (y - x) if self.skippable and same else y
@@ -429,8 +435,16 @@ def mobilenet_v2(multiplier: float = 1.0, **options: Any) -> MobileNet:
       width = out
     table.append(tuple(rows))
   last = _divisible(1280 * max(1.0, multiplier))
-  defaults = (tuple(table), stem, last, None, nn.relu6, 0.9, 1e-5)
-  return MobileNet(*defaults, **options)
+  defaults: dict[str, Any] = {
+    'table': tuple(table),
+    'stem_channels': stem,
+    'last': last,
+    'hidden': None,
+    'activation': nn.relu6,
+    'momentum': 0.9,
+    'epsilon': 1e-5,
+  }
+  return MobileNet(**defaults | options)
 
 
 # Kernel, expanded channels, channels, squeeze-and-excitation, hard-swish or
@@ -490,9 +504,16 @@ def _v3(lines, hidden: int, multiplier: float, options: dict[str, Any]):
     stride,
   )
   table = tuple(tuple(row(*line) for line in stage) for stage in lines)
-  last, hidden = 6 * table[-1][-1].out, scaled(hidden)
-  defaults = (table, scaled(16), last, hidden, nn.hard_swish, 0.99, 1e-3)
-  return MobileNet(*defaults, **options)
+  defaults: dict[str, Any] = {
+    'table': table,
+    'stem_channels': scaled(16),
+    'last': 6 * table[-1][-1].out,
+    'hidden': scaled(hidden),
+    'activation': nn.hard_swish,
+    'momentum': 0.99,
+    'epsilon': 1e-3,
+  }
+  return MobileNet(**defaults | options)
 
 
 def _padding(tensorflow: bool) -> Callable[[int, int], Pad]:
