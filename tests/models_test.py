@@ -759,6 +759,44 @@ def test_what_cannot_be_is_named(model, x, error, message):
     shapes(model, x)
 
 
+@pytest.mark.parametrize(
+  ('build', 'argument', 'given', 'known'),
+  [
+    (models.resnet20, 'stem', 'Small', "'small', 'large'"),
+    (models.resnet20, 'shortcut', 'B', "'projection', 'pad'"),
+    (models.resnet20, 'head', 'Pool', "'pool', 'flatten'"),
+    (models.vgg11, 'head', 'Pool', "'flatten', 'pool'"),
+    (models.GoogLeNet, 'stem', 'Large', "'small', 'large'"),
+    (models.mobilenet_v1, 'stem', 'Large', "'small', 'large'"),
+    (models.mobilenet_v2, 'stem', 'Large', "'small', 'large'"),
+  ],
+)
+def test_a_misspelt_choice_builds_no_network(build, argument, given, known):
+  message = f'`{argument}` must be one of {known}, got {given!r}'
+  with pytest.raises(ValueError, match=message):
+    shapes(build(**{argument: given}), images(32))
+
+
+@pytest.mark.parametrize(
+  ('model', 'message'),
+  [
+    (
+      models.resnet20(channels=(4, 8, 8, 8)),
+      'channels 4, blocks 3, strides 3 entries',
+    ),
+    (digits(strides=(1, 2)), 'channels 3, blocks 3, strides 2 entries'),
+    (models.vgg11(convs=(1, 1)), 'convs 2, channels 5 entries'),
+    (
+      models.mobilenet_v1(blocks=(1, 2)),
+      'channels 5, blocks 2, strides 5 entries',
+    ),
+  ],
+)
+def test_every_stage_has_an_entry_in_every_list(model, message):
+  with pytest.raises(ValueError, match=message):
+    shapes(model, images(32))
+
+
 @pytest.mark.parametrize('stages', [(1, 1), (-1, 2), (0, 9)])
 def test_stages_that_are_none_are_named(stages):
   start, stop = stages

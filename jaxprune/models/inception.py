@@ -125,11 +125,12 @@ class GoogLeNet(nn.Module):
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, or if ``widths`` names what is not
-        there.
+      ValueError: if x is no batch of images, if ``stem`` is another name, or
+        if ``widths`` names what is not there.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    layers.check_choice('stem', self.stem, ('small', 'large'))
     stop = layers.check_stages(start, stop, self.num_stages)
     block = (
       nn.remat(Inception, static_argnums=(2,)) if self.remat else Inception

@@ -97,6 +97,23 @@ def check_names(what: str, names: Any, known: list[str], why: str) -> None:
     )
 
 
+def check_choice(what: str, given: Any, known: Sequence[str]) -> None:
+  """Raises ValueError unless ``given`` is one of the names in ``known``."""
+  if given not in known:
+    raise ValueError(
+      f'`{what}` must be one of {", ".join(map(repr, known))}, got {given!r}.'
+    )
+
+
+def check_lengths(**given: Sequence[int]) -> None:
+  """Raises ValueError unless all have one entry for each stage."""
+  if len({len(value) for value in given.values()}) > 1:
+    found = ', '.join(f'{name} {len(n)}' for name, n in given.items())
+    raise ValueError(
+      f'Each needs one entry for each stage, got of {found} entries.'
+    )
+
+
 def check_stages(start: int, stop: int | None, count: int) -> int:
   """Returns the stage to stop before; raises unless 0 <= start < stop."""
   stop = count if stop is None else stop

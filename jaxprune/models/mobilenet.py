@@ -45,9 +45,7 @@ class Separable(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Returns the block's output; shape (batch, rows, columns, width)."""
-    norm = lambda name: layers.norm(
-      train, 0.99, self.epsilon, self.dtype, name
-    )
+    norm = lambda name: layers.norm(train, 0.99, self.epsilon, self.dtype, name)
     x = layers.DepthwiseConv(
       3, self.stride, self.padding, self.grouped, self.dtype, name='depthwise'
     )(x)
@@ -139,12 +137,17 @@ class MobileNetV1(nn.Module):
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, if ``widths``, ``drop`` or
-        ``keep`` name what is not there, or if a width contradicts that of a
-        depthwise convolution.
+      ValueError: if x is no batch of images, if ``stem`` is another name, if
+        ``channels``, ``blocks`` and ``strides`` differ in length, if
+        ``widths``, ``drop`` or ``keep`` name what is not there, or if a width
+        contradicts that of a depthwise convolution.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    layers.check_choice('stem', self.stem, ('small', 'large'))
+    layers.check_lengths(
+      channels=self.channels, blocks=self.blocks, strides=self.strides
+    )
     keep = layers.kept(keep, self.drop, self.bypassable)
     stop = layers.check_stages(start, stop, self.num_stages)
     block = (
@@ -334,11 +337,13 @@ class MobileNet(nn.Module):
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, if ``widths``, ``drop`` or
-        ``keep`` name what is not there, or if a width contradicts the stream.
+      ValueError: if x is no batch of images, if ``stem`` is another name, if
+        ``widths``, ``drop`` or ``keep`` name what is not there, or if a width
+        contradicts the stream.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    layers.check_choice('stem', self.stem, ('small', 'large'))
     keep = layers.kept(keep, self.drop, self.bypassable)
     stop = layers.check_stages(start, stop, self.num_stages)
     block = InvertedResidual

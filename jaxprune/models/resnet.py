@@ -37,6 +37,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Returns the block's output; shape (batch, rows, columns, widths[-1])."""
+    known = ('identity', 'projection', 'pad')
+    layers.check_choice('shortcut', self.shortcut, known)
     kernels = (3, 3) if len(self.widths) == 2 else (1, 3, 1)
     strides = (self.stride, 1) if len(self.widths) == 2 else (1, self.stride, 1)
     y = x
@@ -134,12 +136,21 @@ class ResNet(nn.Module):
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, if ``widths``, ``pads``, ``drop``
-        or ``keep`` name what is not there, or if a width contradicts the
-        stream.
+      ValueError: if x is no batch of images, if ``stem``, ``shortcut`` or
+        ``head`` is another name, if ``channels``, ``blocks`` and ``strides``
+        differ in length, if ``widths``, ``pads``, ``drop`` or ``keep`` name
+        what is not there, or if a width contradicts the stream.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    layers.check_choice('stem', self.stem, ('small', 'large'))
+    layers.check_choice('shortcut', self.shortcut, ('projection', 'pad'))
+    layers.check_choice('head', self.head, ('pool', 'flatten'))
+    layers.check_lengths(
+      channels=self.channels,
+      blocks=self.blocks,
+      strides=self.strides or self.blocks,
+    )
     keep = layers.kept(keep, self.drop, self.bypassable)
     padded = [name for name, _, _, kind in self._plan() if kind == 'pad']
     layers.check_names('pads', self.pads, padded, 'the blocks that pad are')

@@ -70,11 +70,14 @@ class VGG(nn.Module):
       float32 logits of shape (batch, num_classes), or features.
 
     Raises:
-      ValueError: if x is no batch of images, if it has no position left after
-        the last stage, or if ``widths`` names what is not there.
+      ValueError: if x is no batch of images, if ``head`` is another name, if
+        ``convs`` and ``channels`` differ in length, if x has no position left
+        after the last stage, or if ``widths`` names what is not there.
       TypeError: if x is not floating point.
     """
     layers.check_images(x)
+    layers.check_choice('head', self.head, ('flatten', 'pool'))
+    layers.check_lengths(convs=self.convs, channels=self.channels)
     stop = layers.check_stages(start, stop, self.num_stages)
     least = 2 ** (stop - start)
     if min(x.shape[1:3]) < least:
