@@ -369,12 +369,53 @@ def test_ignore_and_keep_say_what_may_differ():
     convert('resnet', arrays, like, ignore=('aux.*',), keep=('heads.*',))
 
 
-def test_integers_are_no_weights():
-  arrays = golden('resnet')[0] | {'fc.bias': np.zeros(4, np.int32)}
-  with pytest.raises(
-    TypeError, match=r"'fc\.bias' must be of floats, got int32"
-  ):
+def test_integers_are_no_weights_and_all_are_listed():
+  given = {'fc.bias': np.zeros(4, np.int32), 'bn1.bias': np.zeros(3, bool)}
+  arrays = golden('resnet')[0] | given
+  del arrays['fc.weight']
+  with pytest.raises(TypeError, match='no floats: ') as error:
     convert('resnet', arrays)
+  for part in ('fc.bias int32', 'bn1.bias bool', 'fc.weight (for params/head'):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('name', 'first', 'second'),
+  [
+    ('resnet', 'conv1.weight', 'module.conv1.weight'),
+    ('resnet', 'bn1.weight', 'bn1.gamma'),
+    ('mobilenet_v1', 'conv1/kernel:0', 'conv1/kernel'),
+  ],
+)
+def test_two_names_of_one_layer_are_refused(name, first, second):
+  arrays = dict(golden(name)[0])
+  arrays[second] = arrays[first]
+  with pytest.raises(ValueError, match=f'{first} and {second}'):
+    convert(name, arrays)
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    (
+      np.float64(1e300),
+      'rounded by the dtype: fc.bias float64 for params/head',
+    ),
+    (np.float64(0.1), 'rounded by the dtype: fc.bias float64'),
+    (np.float32(np.nan), 'not finite: fc.bias'),
+    (np.float16(np.inf), 'not finite: fc.bias'),
+  ],
+)
+def test_no_value_is_rounded_or_not_finite(value, message):
+  arrays = golden('resnet')[0] | {'fc.bias': np.full(4, value)}
+  with pytest.raises(ValueError, match=message):
+    convert('resnet', arrays)
+
+
+def test_a_wider_dtype_without_more_bits_is_read():
+  arrays = golden('resnet')[0] | {'fc.bias': np.full(4, np.float64(0.25))}
+  found = convert('resnet', arrays)['params']['head']['bias']
+  np.testing.assert_array_equal(found, np.full(4, np.float32(0.25)))
 
 
 # Files.

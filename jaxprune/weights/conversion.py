@@ -44,17 +44,15 @@ def from_torch(
 
   Raises:
     ValueError: if a name is missing or left over, or an array has another
-      shape, all of them listed; if a rule of ``ignore`` or ``keep`` matches
-      nothing.
-    TypeError: if an array is no float, or if ``keep`` meets a leaf of ``like``
-      that is a shape without values.
+      shape, a value that is not finite or one that the dtype of ``like`` would
+      round, all of them listed; if two names become one; if a rule of
+      ``ignore`` or ``keep`` matches nothing.
+    TypeError: if arrays are no floats, in the same list, or if ``keep`` meets a
+      leaf of ``like`` that is a shape without values.
   """
-  found = {_torch_name(name): array for name, array in arrays.items()}
-  found = {
-    name: array
-    for name, array in found.items()
-    if not name.endswith(('num_batches_tracked', 'position_ids'))
-  }
+  counters = ('num_batches_tracked', 'position_ids')
+  weights = {k: x for k, x in arrays.items() if not k.endswith(counters)}
+  found = _renamed(weights, _torch_name)
   return _convert(found, like, names, _torch_leaf, _from_torch, ignore, keep)
 
 
@@ -85,7 +83,7 @@ def from_keras(
     ValueError: as :func:`from_torch`.
     TypeError: as :func:`from_torch`.
   """
-  found = {name.removesuffix(':0'): array for name, array in arrays.items()}
+  found = _renamed(arrays, lambda name: name.removesuffix(':0'))
   return _convert(found, like, names, _keras_leaf, _from_keras, ignore, keep)
 
 
@@ -131,7 +129,8 @@ def _convert(
   known = names(_layers(leaves))
   kept = tree.match(dict.fromkeys(keep, True), leaves, False)
   ignored = tree.match(dict.fromkeys(ignore, True), arrays, False)
-  taken, used, missing, wrong = {}, set(), [], []
+  taken, used = {}, set()
+  missing, wrong, other, infinite, rounded = [], [], [], [], []
   for path, leaf in leaves.items():
     if kept[path]:
       taken[path] = _as_array(path, leaf)
@@ -148,15 +147,20 @@ def _convert(
     used.add(name)
     array = np.asarray(arrays[name])
     if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise TypeError(f'{name!r} must be of floats, got {array.dtype}.')
+      other.append(f'{name} {array.dtype}')
+      continue
     try:
       ours = layout(array, their, layer) if kind == 'kernel' else array
     except ValueError:
       ours = array
-    if ours.shape == tuple(leaf.shape):
-      taken[path] = jnp.asarray(ours, leaf.dtype)
-    else:
+    if ours.shape != tuple(leaf.shape):
       wrong.append(f'{name} {array.shape} for {path} {tuple(leaf.shape)}')
+    elif not np.all(np.isfinite(ours)):
+      infinite.append(name)
+    elif not _exact(ours, leaf.dtype):
+      rounded.append(f'{name} {array.dtype} for {path} {leaf.dtype}')
+    else:
+      taken[path] = jnp.asarray(ours, leaf.dtype)
   left = [name for name in arrays if name not in used and not ignored[name]]
   faults = [
     f'{what}: {_list(which)}'
@@ -164,16 +168,44 @@ def _convert(
       ('missing', missing),
       ('left over', left),
       ('of another shape', wrong),
+      ('no floats', other),
+      ('not finite', infinite),
+      ('rounded by the dtype', rounded),
     )
     if which
   ]
   if faults:
-    raise ValueError(
+    error = TypeError if other else ValueError
+    raise error(
       f'The weights do not fit the network. {". ".join(faults)}. Check the '
       f'network and its arguments; `ignore` leaves names unused, `keep` takes '
       f'leaves from `like`.'
     )
   return tree.map_with_path(lambda path, _: taken[path], like)
+
+
+def _renamed(arrays: Arrays, rename: Callable[[str], str]) -> Arrays:
+  """Returns the arrays under new names, of which no two may be the same."""
+  found: dict[str, str] = {}
+  pairs = [
+    f'{found[new]} and {old}'
+    for old in arrays
+    if found.setdefault(new := rename(old), old) != old
+  ]
+  if pairs:
+    raise ValueError(
+      f'Two arrays are of one name in the network: {_list(pairs)}. Remove one '
+      f'of each.'
+    )
+  return {new: arrays[old] for new, old in found.items()}
+
+
+def _exact(array: np.ndarray, dtype: Any) -> bool:
+  """Returns whether finite values are the same in another dtype."""
+  if array.dtype == dtype:
+    return True
+  with np.errstate(over='ignore'):
+    return np.array_equal(array.astype(dtype).astype(array.dtype), array)
 
 
 def _as_array(path: str, leaf: Any) -> jax.Array:
