@@ -1,11 +1,13 @@
 """Conversion of foreign weights, against golden logits and on real data."""
 
 import functools
+import io
 import json
 import os
 import pathlib
 import re
 import struct
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -492,6 +494,67 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
   with pytest.raises(ValueError, match=message) as error:
     weights.read(path)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('header', 'body', 'message'),
+  [
+    ([], b'', 'it is no object'),
+    (None, b'', 'it is no object'),
+    ({'a': None}, b'', "'a' must have a dtype, a shape and two"),
+    ({'a': {'dtype': 'F32'}}, b'', "got {'dtype': 'F32'}"),
+    ({'a': {**ENTRY, 'dtype': ['F32']}}, b'1' * 12, "'a' must have a dtype"),
+    ({'a': {**ENTRY, 'shape': 3}}, b'1' * 12, "'a' must have a dtype"),
+    ({'a': {**ENTRY, 'shape': [-1, -3]}}, b'1' * 12, "'a' must have a dtype"),
+    ({'a': {**ENTRY, 'shape': [3.0]}}, b'1' * 12, "'a' must have a dtype"),
+    ({'a': {**ENTRY, 'data_offsets': [0]}}, b'1' * 12, 'two data_offsets'),
+    ({'a': {**ENTRY, 'data_offsets': [12, 0]}}, b'1' * 12, 'is 12 to 0 of 12'),
+    ({'a': ENTRY, 'b': ENTRY}, b'1' * 12, 'ends at byte 12 .* begins at 0'),
+    ({'a': ENTRY}, b'1' * 13, 'end at byte 12 of 13'),
+    ({}, b'1', 'end at byte 0 of 1'),
+  ],
+)
+def test_a_damaged_header_is_named(tmp_path, header, body, message):
+  path = tmp_path / 'a.safetensors'
+  path.write_bytes(safetensors(header, body))
+  with pytest.raises(ValueError, match=message) as error:
+    weights.read(path)
+  assert str(path) in str(error.value)
+
+
+def test_a_header_without_end_is_named(tmp_path):
+  path, header = tmp_path / 'a.safetensors', b'[' * 100_000
+  path.write_bytes(struct.pack('<Q', len(header)) + header)
+  with pytest.raises(ValueError, match=r'a\.safetensors.* damaged header'):
+    weights.read(path)
+
+
+def damaged_npz(kind):
+  """Returns the bytes of a file that numpy.load does not read whole."""
+  file, array = io.BytesIO(), np.arange(999.0) % 7
+  if kind == 'text':
+    with zipfile.ZipFile(file, 'w') as members:
+      members.writestr('a.txt', 'no array')
+  elif kind == 'one':
+    np.save(file, array)
+  else:
+    save = np.savez_compressed if kind == 'zlib' else np.savez
+    save(file, a=array)
+  raw = bytearray(file.getvalue())
+  if kind == 'zlib':
+    raw[60:90] = b'\xff' * 30
+  elif kind == 'token':
+    place = raw.index(b'{')
+    raw[place : place + 10] = b"{'a':((((("
+  return bytes(raw)
+
+
+@pytest.mark.parametrize('kind', ['zlib', 'token', 'text', 'one'])
+def test_a_damaged_npz_is_named(tmp_path, kind):
+  path = tmp_path / 'a.npz'
+  path.write_bytes(damaged_npz(kind))
+  with pytest.raises(ValueError, match=r'a\.npz.* is no whole \.npz file'):
+    weights.read(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

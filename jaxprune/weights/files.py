@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,11 +28,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   path = os.fspath(path)
   if path.endswith('.npz'):
     try:
-      with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-      if isinstance(error, FileNotFoundError):
-        raise
+      return _read_npz(path)
+    except FileNotFoundError:
+      raise
+    except Exception as error:  # Whatever is raised by zip, zlib and parsers.
       raise ValueError(f'{path!r} is no whole .npz file: {error}.') from error
   if path.endswith('.safetensors'):
     return _read_safetensors(path)
@@ -105,6 +103,18 @@ _DTYPES = {
 }
 
 
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+  file = np.load(path, allow_pickle=False)
+  if not isinstance(file, np.lib.npyio.NpzFile):
+    raise ValueError('it is a single array')
+  with file:
+    found = {name: file[name] for name in file.files}
+  for name, array in found.items():
+    if not isinstance(array, np.ndarray):
+      raise ValueError(f'its {name!r} is no array')
+  return found
+
+
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
   data = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else b''
   length = int.from_bytes(bytes(data[:8]), 'little')
@@ -112,29 +122,53 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     raise ValueError(f'{path!r} is no whole .safetensors file.')
   try:
     header = json.loads(bytes(data[8 : 8 + length]))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path!r} has a damaged header: {error}.') from error
+  if not isinstance(header, dict):
+    raise ValueError(f'{path!r} has a damaged header: it is no object.')
+  header.pop('__metadata__', None)
   body = data[8 + length :]
-  return dict(_tensors(path, header, body))
+  found = {
+    name: _tensor(path, name, entry, body) for name, entry in header.items()
+  }
+  place = 0
+  for start, stop in sorted(e['data_offsets'] for e in header.values()):
+    if start != place:
+      raise ValueError(
+        f'{path!r} is damaged: its arrays must lie one after another, but one '
+        f'ends at byte {place} and the next begins at {start}.'
+      )
+    place = stop
+  if place != len(body):
+    raise ValueError(
+      f'{path!r} is damaged: its arrays end at byte {place} of {len(body)}.'
+    )
+  return found
 
 
-def _tensors(
-  path: str, header: Mapping[str, Any], body: Any
-) -> Iterator[tuple[str, np.ndarray]]:
-  for name, entry in header.items():
-    if name == '__metadata__':
-      continue
-    kind, shape = entry['dtype'], tuple(entry['shape'])
-    start, stop = entry['data_offsets']
-    if kind not in _DTYPES:
-      raise ValueError(
-        f'{name!r} in {path!r} has the dtype {kind!r}; known are '
-        f'{", ".join(_DTYPES)}.'
-      )
-    size = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize
-    if not 0 <= start <= stop <= len(body) or stop - start != size:
-      raise ValueError(
-        f'{name!r} in {path!r} must have {size} bytes, its range is '
-        f'{start} to {stop} of {len(body)}: the file is damaged.'
-      )
-    yield name, body[start:stop].view(_DTYPES[kind]).reshape(shape)
+def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
+  """Returns the array of an entry of the header, a view of the body."""
+  counts = lambda x: (
+    isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+  )
+  parts = entry if isinstance(entry, dict) else {}
+  kind, shape, place = map(parts.get, ('dtype', 'shape', 'data_offsets'))
+  whole = isinstance(kind, str) and counts(shape) and counts(place)
+  if not whole or len(place) != 2:
+    raise ValueError(
+      f'{path!r} has a damaged header: {name!r} must have a dtype, a shape and '
+      f'two data_offsets, got {entry!r}.'
+    )
+  if kind not in _DTYPES:
+    raise ValueError(
+      f'{name!r} in {path!r} has the dtype {kind!r}; known are '
+      f'{", ".join(_DTYPES)}.'
+    )
+  start, stop = place
+  size = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize
+  if not start <= stop <= len(body) or stop - start != size:
+    raise ValueError(
+      f'{name!r} in {path!r} must have {size} bytes, its range is '
+      f'{start} to {stop} of {len(body)}: the file is damaged.'
+    )
+  return body[start:stop].view(_DTYPES[kind]).reshape(shape)
