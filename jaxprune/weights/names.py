@@ -51,7 +51,11 @@ def timm_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
 
 
 def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
-  """Names of torchvision's GoogLeNet; its other heads are ``aux.*``."""
+  """Names of torchvision's GoogLeNet; its other heads are ``aux.*``.
+
+  Its pretrained weights imply ``transform_input``: they are for images scaled
+  to -1 to 1, not normalised by the statistics of ImageNet.
+  """
   places = {
     'branch1': 'branch1',
     'branch2_reduce': 'branch2.0',
