@@ -263,6 +263,37 @@ def test_names_and_shapes_are_those_of_the_library(model, names, count, some):
   assert torch | some == torch
 
 
+def layers_of(model):
+  """Returns layer -> width of a network, as a function of names takes it."""
+  params = shapes(model, 1, 32, 32, 3)['params']
+  leaves = tree.leaves(params)
+  return {path.rpartition('/')[0]: x.shape[-1] for path, x in leaves.items()}
+
+
+@pytest.mark.parametrize(
+  ('build', 'names'),
+  [
+    (models.mobilenet_v1, weights.timm_mobilenet_v1),
+    (models.mobilenet_v2, weights.timm_mobilenet_v2),
+    (models.mobilenet_v3_small, weights.timm_mobilenet_v3),
+    (models.mobilenet_v3_large, weights.timm_mobilenet_v3),
+  ],
+)
+def test_names_of_timm_do_not_depend_on_widths(build, names):
+  whole = layers_of(build())
+  assert names(layers_of(build(0.5))) == names(whole)
+  shrunk = {layer: n - i for i, (layer, n) in enumerate(whole.items())}
+  assert names(shrunk) == names(whole)
+  equal = dict.fromkeys(whole, 8)
+  assert names(equal) == names(whole)
+
+
+def test_a_v3_of_another_table_has_no_names_of_timm():
+  layers = layers_of(NETWORKS['mobilenet_v3'][0])
+  with pytest.raises(ValueError, match=r'4 stages .* or 5 \(large\), got 1'):
+    weights.timm_mobilenet_v3(layers)
+
+
 def test_keras_names_of_mobilenet_v2():
   like = shapes(models.mobilenet_v2(), 1, 224, 224, 3)
   with pytest.raises(ValueError, match='missing') as error:

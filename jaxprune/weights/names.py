@@ -115,7 +115,7 @@ def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
 def timm_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V1; its sides are padded evenly."""
   named = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
-  for block, place in _timm_blocks(layers, 'pointwise').items():
+  for block, place in _timm_blocks(layers).items():
     named |= _unit(f'{block}/depthwise', f'{place}.conv_dw', f'{place}.bn1')
     named |= _unit(f'{block}/pointwise', f'{place}.conv_pw', f'{place}.bn2')
   return named
@@ -123,14 +123,25 @@ def timm_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
 
 def timm_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V2."""
-  return _timm_inverted(layers) | _unit('last', 'conv_head', 'bn2')
+  named = _timm_inverted(layers, _timm_blocks(layers))
+  return named | _unit('last', 'conv_head', 'bn2')
 
 
 def timm_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
-  """Names of timm's MobileNet V3, small and large."""
-  named = _timm_inverted(layers)
-  stages = {name.split('.')[1] for name in _timm_blocks(layers).values()}
-  place = f'blocks.{len(stages)}.0'
+  """Names of timm's MobileNet V3, small and large.
+
+  There a stage has one published width; one of ours is two of theirs.
+  """
+  stages = max(
+    (_stage_and_block(name)[0] for name in _blocks(layers)), default=0
+  )
+  if stages not in _TIMM_V3:
+    raise ValueError(
+      f'MobileNet V3 has 4 stages (small) or 5 (large), got {stages}.'
+    )
+  blocks = _timm_blocks(layers, _TIMM_V3[stages])
+  named = _timm_inverted(layers, blocks)
+  place = f'blocks.{stages + 1}.0'
   named |= _unit('last', f'{place}.conv', f'{place}.bn1')
   return named | {'hidden': Named('conv_head', side=1)}
 
@@ -250,24 +261,44 @@ def _vgg_features(layers: Mapping[str, int]) -> tuple[dict[str, Named], int]:
 def _blocks(layers: Mapping[str, int]) -> list[str]:
   """Returns the blocks of a network in the order in which it runs them."""
   names = {layer.partition('/')[0] for layer in layers if '_block' in layer}
-  return sorted(names, key=lambda name: [*map(int, re.findall(r'\d+', name))])
+  return sorted(names, key=_stage_and_block)
+
+
+def _stage_and_block(name: str) -> tuple[int, int]:
+  """Returns the numbers in the name of a block.
+
+  Examples:
+    >>> _stage_and_block('stage4_block6')
+    (4, 6)
+  """
+  stage, block = re.findall(r'\d+', name)
+  return int(stage), int(block)
+
+
+# Number of our stages of MobileNet V3 -> the block after which timm divides a
+# stage: its width changes there, 80 to 112 (large) and 40 to 48 (small).
+_TIMM_V3 = {5: (4, 4), 4: (3, 3)}
 
 
 def _timm_blocks(
-  layers: Mapping[str, int], last: str = 'project'
+  layers: Mapping[str, int], after: tuple[int, int] | None = None
 ) -> dict[str, str]:
-  """Returns block -> ``blocks.{stage}.{i}``: a stage has one width in timm."""
-  found, stage, i, before = {}, -1, 0, None
-  for block in _blocks(layers):
-    here = block.partition('_')[0], layers[f'{block}/{last}']
-    stage, i = (stage, i + 1) if here == before else (stage + 1, 0)
-    found[block], before = f'blocks.{stage}.{i}', here
+  """Returns block -> ``blocks.{stage}.{i}``, a stage divided after a block."""
+  found = {}
+  for name in _blocks(layers):
+    stage, block = _stage_and_block(name)
+    if after and (stage, block) > after:
+      block -= after[1] if stage == after[0] else 0
+      stage += 1
+    found[name] = f'blocks.{stage - 1}.{block - 1}'
   return found
 
 
-def _timm_inverted(layers: Mapping[str, int]) -> dict[str, Named]:
+def _timm_inverted(
+  layers: Mapping[str, int], blocks: Mapping[str, str]
+) -> dict[str, Named]:
   named = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
-  for block, place in _timm_blocks(layers).items():
+  for block, place in blocks.items():
     units = {'expand': 'pw', 'depthwise': 'dw', 'project': 'pwl'}
     if f'{block}/expand' not in layers:
       units = {'depthwise': 'dw', 'project': 'pw'}
