@@ -68,8 +68,9 @@ def load(
     A :class:`Dataset`, in the order of the files.
 
   Raises:
-    DataError: if the set, its folder or the split is missing, or if a record
-      is damaged, of another shape than the first, or of an unknown label.
+    DataError: if the set, its folder or the split is missing, if a record is
+      damaged, of another shape than the first, or of an unknown label, or if a
+      file holds another number of records than dataset_info.json says.
   """
   builder = _builder(name, data_dir)
   source, label = _source(builder, split), f'{builder.name} {split!r}'
@@ -92,6 +93,7 @@ def load(
         )
       _check_label(target, classes, i, label)
       images[i], labels[i] = image, target
+  _check_counts(builder, split)
   version = str(builder.info.version)
   return Dataset(images, labels, classes, builder.name, version)
 
@@ -116,7 +118,8 @@ def records(
 
   Raises:
     DataError: if the set, its folder, the split or a feature is missing, if
-      the last feature has no classes, or if a record is damaged.
+      the last feature has no classes, if a record is damaged, or if a file
+      holds another number of records than dataset_info.json says.
   """
   builder = _builder(name, data_dir)
   source = _source(builder, split)
@@ -127,6 +130,7 @@ def records(
     with _quiet():
       examples = _read(source, builder, split, indices)
     rows += [tuple(example[key] for key in features) for example in examples]
+  _check_counts(builder, split)
   return rows, classes, str(builder.info.version)
 
 
@@ -218,7 +222,8 @@ def _digits() -> pathlib.Path:
 def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the prepared versions in the folder of a set, newest first."""
   number = lambda f: tuple(map(int, f.name.split('.')))
-  found = [f for f in folder.glob('*.*.*') if re.fullmatch(r'[\d.]+', f.name)]
+  version = re.compile(r'\d+\.\d+\.\d+')
+  found = [f for f in folder.glob('*.*.*') if version.fullmatch(f.name)]
   return sorted(found, key=number, reverse=True)
 
 
@@ -246,6 +251,21 @@ def _source(builder: Any, split: str) -> Any:
       f'{builder.name} {split!r} cannot be read ({_line(error)}). It must be '
       f"prepared with file_format='array_record'."
     ) from error
+
+
+def _check_counts(builder: Any, split: str) -> None:
+  """Raises DataError unless the files of a split are as long as they must."""
+  from array_record.python import array_record_module
+
+  for part in builder.info.splits[split].file_instructions:
+    reader = array_record_module.ArrayRecordReader(str(part.filename))
+    count = reader.num_records()
+    reader.close()
+    if count != part.examples_in_shard:
+      raise DataError(
+        f'{part.filename} has {count} records, but by dataset_info.json it '
+        f'must have {part.examples_in_shard}. Prepare that folder again.'
+      )
 
 
 def _read(source: Any, builder: Any, split: str, indices: list[int]) -> list:
@@ -423,7 +443,7 @@ def stream(
     batch: examples of a step over all hosts, a multiple of their number.
     epochs: after which the iterator ends.
     start: the first step to yield, counted over all epochs.
-    transform: (image, rng) -> image of one fixed shape, run on the host, such
+    transform: (image, rng) -> uint8 image of one shape, run on the host, such
       as ``augment.random_resized_crop``; rng is seeded by (seed, epoch, index
       of the example).
     host: (index, count) of this process, such as ``(jax.process_index(),
@@ -435,9 +455,11 @@ def stream(
     [batch / count].
 
   Raises:
-    DataError: as :func:`load`; for a damaged record when its step is read.
+    DataError: as :func:`load`; for a damaged record, one of another shape or
+      dtype than record 0, or one at which the transform raises, when its step
+      is read, and at once for record 0.
     ValueError: if ``batch`` is no multiple of the number of hosts or more than
-      the examples, or if the host is not one of them.
+      the examples, if the host is not one of them, or if ``start`` is no step.
   """
   index, count = host
   if not 0 <= index < count or batch % count:
@@ -451,7 +473,20 @@ def stream(
   source, label = _source(builder, split), f'{builder.name} {split!r}'
   image_key, label_key, classes = _features(builder)
   with _quiet():
-    _read(source, builder, split, [0])  # TFDS warns once.
+    first = _read(source, builder, split, [0])[0][image_key]  # TFDS warns once.
+
+  def changed(image, epoch, i):
+    if not transform:
+      return image
+    try:
+      return transform(image, np.random.default_rng((seed, epoch, i)))
+    except Exception as error:  # Whatever the user's function raises.
+      raise DataError(
+        f'The transform failed at record {i} of {label} with '
+        f'{type(error).__name__} ({_line(error)}).'
+      ) from error
+
+  shape = changed(first, 0, 0).shape
 
   @functools.lru_cache(maxsize=2)
   def order(epoch):
@@ -459,6 +494,11 @@ def stream(
     return np.asarray(rows)
 
   steps = len(order(0))
+  if not 0 <= start <= epochs * steps:
+    raise ValueError(
+      f'`start` must be in 0..{epochs * steps}, {steps} steps for each of '
+      f'{epochs} epochs, got {start}.'
+    )
 
   def read(t):
     epoch, step = divmod(t, steps)
@@ -467,15 +507,14 @@ def stream(
     for k, example in enumerate(_read(source, builder, split, mine)):
       image, labels[k] = example[image_key], example[label_key]
       _check_label(int(labels[k]), classes, mine[k], label)
-      if transform:
-        image = transform(image, np.random.default_rng((seed, epoch, mine[k])))
-      images.append(image)
-      if image.shape != images[0].shape:
+      image = changed(image, epoch, mine[k])
+      if image.shape != shape or image.dtype != np.uint8:
         raise DataError(
-          f'Record {mine[k]} of {label} has the shape {list(image.shape)}, but '
-          f'the batch began with {list(images[0].shape)}: give a transform '
-          f'that makes all images of one shape.'
+          f'Record {mine[k]} of {label} is {image.dtype}{list(image.shape)}, '
+          f'but an image of uint8{list(shape)} is needed, as of record 0: give '
+          f'a transform that makes all images such.'
         )
+      images.append(image)
     return np.stack(images), labels
 
   batches = (
@@ -497,11 +536,13 @@ def prefetch(
 ) -> Iterator[Any]:
   """Yields batches on the device, with some more already on their way.
 
+  An error of ``batches`` is raised after the batches that came before it.
+
   Args:
     batches: pytrees of arrays; with several hosts the part of this one.
     sharding: where the arrays go, such as a NamedSharding of the first axis;
       without it, to the default device.
-    size: batches on their way, at least 1.
+    size: batches on their way beside the one in use, at least 1.
 
   Raises:
     ValueError: if ``size`` is below 1.
@@ -523,7 +564,14 @@ def prefetch(
 
 def _ahead(items: Iterator[Any], size: int) -> Iterator[Any]:
   """Yields items, computing ``size`` of them before they are asked for."""
-  queue = collections.deque(itertools.islice(items, size))
-  while queue:
+  queue, failure = collections.deque(), None
+  while True:
+    try:
+      queue.extend(itertools.islice(items, size + 1 - len(queue)))
+    except Exception as error:  # Of the item after those in the queue.
+      failure = error
+    if not queue:
+      break
     yield queue.popleft()
-    queue.extend(itertools.islice(items, 1))
+  if failure:
+    raise failure

@@ -188,6 +188,22 @@ def test_damaged_and_missing_files(copy):
   assert error('digits', 'test', copy).startswith(f'{folder} is damaged (')
 
 
+@pytest.mark.parametrize('count', [359, 361])
+def test_a_file_has_the_records_that_its_set_says(copy, count):
+  folder = copy / 'digits/1.0.0'
+  edit(folder / 'dataset_info.json', '"360"', f'"{count}"')
+  text = error('digits', 'test[:100]', copy)
+  file = folder / 'digits-test.array_record-00000-of-00001'
+  assert text.startswith(f'{file} has 360 records, but by dataset_info.json')
+  assert f'must have {count}.' in text
+
+
+def test_a_folder_that_is_no_version_is_passed_over(copy):
+  for name in ('1..0.', '1.0.', '..'):
+    (copy / 'digits' / name).mkdir(exist_ok=True)
+  assert data.load('digits', 'test', copy).version == '1.0.0'
+
+
 def test_other_file_format(copy):
   edit(copy / 'digits/1.0.0/dataset_info.json', 'array_record', 'tfrecord')
   file = 'digits-test.array_record-00000-of-00001'
@@ -344,6 +360,48 @@ def test_stream_errors(root, copy):
     next(batches)
 
 
+def test_stream_has_one_shape_and_dtype_in_all_batches(root):
+  options = {'seed': 0, 'batch': 1, 'epochs': 1}
+  batches = data.stream('sizes', 'train', root, **options)
+  with pytest.raises(
+    data.DataError,
+    match=r"Record \d of sizes 'train' is uint8\[1\d, 12, 1\], b",
+  ):
+    list(batches)
+  batches = data.stream(
+    'digits', 'test', root, transform=lambda x, _: x / 16, **options
+  )
+  with pytest.raises(
+    data.DataError, match=r"Record \d+ of digits 'test' is float64\[8, 8, 1\]"
+  ):
+    next(batches)
+
+
+def test_an_error_of_the_transform_names_the_record(root):
+  def transform(image, rng):
+    if image[0, 0] == 20:
+      raise KeyError('no twenty')
+    return image[:10]
+
+  batches = data.stream(
+    'sizes', 'train', root, seed=0, batch=4, epochs=1, transform=transform
+  )
+  with pytest.raises(
+    data.DataError, match=r"record \d of sizes 'train' with KeyError \('no twen"
+  ):
+    next(batches)
+
+
+def test_stream_starts_at_one_of_its_steps(root):
+  options = {'seed': 0, 'batch': 100, 'epochs': 2}
+  assert list(data.stream('digits', 'test', root, start=6, **options)) == []
+  for start in (-1, 7):
+    with pytest.raises(
+      ValueError, match=rf'in 0\.\.6, 3 steps for each of 2 epochs, got {start}'
+    ):
+      data.stream('digits', 'test', root, start=start, **options)
+
+
 def test_prefetch_keeps_order_runs_ahead_and_shards():
   drawn = []
 
@@ -358,12 +416,34 @@ def test_prefetch_keeps_order_runs_ahead_and_shards():
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   batches = data.prefetch(source(), rows, size=2)
   first = next(batches)
-  assert drawn == [0, 1]
+  assert drawn == [0, 1, 2]
   assert first['x'].sharding == rows
   assert [int(b['x'][0]) for b in batches] == [1, 2, 3, 4]
   assert isinstance(next(data.prefetch([np.ones(2)])), jnp.ndarray)
   with pytest.raises(ValueError, match='`size` must be at least 1, got 0'):
     data.prefetch([], size=0)
+
+
+def test_prefetch_of_one_has_the_next_batch_on_its_way():
+  drawn = []
+  batches = data.prefetch(
+    (drawn.append(i) or np.ones(i) for i in range(3)), size=1
+  )
+  assert next(batches).shape == (0,)
+  assert drawn == [0, 1]
+
+
+@pytest.mark.parametrize('size', [1, 2, 9])
+def test_prefetch_yields_what_came_before_an_error(size):
+  def source():
+    yield from np.eye(3)
+    raise OSError('the disk is gone')
+
+  batches = data.prefetch(source(), size=size)
+  for row in np.eye(3):
+    np.testing.assert_array_equal(next(batches), row)
+  with pytest.raises(OSError, match='the disk is gone'):
+    next(batches)
 
 
 # --- Prepared sets, where they are found -------------------------------------
