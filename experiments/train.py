@@ -20,10 +20,12 @@ from jaxprune import augment, data
 
 Apply = Callable[..., Any]  # flax.linen's Module.apply.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images).
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 View = Callable[[Any, optax.OptState], Any]  # (params, state) -> params.
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # See make_step.
 Parallel = Literal['jit', 'pmap']
 AXIS = 'devices'  # Over which a batch is split.
+_DROPOUT, _MIX = 0x64726F70, 0x6D697865  # Keys beside that of `change`.
 
 
 class State(NamedTuple):
@@ -59,8 +61,16 @@ def variables(state: State) -> dict[str, Any]:
 def cross_entropy(
   logits: jax.Array, labels: jax.Array, images: jax.Array
 ) -> jax.Array:
-  """Returns -log softmax(logits)[label] of each example."""
+  """Returns -sum_c target_c log softmax(logits)_c of each example.
+
+  Args:
+    logits: float, [batch, classes].
+    labels: int, [batch], or the targets; float, [batch, classes].
+    images: not used.
+  """
   del images
+  if labels.ndim == logits.ndim:
+    return optax.softmax_cross_entropy(logits, labels)
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -70,6 +80,7 @@ def make_step(
   prepare: Callable[[jax.Array], jax.Array],
   *,
   change: Augment,
+  mix: Mix | None = None,
   view: View = lambda params, _: params,
   loss: Loss = cross_entropy,
 ) -> Step:
@@ -79,13 +90,18 @@ def make_step(
   loss(apply(view(params, opt_state), images), labels, images) over the batch
   and the statistics of the batch in force. With ``axis``, the name of a mapped
   axis, each of its devices takes its part of the rows, and gradients,
-  statistics and metrics are the means over the devices.
+  statistics and metrics are the means over the devices. A network drops out by
+  the key of the step, under such an axis by one of each device.
 
   Args:
-    apply: the network.
+    apply: the network; takes ``rngs``.
     tx: the optax chain; a method of pruning is its last link.
     prepare: uint8 images -> what the network takes.
     change: augmentation of the prepared images, a function of a key.
+    mix: (key, images, labels) -> (images, targets), after ``change``; targets
+      are float, [batch, classes], and the labels of ``loss``. With
+      ``augment.mixup``, which takes one-hot labels:
+      ``lambda key, x, y: augment.mixup(key, x, jax.nn.one_hot(y, classes))``.
     view: the params as the network sees them, such as soft masks.
     loss: (logits, labels, images) -> float[batch].
   """
@@ -94,15 +110,27 @@ def make_step(
     # The whole batch is drawn and changed everywhere, so that its numbers do
     # not depend on how many devices share it.
     images = change(key, prepare(examples.images[rows]))
-    labels = examples.labels[rows]
+    labels = targets = examples.labels[rows]
+    if mix is not None:
+      images, targets = mix(jax.random.fold_in(key, _MIX), images, labels)
+    dropout = jax.random.fold_in(key, _DROPOUT)
     if axis is not None:
-      images, labels = _part(images, axis), _part(labels, axis)
+      images, labels, targets = (
+        _part(x, axis) for x in (images, labels, targets)
+      )
+      dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis))
 
     def loss_fn(params):
       seen = {'params': view(params, state.opt_state), **state.stats}
-      logits, stats = apply(seen, images, train=True, mutable=list(state.stats))
+      logits, stats = apply(
+        seen,
+        images,
+        train=True,
+        mutable=list(state.stats),
+        rngs={'dropout': dropout},
+      )
       accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-      return jnp.mean(loss(logits, labels, images)), (stats, accuracy)
+      return jnp.mean(loss(logits, targets, images)), (stats, accuracy)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     found = gradient(state.params)

@@ -13,11 +13,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 import jaxprune as jp
 from experiments import flags, methods, prune, recipes, timing, train, workdir
-from jaxprune import checkpoint, digits, export, models, plans, report
+from jaxprune import augment, checkpoint, digits, export, models, plans, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As a user has it: one device, and XLA's usual optimisation.
@@ -239,6 +241,83 @@ def test_several_devices_train_as_one(toy, parallel, devices, fused):
     jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Dropped(nn.Module):
+  """Logits are what dropout leaves of a parameter."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    ones = self.param('ones', nn.initializers.ones, (1000,))
+    rows = jnp.broadcast_to(ones, (len(x), 1000))
+    return nn.Dropout(0.5, deterministic=not train)(rows)
+
+
+def kept(toy, parallel='jit', devices=1, epoch=0):
+  """Returns which logits of each step's examples survived dropout."""
+  _, prepare, examples, _ = toy
+  module, tx = Dropped(), optax.sgd(0.0)
+  seen = []
+
+  def loss(logits, labels, images):
+    jax.debug.callback(lambda x: seen.append(np.asarray(x) > 0), logits)
+    return train.cross_entropy(logits, labels, images)
+
+  step = train.make_step(
+    module.apply, tx, prepare, change=lambda key, x: x, loss=loss
+  )
+  params = {'ones': jnp.ones(1000)}
+  state = train.State(params, {}, tx.init(params))
+  run = train.make_runner(
+    step, seed=3, batch=8, fused=False, devices=devices, parallel=parallel
+  )
+  run(state, examples, epoch, 0, 2)
+  jax.effects_barrier()
+  return seen
+
+
+def test_every_step_drops_out_anew_and_the_same_again(toy):
+  first, second = kept(toy)
+  assert first.shape == (8, 1000)
+  assert abs(first.mean() - 0.5) < 0.05
+  assert abs((first == second).mean() - 0.5) < 0.05
+  np.testing.assert_array_equal(kept(toy)[0], first)
+
+
+def test_every_device_drops_out_by_a_key_of_its_own(toy):
+  masks = kept(toy, 'pmap', 2)
+  assert [x.shape for x in masks] == [(4, 1000)] * 4
+  for i, a in enumerate(masks):
+    for b in masks[:i]:
+      assert abs((a == b).mean() - 0.5) < 0.05
+
+
+def test_mixed_targets_reach_the_loss_and_the_labels_the_accuracy(toy):
+  module, prepare, examples, setup = toy
+  _, state = setup()
+
+  def mix(key, images, labels):
+    return augment.mixup(key, images, jax.nn.one_hot(labels, 2))
+
+  step = train.make_step(
+    module.apply,
+    recipes.sgd(0.5, 1e-4, 8),
+    prepare,
+    change=lambda key, x: x,
+    mix=mix,
+  )
+  rows, key = jnp.arange(8), jax.random.key(1)
+  _, metrics = jax.jit(step)(state, examples, rows, key)
+  images = prepare(examples.images[rows])
+  mixed, targets = mix(
+    jax.random.fold_in(key, train._MIX), images, examples.labels[rows]
+  )
+  assert np.any((targets > 0) & (targets < 1))
+  logits = module.apply({'params': state.params}, mixed)
+  expected = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1))
+  np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
+  hits = jnp.argmax(logits, -1) == examples.labels[rows]
+  np.testing.assert_allclose(metrics.accuracy, hits.mean())
 
 
 def test_what_cannot_be_split_over_devices_is_refused(toy):
