@@ -143,6 +143,7 @@ def test_every_schedule_ends_at_its_target_whatever_the_period(schedule, every):
   assert zeros[-1].tolist() == [16]
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None, max_examples=8)
 @hypothesis.given(
   st.lists(
