@@ -672,6 +672,30 @@ def test_padding_is_not_read():
   assert np.abs(run(x, mask) - run(x, jnp.ones_like(mask))).max() > 1e-4
 
 
+@pytest.mark.parametrize(
+  ('wrong', 'options', 'message'),
+  [
+    (11, {}, r'Tokens must be in 0\.\.10 \(`vocab_size`\), got 0\.\.11'),
+    (-1, {}, r'Tokens must be in 0\.\.10 \(`vocab_size`\), got -1\.\.0'),
+    (1, {'types': [[0, 2]]}, r'Token types must be in 0\.\.1 \(`types`\), g'),
+    (
+      1,
+      {'types': [[0]]},
+      r'`types` must have the shape .*\(1, 2\), got \(1, 1\)',
+    ),
+    (1, {'mask': [1, 1]}, r'`mask` must have the shape .*\(1, 2\), got \(2,\)'),
+  ],
+)
+def test_tokens_types_and_masks_that_are_none_are_named(
+  wrong, options, message
+):
+  model, variables, _ = family('bert')
+  tokens = jnp.array([[min(wrong, 0), max(wrong, 0)]])
+  options = {name: jnp.array(x) for name, x in options.items()}
+  with pytest.raises(ValueError, match=message):
+    model.apply(variables, tokens, **options)
+
+
 def test_heads_are_removed_by_width():
   inner = {f'layer2/{part}': 4 for part in ('query', 'key', 'value')}
   model = FAMILIES['bert'][0].clone(widths=inner)

@@ -612,6 +612,12 @@ def test_a_config_of_bert_builds_its_network():
   assert model == NETWORKS['bert'][0]
 
 
+def test_a_config_without_labels_counts_its_classes():
+  classes = lambda **given: weights.bert_options(CONFIG | given)['num_classes']
+  assert classes(id2label=None) == 2
+  assert classes(id2label=None, num_labels=5) == 5
+
+
 @pytest.mark.parametrize(
   ('config', 'message'),
   [

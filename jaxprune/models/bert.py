@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import core
 
 from jaxprune.models import layers
 from jaxprune.models.layers import Array, Keep
@@ -130,12 +132,14 @@ class BERT(nn.Module):
     """Returns the logits, or the features after an encoder layer.
 
     Args:
-      x: tokens; int, shape (batch, length), or the features that enter layer
-        ``start``; float, shape (batch, length, hidden).
+      x: tokens; int, shape (batch, length), in 0..vocab_size-1, or the features
+        that enter layer ``start``; float, shape (batch, length, hidden). Under
+        ``jit`` nothing checks the values: a token that is none gives NaN.
       train: static; drop out.
       mask: bool or int, shape (batch, length); False or 0 is padding. By
         default there is none.
-      types: int, shape (batch, length), below ``types``; by default 0.
+      types: int, shape (batch, length), in 0..types-1; by default 0. Checked
+        as the tokens are.
       start: first encoder layer to run; 0 also runs the embeddings. Static.
       stop: layer to stop before; None, or their number, also runs the pooler
         and the head. Static.
@@ -147,9 +151,10 @@ class BERT(nn.Module):
 
     Raises:
       ValueError: if ``hidden`` is no multiple of ``heads``, if the sequence is
-        longer than ``positions``, if the widths of query, key and value differ
-        or are no multiple of ``head_dim``, or if ``widths``, ``drop`` or
-        ``keep`` name what is not there.
+        longer than ``positions``, if a token or a type is none, if ``mask`` or
+        ``types`` is of another shape than the tokens, if the widths of query,
+        key and value differ or are no multiple of ``head_dim``, or if
+        ``widths``, ``drop`` or ``keep`` name what is not there.
       TypeError: if tokens are not integers.
     """
     if self.head_dim is None and self.hidden % self.heads:
@@ -162,7 +167,10 @@ class BERT(nn.Module):
     if start == 0:
       x = self._embed(x, types, train)
     shape = x.shape[:2]
-    mask = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
+    if mask is None:
+      mask = jnp.ones(shape, bool)
+    _check_shape('mask', mask, shape)
+    mask = mask.astype(bool)
     layer = EncoderLayer
     layer = nn.remat(layer, static_argnums=(3,)) if self.remat else layer
     for i in range(start + 1, stop + 1):
@@ -193,6 +201,10 @@ class BERT(nn.Module):
         f'A sequence may have at most {self.positions} tokens (`positions`), '
         f'got {x.shape[1]}.'
       )
+    types = jnp.zeros_like(x) if types is None else types
+    _check_shape('types', types, x.shape)
+    _check_ids('Tokens', x, self.vocab_size, 'vocab_size')
+    _check_ids('Token types', types, self.types, 'types')
     embed = lambda count, name: nn.Embed(
       count,
       self.hidden,
@@ -200,7 +212,6 @@ class BERT(nn.Module):
       embedding_init=nn.initializers.normal(0.02),
       name=name,
     )
-    types = jnp.zeros_like(x) if types is None else types
     places = jnp.arange(x.shape[1])[None]
     y = embed(self.vocab_size, 'words')(x) + embed(self.types, 'types')(types)
     y = y + embed(self.positions, 'positions')(places)
@@ -219,6 +230,30 @@ class BERT(nn.Module):
         f'{head_dim} (`head_dim`), got {", ".join(map(str, inner))}.'
       )
     return (*inner, given('intermediate', self.intermediate)), head_dim
+
+
+def _check_shape(what: str, x: Array, shape: tuple[int, ...]) -> None:
+  if x.shape != shape:
+    raise ValueError(
+      f'`{what}` must have the shape (batch, length) of the tokens, '
+      f'{shape}, got {x.shape}.'
+    )
+
+
+def _check_ids(what: str, ids: Array, count: int, argument: str) -> None:
+  """Raises ValueError unless ids, if their values are known, are below count.
+
+  An embedding gives NaN for the others.
+  """
+  known = not isinstance(ids, core.Tracer)
+  if not (known and ids.size and getattr(ids, 'is_fully_addressable', True)):
+    return
+  values = np.asarray(ids)  # Not by JAX, which would stage it inside a trace.
+  low, high = values.min(), values.max()
+  if low < 0 or high >= count:
+    raise ValueError(
+      f'{what} must be in 0..{count - 1} (`{argument}`), got {low}..{high}.'
+    )
 
 
 def _dense(width: int, dtype: Any, name: str) -> nn.Dense:

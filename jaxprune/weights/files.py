@@ -81,9 +81,10 @@ def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:
   lost = [key for key in keys.values() if key not in config]
   if lost:
     raise ValueError(f'The config of a BERT lacks {", ".join(lost)}.')
+  labels = config.get('id2label')
   return {
     **{ours: config[theirs] for ours, theirs in keys.items()},
-    'num_classes': len(config.get('id2label', (0, 1))),
+    'num_classes': len(labels) if labels else config.get('num_labels', 2),
     'dropout': config.get('hidden_dropout_prob', 0.1),
     'epsilon': config.get('layer_norm_eps', 1e-12),
   }
