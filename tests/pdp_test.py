@@ -10,7 +10,7 @@ import jaxprune as jp
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, phases
-from jaxprune import models, tree
+from jaxprune import models, text, tree
 
 RATES = (0.05, 0.1)
 
@@ -100,6 +100,29 @@ def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
   table = pdp.summarise(book)
   assert '| PDP | rate ' in table
   assert 'CPU-minutes' in table
+
+
+def test_the_sources_of_texts_are_stored_and_printed_with_the_runs(
+  toy, tmp_path
+):
+  part = lambda texts, labels: text.TextSet(
+    texts, np.int32(labels), ('python', 'numpy'), 'docs', 'python 3, numpy 2'
+  )
+  train = part(('red red', 'red', 'blue'), [0, 0, 1])
+  facts = pdp.sources(
+    train, part(('red', 'blue', 'blue', 'blue'), [0, 1, 1, 1])
+  )
+  given = contest(toy, {'GMP': QUICK['GMP']})._replace(
+    report=lambda outcome: {'sources': facts}
+  )
+  path = tmp_path / 'toy.jsonl'
+  pdp.compete(given, pdp.Book(path), [])
+  book = pdp.Book(path)
+  assert all(row['sources'] == facts for row in book.rows)
+  table = pdp.summarise(book)
+  line = 'Sentences of python 3, numpy 2; licences: python PSF-2.0, numpy BSD-'
+  assert table.count(line) == 1
+  assert 'majority 25.0, bag of words 100.0' in table
 
 
 @pytest.mark.slow

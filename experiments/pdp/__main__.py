@@ -10,6 +10,7 @@ of the test set. Runs are appended to a file as they end: the same command goes
 on where it was stopped, and ``--table`` prints what is there.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -220,6 +221,21 @@ def digits(data_dir: str | None, epochs: int | None) -> Contest:
   return Contest(problem, ('0.95', '0.98'), '0.98', 5, methods)
 
 
+def sources(train: text_lib.TextSet, test: text_lib.TextSet) -> dict[str, Any]:
+  """Returns the versions and licences of texts, and two simple accuracies.
+
+  Args:
+    train: what is learned from.
+    test: what is judged.
+  """
+  return {
+    'versions': train.version,
+    'licences': {name: text_lib.LICENCES[name] for name in train.classes},
+    'majority': text_lib.majority(train, test),
+    'bag of words': text_lib.bag_of_words(train, test),
+  }
+
+
 def text(data_dir: str | None, epochs: int | None) -> Contest:
   """A BERT of 2 layers on sentences of documentation, from a dense teacher.
 
@@ -230,14 +246,18 @@ def text(data_dir: str | None, epochs: int | None) -> Contest:
   train, test = text_lib.docstrings()
   rng = np.random.default_rng(0)
   rows, held = np.split(rng.permutation(len(train))[:10_000], [8_000])
-  judged = rng.permutation(len(test))[:4_000]
-  vocabulary = text_lib.word_pieces([train.texts[i] for i in rows], 4_000)
+  part = lambda found, index: dataclasses.replace(
+    found,
+    texts=tuple(found.texts[i] for i in index),
+    labels=found.labels[index],
+  )
+  learned, checked = part(train, rows), part(train, held)
+  judged = part(test, rng.permutation(len(test))[:4_000])
+  vocabulary = text_lib.word_pieces(learned.texts, 4_000)
 
-  def split(found, index):
-    tokens, _, _ = text_lib.encode(
-      [found.texts[i] for i in index], vocabulary, 32
-    )
-    return phases.Split(jnp.asarray(tokens), jnp.asarray(found.labels[index]))
+  def split(found):
+    tokens, _, _ = text_lib.encode(found.texts, vocabulary, 32)
+    return phases.Split(jnp.asarray(tokens), jnp.asarray(found.labels))
 
   net = models.BERT(
     vocab_size=len(vocabulary),
@@ -263,7 +283,7 @@ def text(data_dir: str | None, epochs: int | None) -> Contest:
   encoder = lambda path, leaf: (
     path.startswith('layer') and tree.is_prunable(path, leaf)
   )
-  splits = split(train, rows), split(train, held), split(test, judged)
+  splits = split(learned), split(checked), split(judged)
   problem = make_problem(
     'text',
     net,
@@ -290,7 +310,15 @@ def text(data_dir: str | None, epochs: int | None) -> Contest:
     'GMP': contenders.gradual(rates, encoder),
     'one-shot': contenders.one_shot(rates, encoder),
   }
-  return Contest(problem, ('0.8', '0.9'), '0.9', 3, lambda target: methods)
+  facts = {'sources': sources(learned, judged)}
+  return Contest(
+    problem,
+    ('0.8', '0.9'),
+    '0.9',
+    3,
+    lambda target: methods,
+    lambda outcome: facts,
+  )
 
 
 def apply_with_statistics(net: Any) -> Callable[..., Any]:
@@ -481,7 +509,7 @@ def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
 
 
 def summarise(book: Book) -> str:
-  """Returns the tables of a book: one for each target."""
+  """Returns the tables of a book, one for each target, and its sources."""
   finals = book.find(trial=None)
   parts = []
   for target in dict.fromkeys(row['target'] for row in finals):
@@ -512,7 +540,20 @@ def summarise(book: Book) -> str:
     header = ['method', 'setting', 'seeds', 'accuracy, %', 'PDP minus it']
     parts.append(f'{target}\n\n{evidence.table(header, rows)}')
   minutes = sum(row['seconds'] for row in book.rows) / 60
-  return '\n\n'.join([*parts, f'{minutes:.1f} CPU-minutes'])
+  lines = dict.fromkeys(
+    _line(row['sources']) for row in book.rows if 'sources' in row
+  )
+  return '\n\n'.join([*parts, *lines, f'{minutes:.1f} CPU-minutes'])
+
+
+def _line(found: Mapping[str, Any]) -> str:
+  """Returns what :func:`sources` found, in words."""
+  licences = ', '.join(f'{k} {v}' for k, v in found['licences'].items())
+  majority, words = (100 * found[k] for k in ('majority', 'bag of words'))
+  return (
+    f'Sentences of {found["versions"]}; licences: {licences}.\n'
+    f'Without a network, %: majority {majority:.1f}, bag of words {words:.1f}.'
+  )
 
 
 def main() -> None:
