@@ -255,7 +255,7 @@ def _source(builder: Any, split: str) -> Any:
 
 def _check_counts(builder: Any, split: str) -> None:
   """Raises DataError unless the files of a split are as long as they must."""
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # type: ignore
 
   for part in builder.info.splits[split].file_instructions:
     reader = array_record_module.ArrayRecordReader(str(part.filename))

@@ -153,7 +153,9 @@ def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
     isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
   )
   parts = entry if isinstance(entry, dict) else {}
-  kind, shape, place = map(parts.get, ('dtype', 'shape', 'data_offsets'))
+  keys = ('dtype', 'shape', 'data_offsets')
+  found: list[Any] = [parts.get(key) for key in keys]
+  kind, shape, place = found
   whole = isinstance(kind, str) and counts(shape) and counts(place)
   if not whole or len(place) != 2:
     raise ValueError(
