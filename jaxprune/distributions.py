@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import counts as counts_lib
-from jaxprune import select
+from jaxprune import placement, select
 from jaxprune import tree as tree_lib
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -306,7 +306,7 @@ def survival(x: jax.Array) -> jax.Array:
     >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
     [0.2 1.  0. ]
   """
-  flat = x.astype(jnp.float32).ravel()
+  flat = placement.whole(x).astype(jnp.float32).ravel()
   order = jnp.argsort(-flat, stable=True)
   peak = flat[order[0]]
   above = jnp.where(flat < 0, 0, flat)[order]
@@ -316,7 +316,7 @@ def survival(x: jax.Array) -> jax.Array:
   found = jnp.zeros_like(flat).at[order].set(ratio)
   most = jnp.max(jnp.where(flat < 0, -flat, 0), initial=0)
   below = flat / jnp.where(most > 0, most, 1)
-  return jnp.where(flat < 0, below, found).reshape(x.shape)
+  return placement.like(jnp.where(flat < 0, below, found).reshape(x.shape), x)
 
 
 global_ = Pooled()

@@ -18,7 +18,7 @@ import optax
 from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import schedules, select
+from jaxprune import placement, schedules, select
 from jaxprune import tree as tree_lib
 
 Score = Callable[[tree_lib.PyTree], tree_lib.PyTree]
@@ -210,6 +210,7 @@ def draw(
 ) -> tree_lib.PyTree:
   """Returns masks of the best entries at the given sparsities."""
   scores = tree_lib.restrict(scores, old)
+  scores = jax.tree.map(placement.like, scores, old)
   flat, previous = tree_lib.leaves(scores), tree_lib.leaves(old)
   shapes = {path: x.shape for path, x in flat.items()}
   grains, rules = recipe.grains(shapes), recipe.rules(shapes)
@@ -237,13 +238,16 @@ def draw(
       alive = {}
       for path, x in units.items():
         steps = tuple(slice(None, None, n) for n in sizes[path])
-        held = previous[path][steps]
+        held = previous[path]
+        if any(n > 1 for n in sizes[path]):
+          held = placement.whole(held)[steps]
         units[path] = _dead_last(x, held)
         alive[path] = counts_lib.true(held)
     shared = {path: shapes[path] for path in units}
     keep = kept_units(recipe, shared, levels, alive)
     for path, mask in select.top_masks(units, keep).items():
-      drawn[path] = masks_lib.spread(mask, sizes[path], shapes[path])
+      mask = masks_lib.spread(mask, sizes[path], shapes[path])
+      drawn[path] = placement.like(mask, previous[path])
   if not recipe.regrow:  # A sparsity that falls leaves masks as they are.
     drawn = {path: mask & previous[path] for path, mask in drawn.items()}
   return tree_lib.map_with_path(lambda path, _: drawn[path], scores)

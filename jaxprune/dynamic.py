@@ -15,7 +15,7 @@ import optax
 from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import select, transforms
+from jaxprune import placement, select, transforms
 from jaxprune import tree as tree_lib
 
 
@@ -139,7 +139,8 @@ def set_(
   """
 
   def grow(g, step):
-    return jax.random.uniform(jax.random.fold_in(key, step), g.shape)
+    drawn = jax.random.uniform(jax.random.fold_in(key, step), g.shape)
+    return placement.like(drawn, g)
 
   return _moving(
     inner,
@@ -197,7 +198,9 @@ def _moving(
       for i, (path, w) in enumerate(tree_lib.leaves(weights).items())
     }
     drawn = select.top_masks(scores, kept)
-    masks = tree_lib.map_with_path(lambda path, _: drawn[path], weights)
+    masks = tree_lib.map_with_path(
+      lambda path, w: placement.like(drawn[path], w), weights
+    )
     state = inner.init(masks_lib.apply(masks, params))
     held = masks_lib.pack(masks) if packed else masks
     return DynamicState(jnp.zeros([], jnp.int32), held, state)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import core
 
-from jaxprune import select
+from jaxprune import placement, select
 from jaxprune import tree as tree_lib
 from jaxprune.counts import kept
 
@@ -112,7 +112,9 @@ def n_by_m(
       f'm = {m} must divide axis {axis} of shape {score.shape}; choose another '
       'axis, or keep the leaf dense.'
     )
-  shape = score.shape
+  shape, given = score.shape, score
+  if shape[axis] // m % placement.parts(score)[axis]:
+    score = placement.whole(score)  # A group would lie on two devices.
   groups = score.reshape(*shape[:axis], -1, m, *shape[axis + 1 :])
   parts = [jnp.take(groups, i, axis=axis + 1) for i in range(m)]
   ranks = [jnp.zeros(parts[0].shape, jnp.uint8 if m < 256 else jnp.int32)] * m
@@ -122,7 +124,8 @@ def n_by_m(
       ranks[i] = ranks[i] + first.astype(ranks[i].dtype)
       ranks[j] = ranks[j] + (~first).astype(ranks[j].dtype)
   keep = jnp.asarray(n).astype(ranks[0].dtype)
-  return jnp.stack([r < keep for r in ranks], axis + 1).reshape(shape)
+  keeps = jnp.stack([r < keep for r in ranks], axis + 1).reshape(shape)
+  return placement.like(keeps, given)
 
 
 def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
@@ -142,6 +145,7 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   """
   if all(size == 1 for size in sizes):
     return score
+  score = placement.whole(score)
   score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
   counts = 1
   for axis, size in enumerate(sizes):
@@ -172,6 +176,9 @@ def spread(
     >>> spread(jnp.array([True, False]), (2,), (3,)).tolist()
     [True, True, False]
   """
+  if mask.shape == tuple(shape):
+    return mask
+  mask = placement.whole(mask)
   for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
     if mask.shape[axis] == 1:
       repeats = [*mask.shape]
@@ -394,7 +401,8 @@ def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
     >>> pack(jnp.array([True] + [False] * 8)).tolist()
     [128, 0]
   """
-  return jax.tree.map(lambda mask: jnp.packbits(mask.ravel()), masks)
+  bits = lambda mask: jnp.packbits(placement.whole(mask).ravel())
+  return jax.tree.map(bits, masks)
 
 
 def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
@@ -413,7 +421,8 @@ def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
     if is_dense(bits):
       return bits
     size = math.prod(w.shape)
-    return jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
+    mask = jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
+    return placement.like(mask, w)
 
   return jax.tree.map(one, params, packed)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import distributions, tree
+from jaxprune import distributions, placement, tree
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
@@ -138,12 +138,14 @@ def fpgm(
   """
 
   def score(w):
-    filters = jnp.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
+    filters = jnp.moveaxis(placement.whole(w), axis, 0)
+    filters = filters.reshape(w.shape[axis], -1)
     filters = filters.astype(jnp.float32)
     far = lambda f: jnp.sum(jnp.linalg.norm(filters - f[None], axis=1))
     shape = [1] * w.ndim
     shape[axis] = w.shape[axis]
-    return jnp.broadcast_to(lax.map(far, filters).reshape(shape), w.shape)
+    scores = lax.map(far, filters).reshape(shape)
+    return placement.like(jnp.broadcast_to(scores, w.shape), w)
 
   return jax.tree.map(score, tree.prunable(params, which))
 

@@ -20,6 +20,11 @@ about to be applied, and gives a pruned weight the update -w, so that
   branch that some take is taken by all. Members that draw together leave it
   unmapped: ``SparsifyState(step=None, mask_sparsity=None, masks=0)`` among the
   axes, in and out; then only the steps that are due draw.
+* On a mesh whose axes are explicit, masks are those of one device and lie as
+  their params do. What regroups a leaf (channels, blocks, LAMP, packed masks)
+  gathers it whole on each device while masks are drawn, and packed masks stay
+  so: where that is too much memory use ``AxisType.Auto``, with which the
+  compiler decides.
 
 ``check`` finds a chain that does not hold. State is found by name, under jit
 too: ``optax.tree.get(opt_state, 'masks')``, ``'mask_sparsity'``.

@@ -6,6 +6,7 @@ exactly zero after each step, in the number asked for, in one compilation.
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -172,7 +173,9 @@ def test_every_link_through_every_wrapper(link, wrapper):
 MOVERS = {
   'rigl': lambda tx: dynamic.rigl(tx, 0.75, KEY, end=9, every=2),
   'set': lambda tx: dynamic.set_(tx, 0.75, KEY, end=9, every=2),
-  'packed': lambda tx: dynamic.rigl(tx, 0.75, KEY, end=9, every=2, packed=True),
+  'rigl_packed': lambda tx: dynamic.rigl(
+    tx, 0.75, KEY, end=9, every=2, packed=True
+  ),
 }
 AROUND = {
   'multi_steps': lambda move: optax.MultiSteps(move(optax.adam(1e-2)), 1),
@@ -197,9 +200,9 @@ AROUND = {
     ('rigl', 'partition'),
     ('rigl', 'schedule_free'),
     ('set', 'inject'),
-    ('packed', 'moments'),
+    ('rigl_packed', 'moments'),
     *(slow('rigl', w) for w in ('inject', 'if_finite', 'named', 'moments')),
-    slow('packed', 'multi_steps'),
+    slow('rigl_packed', 'multi_steps'),
   ],
 )
 def test_moving_masks_through_every_wrapper(mover, wrapper):
@@ -362,20 +365,65 @@ def test_pmap_gives_each_device_the_same():
     assert zeros(jax.tree.map(lambda w, i=i: w[i], many)) == [96, 96]
 
 
-@pytest.mark.parametrize('link', ['global', 'n_by_m'])
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+PLACED = {
+  **LINKS,
+  'lamp': lambda: transforms.sparsify(
+    scores.magnitude, RAMP, distribution=distributions.lamp
+  ),
+  'lamp_scores': lambda: transforms.sparsify(
+    scores.lamp, RAMP, distribution=distributions.global_
+  ),
+  'random': lambda: transforms.sparsify(
+    functools.partial(scores.random, KEY), RAMP
+  ),
+  'fpgm': lambda: transforms.sparsify(
+    scores.fpgm, 0.5, granularity=masks.channels()
+  ),
+  'inputs': lambda: transforms.sparsify(
+    scores.magnitude, RAMP, granularity=masks.channels(-2)
+  ),
+  'ragged': lambda: transforms.sparsify(
+    scores.magnitude, RAMP, granularity=masks.blocks({0: 3, 1: 5})
+  ),
+  'regrown': lambda: transforms.sparsify(
+    scores.magnitude, RAMP, granularity=masks.blocks({1: 3}), regrow=True
+  ),
+  'wide_groups': lambda: transforms.sparsify(
+    scores.magnitude, granularity=masks.groups(2, 8)
+  ),
+}
+
+
+AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
+QUICK = [
+  *itertools.product(('global', 'n_by_m'), AXIS_TYPES),
+  ('packed', AxisType.Explicit),
+]
+CASES = itertools.product((*PLACED, *MOVERS), AXIS_TYPES)
+
+
+@pytest.mark.parametrize(
+  ('link', 'axis_type'),
+  [case if case in QUICK else slow(*case) for case in CASES],
+)
 def test_named_sharding_gives_the_masks_of_one_device(link, axis_type):
-  tx = chained(LINKS[link]())
-  alone, _ = train(tx, network())
+  if link in MOVERS:
+    tx = MOVERS[link](optax.adam(1e-2))
+  else:
+    tx = chained(PLACED[link]())
+  first = start(link, network())
+  alone, there = train(tx, first)
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
   spec = lambda w: P('x', 'y') if w.ndim == 2 else P()
   place = lambda w: jax.device_put(w, NamedSharding(mesh, spec(w)))
   with jax.set_mesh(mesh):
     # On an explicit mesh optax's own step counter changes its placement once.
-    params, _ = train(tx, jax.tree.map(place, network()), compiles=2)
+    params, here = train(tx, jax.tree.map(place, first), compiles=2)
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), params, alone
   )
+  drawn = [optax.tree.get(state, 'masks') for state in (here, there)]
+  jax.tree.map(np.testing.assert_array_equal, *drawn)
   assert params['a']['kernel'].sharding.spec == P('x', 'y')
 
 
