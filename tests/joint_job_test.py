@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.joint import __main__ as job
-from experiments.joint import tasks
+from experiments.joint import supernets, tasks
 from jaxprune import joint, models
 
 TINY = [
@@ -46,9 +46,9 @@ def test_every_method_and_a_second_run(tiny, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   (config,), _ = job.parse([*TINY, f'--workdir={tmp_path}'])
-  task = job.prepare(config)
-  steps = job.make_steps(task)
-  whole, records = job.train_supernet(
+  task = tasks.prepare(config)
+  steps = supernets.make_steps(task)
+  whole, records = supernets.train_supernet(
     task, steps, task.space, tmp_path / 'whole', moves=True
   )
   seen = []
@@ -60,10 +60,10 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
     return steps.weights(*args)
 
   with pytest.raises(KeyboardInterrupt):
-    job.train_supernet(
+    supernets.train_supernet(
       task, steps._replace(weights=stops), task.space, tmp_path / 'cut', True
     )
-  again, rest = job.train_supernet(
+  again, rest = supernets.train_supernet(
     task, steps, task.space, tmp_path / 'cut', True
   )
   assert rest == records
@@ -72,7 +72,7 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
     jax.tree.leaves((whole.params, whole.unit)), strict=True,
   ):  # fmt: skip
     np.testing.assert_array_equal(a, b)
-  start = joint.to_unit(task.space, job._start(task, task.space))
+  start = joint.to_unit(task.space, supernets._start(task, task.space))
   moved = jax.tree.map(lambda a, b: abs(float(a - b)), whole.unit, start)
   assert max(jax.tree.leaves(moved)) > 0.01
 
