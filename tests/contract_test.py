@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slow
 from traces import counted
 
 from jaxprune import (
@@ -32,11 +33,6 @@ from jaxprune import (
 STEPS = 4
 RAMP = schedules.cubic(0.75, begin=0, end=2)
 KEY = jax.random.key(0)
-
-
-def slow(*arguments):
-  """Marks a case of which the quick tests have a sibling."""
-  return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
 def mask_of(params):

@@ -57,11 +57,20 @@ OPTIMIZERS = {
   'schedule_free': optax.contrib.schedule_free_adamw(0.1),
   'adafactor': optax.adafactor(0.1),
 }
+QUICK = ('adam', 'momentum', 'multi', 'schedule_free')
 
 
 @pytest.mark.parametrize(
   ('make', 'name'),
-  [*((dynamic.rigl, name) for name in OPTIMIZERS), (dynamic.set_, 'adam')],
+  [
+    *(
+      pytest.param(
+        dynamic.rigl, name, marks=[] if name in QUICK else [pytest.mark.slow]
+      )
+      for name in OPTIMIZERS
+    ),
+    (dynamic.set_, 'adam'),
+  ],
 )
 def test_counts_stay_and_state_is_fresh(make, name):
   params = {'w': jax.random.normal(KEY, (12, 10)), 'bias': jnp.ones(10)}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 from traces import counted
 
 from jaxprune import distributions, masks, schedules, scores, transforms
@@ -123,7 +124,7 @@ def test_budgets_are_met_on_every_step(distribution):
   np.testing.assert_allclose(got, exact, atol=1)
 
 
-@pytest.mark.parametrize('every', [1, 5])
+@pytest.mark.parametrize('every', [slow(1), 5])
 @pytest.mark.parametrize(
   'schedule',
   [
@@ -164,8 +165,10 @@ def test_zeros_are_as_many_as_asked(shapes, dtype, ties, sparsity):
   assert kept == masks.kept(sum(a * b for a, b in shapes), sparsity)
 
 
-@pytest.mark.parametrize('regrow', [False, True])
-@pytest.mark.parametrize('ruled', [False, True])
+@pytest.mark.parametrize(
+  ('regrow', 'ruled'),
+  [(True, False), (False, True), slow(True, True), slow(False, False)],
+)
 def test_many_small_leaves_meet_the_whole_budget(regrow, ruled):
   keys = jax.random.split(jax.random.key(0), 20)
   shapes = [(3, 1 + i % 5) for i in range(20)]
@@ -292,7 +295,7 @@ def test_without_regrowth_masks_only_lose():
 
 @pytest.mark.parametrize(
   'granularity',
-  [None, masks.blocks({0: 2}), masks.groups(2, 4, axis=0)],
+  [None, slow(masks.blocks({0: 2})), slow(masks.groups(2, 4, axis=0))],
 )
 @pytest.mark.parametrize('bad', [jnp.nan, -jnp.inf])
 def test_without_regrowth_no_score_brings_back_the_dead(bad, granularity):
