@@ -182,15 +182,25 @@ def leading(shape: tuple[int, ...]) -> int:
   return lead
 
 
-def true(test: jax.Array) -> Limbs:
-  """Counts what is true of an array of any size."""
-  lead = leading(test.shape)
-  counts = jnp.sum(test, axis=tuple(range(lead, test.ndim)), dtype=jnp.uint32)
-  if not lead:
-    return counts >> 16, counts & 0xFFFF
-  add = lambda x: jnp.sum(x, dtype=jnp.uint32)
+def true(tests: Sequence[jax.Array]) -> Limbs:
+  """Counts what is true of each of some arrays of any size.
+
+  Returns:
+    Limbs, uint32 of shape [arrays].
+  """
+  counts = []
+  for test in tests:
+    lead = leading(test.shape)
+    tail = tuple(range(lead, test.ndim))
+    counts.append(jnp.sum(test, axis=tail, dtype=jnp.uint32).ravel())
+  longest = max((x.size for x in counts), default=1)
+  # All in one array: a kernel for each would have to be compiled.
+  table = jnp.stack([jnp.pad(x, (0, longest - x.size)) for x in counts])
+  if longest == 1:
+    return table[:, 0] >> 16, table[:, 0] & 0xFFFF
+  add = lambda x: jnp.sum(x, axis=1, dtype=jnp.uint32)
   # The sum of the low limbs in two parts, for up to 2**24 of them.
-  upper, lower = add((counts >> 8) & 0xFF), add(counts & 0xFF)
+  upper, lower = add((table >> 8) & 0xFF), add(table & 0xFF)
   upper = upper + (lower >> 8)
-  high = add(counts >> 16) + (upper >> 8)
+  high = add(table >> 16) + (upper >> 8)
   return high, ((upper & 0xFF) << 8) | (lower & 0xFF)

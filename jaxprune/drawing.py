@@ -242,7 +242,7 @@ def draw(
         if any(n > 1 for n in sizes[path]):
           held = placement.whole(held)[steps]
         units[path] = _dead_last(x, held)
-        alive[path] = counts_lib.true(held)
+        alive[path] = held
     shared = {path: shapes[path] for path in units}
     keep = kept_units(recipe, shared, levels, alive)
     for path, mask in select.top_masks(units, keep).items():
@@ -275,7 +275,7 @@ def kept_units(
   recipe: Recipe,
   shapes: distributions_lib.Shapes,
   levels: Any,
-  alive: Mapping[str, counts_lib.Limbs] | None = None,
+  alive: Mapping[str, jax.Array] | None = None,
 ) -> Any:
   """Returns how many blocks to keep: one count if pooled, else one by leaf.
 
@@ -284,7 +284,7 @@ def kept_units(
     shapes: path -> shape of a leaf that is pruned in blocks.
     levels: the sparsity, or a dict of them by rule: static, which gives ints
       by path; or traced, which gives limbs.
-    alive: how many blocks of a leaf may be kept, all by default. What rounding
+    alive: which blocks of a leaf may be kept, all by default. What rounding
       would give a leaf beyond, others of its rule keep.
   """
   units, groups = unit_counts(recipe, shapes), {}
@@ -305,7 +305,7 @@ def kept_units(
       exact(rule),
     )
     if alive is not None and not isinstance(keep, dict):
-      most = counts_lib.stack([alive[path] for path in paths])
+      most = counts_lib.true([alive[path] for path in paths])
       keep = _at_most(most, keep)
     found.append(keep)
   if isinstance(found[0], dict):

@@ -67,8 +67,12 @@ def test_counts_past_32_bits_are_exact():
 
 def test_true_counts_what_a_float_cannot(monkeypatch):
   test = jnp.ones((3, 70), bool).at[1, 5].set(False)
+  few = jnp.array([[True], [False]])
+  assert [x.tolist() for x in counts.true([few, test])] == [[0, 0], [1, 209]]
   monkeypatch.setattr(counts, 'leading', lambda shape: 1)
-  assert [int(x) for x in counts.true(test)] == [0, 209]
+  many = jnp.ones((2, 300, 300), bool)
+  found = counts.true([test, many, few])
+  assert [x.tolist() for x in found] == [[0, 2, 0], [209, 48_928, 1]]
 
 
 def test_a_sparsity_out_of_range_is_refused():

@@ -77,7 +77,7 @@ def bisection(
 
 def _count(tests: Sequence[jax.Array], splits: Sequence[keys.Split]) -> Limbs:
   """Counts what is true of each whole leaf; one all-reduce for like leaves."""
-  counts = [jnp.stack(counts_lib.true(test)) for test in tests]
+  counts = list(jnp.stack(counts_lib.true(tests), axis=1))
   together: dict[tuple[str, ...], list[int]] = {}
   for i, split in enumerate(splits):
     together.setdefault(split.names, []).append(i)
