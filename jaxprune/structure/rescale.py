@@ -7,7 +7,8 @@ are found, each with the axes that it counts and to which power:
   literal = c |axes|^p,    p in {1, -1, 1/2, -1/2, 1/4, -1/4},
 
 by the places where they stand (:func:`patterns`), or by a second trace at other
-widths (:func:`confirm`). What cannot be told protects its axes, under its name.
+widths (:mod:`jaxprune.structure.twins`). What cannot be told protects its axes,
+under its name.
 
 Only two places tell: a sum that is divided by its number of entries, and a
 contraction (of queries with keys, of data with a kernel) that is divided by the
@@ -16,7 +17,7 @@ of a size may be one by chance.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,33 +25,21 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.literals import (
+  UNCHANGED,
+  count_of,
+  fold,
+  is_live,
+  is_plain,
+  number_of,
+  power_of,
+  varying_axes,
+)
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation, Value
 
-POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
-# Numbers of formulas, rather than of widths.
-_PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
 _MEAN, _ROOT = -1.0, -0.5  # What scales a sum, what a contraction.
 _REMEDY = 'trace it at two widths (`narrow`) to tell'
-
-_UNIFORM: dict[str, Callable[..., float]] = {
-  'add': lambda a, b: a + b,
-  'sub': lambda a, b: a - b,
-  'mul': lambda a, b: a * b,
-  'div': lambda a, b: a / b,
-  'max': max,
-  'min': min,
-  'pow': lambda a, b: a**b,
-  'neg': lambda a: -a,
-  'sqrt': math.sqrt,
-  'rsqrt': lambda a: 1 / math.sqrt(a),
-  'square': lambda a: a * a,
-}
-_NAMES = """
-  broadcast_in_dim convert_element_type copy expand_dims neg reduce_precision
-  reshape sharding_constraint squeeze stop_gradient transpose
-"""
-_UNCHANGED = frozenset(_NAMES.split())
 
 
 class Use(NamedTuple):
@@ -105,7 +94,8 @@ def apply(findings: Findings) -> None:
   after as one that reduces over the axes: it is not the same for a mask.
 
   Args:
-    findings: of :func:`patterns` or :func:`confirm`; their program changes.
+    findings: of :func:`patterns` or :func:`jaxprune.structure.twins.confirm`;
+      their program changes.
   """
   for _, axes, why in findings.doubts:
     for axis in axes:
@@ -175,12 +165,12 @@ def _parts(
   yield program, is_custom
   for eqn in program.equations:
     custom = is_custom or eqn.primitive.name.startswith('custom_')
-    for body in _bodies(eqn):
+    for body in bodies_of(eqn):
       yield from _parts(body, custom)
 
 
-def _bodies(eqn: Equation) -> list[Program]:
-  """The programs that an equation runs, in a derivative of its own too."""
+def bodies_of(eqn: Equation) -> list[Program]:
+  """Returns the programs of an equation, that of its own derivative too."""
   own = [] if eqn.derivative is None else [eqn.derivative]
   return [*eqn.programs, *own]
 
@@ -197,12 +187,12 @@ class _Part:
     for eqn in program.equations:
       for place, value in enumerate(eqn.inputs):
         self.readers.setdefault(value, []).append(Use(eqn, place))
-        number = _number(value)
+        number = number_of(value)
         if number is not None:
           self.numbers[value] = number
       known = [self.numbers.get(value) for value in eqn.inputs]
       if eqn.inputs and None not in known and len(eqn.outputs) == 1:
-        number = _fold(eqn, known)
+        number = fold(eqn, known)
         if number is not None:
           self.numbers[eqn.outputs[0]] = number
 
@@ -210,7 +200,7 @@ class _Part:
     """Adds the constants that vary along an axis that may shrink."""
     for eqn in self.program.equations:
       for place, value in enumerate(eqn.inputs):
-        for axis in _varying(value):
+        for axis in varying_axes(value):
           why = f'a table of constants at {eqn.why} counts it: {_REMEDY}'
           findings.tables.append((Use(eqn, place), axis, why))
 
@@ -230,14 +220,14 @@ class _Part:
         continue
       for place, value in enumerate(eqn.inputs):
         use, number = Use(eqn, place), self.numbers.get(value)
-        if number is None or _is_plain(number) or use in in_doubt:
+        if number is None or is_plain(number) or use in in_doubt:
           continue
         roots = list(self._roots(use))
         if any(root in findings.laws for root in roots):
           continue
         own = eqn.inputs[1 - place].axes
         for axes in [*((axis,) for axis in own), *counts]:
-          if _is_live(axes) and _power(value, number, axes) is not None:
+          if is_live(axes) and power_of(value, number, axes) is not None:
             why = _may_stand(number, eqn, axes)
             findings.doubts.append((use, tuple(axes), why))
 
@@ -287,11 +277,11 @@ class _Part:
         continue
       if target.is_sum and abs(number) != 1:
         why = (
-          f'{target.why} sums {_count(target.axes)} entries and {number:g} in '
-          f'{use.eqn.why} scales it: {_REMEDY}'
+          f'{target.why} sums {count_of(target.axes)} entries and {number:g} '
+          f'in {use.eqn.why} scales it: {_REMEDY}'
         )
         findings.doubts.append((use, target.axes, why))
-      elif not _is_plain(number) and _power(value, number, target.axes):
+      elif not is_plain(number) and power_of(value, number, target.axes):
         why = _may_stand(number, use.eqn, target.axes)
         findings.doubts.append((use, target.axes, why))
 
@@ -315,14 +305,14 @@ class _Part:
     roots = []
     for root in self._roots(use):
       literal = root.eqn.inputs[root.place]
-      found = _power(literal, self.numbers[literal], target.axes)
-      if found is not None and not _is_plain(self.numbers[literal]):
+      found = power_of(literal, self.numbers[literal], target.axes)
+      if found is not None and not is_plain(self.numbers[literal]):
         roots.append((root, found))
     if len(roots) != 1 or not number:
       return None
     ((root, own),) = roots
     divides = use.eqn.primitive.name == 'div'
-    scale = _power(value, 1 / number if divides else number, target.axes)
+    scale = power_of(value, 1 / number if divides else number, target.axes)
     if scale is None and divides and own == 1 and root != use:
       scale = _MEAN  # A sample variance divides by one less.
     if scale is None or scale not in powers:
@@ -342,7 +332,7 @@ class _Part:
     """The numbers that multiply or divide a value, in what follows."""
     for eqn, place in self.readers.get(value, ()):
       name = eqn.primitive.name
-      if name in _UNCHANGED and place == 0:
+      if name in UNCHANGED and place == 0:
         yield from self._ahead(eqn.outputs[0])
       elif (name == 'mul' or (name == 'div' and place == 0)) and (
         eqn.inputs[1 - place] in self.numbers
@@ -356,7 +346,7 @@ class _Part:
     if eqn is None:
       return
     name = eqn.primitive.name
-    if name in _UNCHANGED:
+    if name in UNCHANGED:
       yield from self._behind(eqn.inputs[0])
     elif name in ('mul', 'div'):
       for place, other in ((1, 0), (0, 1)):
@@ -372,13 +362,13 @@ def _targets(eqn: Equation) -> Iterator[_Target]:
   name, out = eqn.primitive.name, eqn.outputs[0] if eqn.outputs else None
   if out is None:
     return
-  if name == 'reduce_sum' and _is_live(eqn.reductions):
+  if name == 'reduce_sum' and is_live(eqn.reductions):
     axes, x = tuple(eqn.reductions), eqn.inputs[0]
     yield _Target(axes, (x,), (out,), (), _MEAN, True, eqn.why)
   elif name == 'broadcast_in_dim':  # The derivative of a sum.
     x, kept = eqn.inputs[0], eqn.params['broadcast_dimensions']
     new = tuple(axis for k, axis in enumerate(out.axes) if k not in kept)
-    if _is_live(new) and not _is_constant(x):
+    if is_live(new) and not _is_constant(x):
       yield _Target(new, (x,), (out,), (), None, False, eqn.why)
   elif name == 'dot_general':
     yield from _contractions(eqn)
@@ -386,7 +376,7 @@ def _targets(eqn: Equation) -> Iterator[_Target]:
     kernel = eqn.inputs[1]
     spec = eqn.params['dimension_numbers'].rhs_spec
     summed = tuple(kernel.axes[k] for k in spec[1:])
-    if _is_live(summed):
+    if is_live(summed):
       yield _contraction(eqn, summed)
 
 
@@ -395,7 +385,7 @@ def _contractions(eqn: Equation) -> Iterator[_Target]:
   (left, right), (out,) = eqn.inputs, eqn.outputs
   (contract, batch) = eqn.params['dimension_numbers']
   summed = tuple(left.axes[k] for k in contract[0])
-  if _is_live(summed):
+  if is_live(summed):
     yield _contraction(eqn, summed)
   for value, gone in ((left, 0), (right, 1)):
     free = [
@@ -403,7 +393,7 @@ def _contractions(eqn: Equation) -> Iterator[_Target]:
       for k, axis in enumerate(value.axes)
       if k not in (*contract[gone], *batch[gone])
     ]
-    live = tuple(axis for axis in free if _is_live([axis]))
+    live = tuple(axis for axis in free if is_live([axis]))
     if live:
       yield _Target(live, (left, right), (out,), (), None, False, eqn.why)
 
@@ -427,13 +417,9 @@ def _is_constant(value: Value) -> bool:
 
 def _is_scaled_table(value: Value) -> bool:
   """Whether a constant has several numbers, and others than 0 and 1."""
-  if value.constant is None or _number(value) is not None:
+  if value.constant is None or number_of(value) is not None:
     return False
   return not np.all(np.isin(np.asarray(value.constant), (0, 1, -1)))
-
-
-def _is_plain(number: float) -> bool:
-  return any(math.isclose(abs(number), n, rel_tol=4e-3) for n in _PLAIN)
 
 
 def _leaves(axes: Iterable[Axis]) -> frozenset[Axis]:
@@ -442,213 +428,6 @@ def _leaves(axes: Iterable[Axis]) -> frozenset[Axis]:
 
 def _may_stand(number: float, eqn: Equation, axes: Iterable[Axis]) -> str:
   return (
-    f'{number:g} in {eqn.why} may stand for its {_count(axes)} entries: '
+    f'{number:g} in {eqn.why} may stand for its {count_of(axes)} entries: '
     f'{_REMEDY}'
   )
-
-
-def _number(value: Value) -> float | None:
-  """The number that a constant is, in every entry."""
-  if value.constant is None or not jnp.issubdtype(value.dtype, jnp.number):
-    return None
-  array = np.asarray(value.constant)
-  if not array.size or np.any(array != array.flat[0]):
-    return None
-  return float(array.flat[0])
-
-
-def _fold(eqn: Equation, known: Sequence[Any]) -> float | None:
-  """The number that an operation on numbers gives, in every entry."""
-  name = eqn.primitive.name
-  try:
-    if name in _UNIFORM:
-      return _UNIFORM[name](*known)
-    if name == 'integer_pow':
-      return known[0] ** eqn.params['y']
-  except (ValueError, ZeroDivisionError, OverflowError):
-    return None
-  return known[0] if name in _UNCHANGED else None
-
-
-def _count(axes: Iterable[Axis]) -> Any:
-  return math.prod(ax.find(axis).size for axis in axes)
-
-
-def _is_live(axes: Iterable[Axis]) -> bool:
-  """Whether an entry of the axes may go, and their number is known."""
-  axes = list(axes)
-  sizes = [ax.find(axis).size for axis in axes]
-  return all(isinstance(n, int) for n in sizes) and any(
-    not leaf.locked for axis in axes for leaf in ax.atoms(axis)
-  )
-
-
-def _power(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
-  """The power of the size of axes that a number is, if it is one."""
-  count = _count(axes)
-  if not isinstance(count, int) or count < 2:
-    return None
-  exact = not jnp.issubdtype(value.dtype, jnp.inexact)
-  tolerance = 1e-12 if exact else 2 * float(jnp.finfo(value.dtype).eps)
-  for power in POWERS:
-    wanted = count**power
-    if abs(abs(number) - wanted) <= tolerance * wanted:
-      return power
-  return None
-
-
-def _varying(value: Value) -> list[Axis]:
-  """The axes that may shrink along which a constant is not the same."""
-  if value.constant is None or not value.shape:
-    return []
-  live = [k for k, axis in enumerate(value.axes) if _is_live([axis])]
-  if not live or not jnp.issubdtype(value.dtype, jnp.number):
-    return []
-  table = np.asarray(value.constant)
-  return [
-    value.axes[k] for k in live if np.any(table != np.take(table, [0], k))
-  ]
-
-
-def confirm(program: Program, other: Program, findings: Findings) -> Findings:
-  """Returns what a second trace at other widths says of the numbers.
-
-  A number that is the same in both follows from no width; one that differs
-  must follow from the sizes that differ, in one way.
-
-  Args:
-    program: the typed program.
-    other: the program of the same operations at other widths.
-    findings: of :func:`patterns`.
-
-  Raises:
-    ValueError: if the second trace has other operations.
-  """
-  pairs = list(_pairs(program, other))
-  sizes: dict[Axis, Any] = {}
-  for eqn, twin in pairs:
-    for value, its in zip(
-      [*eqn.inputs, *eqn.outputs], [*twin.inputs, *twin.outputs], strict=True
-    ):
-      for axis, n in zip(value.axes, its.shape, strict=True):
-        sizes[ax.find(axis)] = n
-  laws: dict[Use, Law] = {}
-  doubts: list[tuple[Use, tuple[Axis, ...], str]] = []
-  tables: list[tuple[Use, Axis, str]] = []
-  for eqn, twin in pairs:
-    for place, value in enumerate(eqn.inputs):
-      use, its = Use(eqn, place), twin.inputs[place]
-      if value.constant is None or its.constant is None:
-        continue
-      a, b = _number(value), _number(its)
-      if a is None or b is None:
-        tables += [
-          (use, axis, f'{eqn.why} has another table at another width')
-          for axis in _varying(value)
-          if not _is_part(its, value)
-        ]
-      elif a != b:
-        near = findings.laws.get(use)
-        found = _explanations(value, a, b, sizes, near)
-        if len(found) == 1:
-          laws[use] = found[0]
-        else:
-          axes = tuple(axis for law in found for axis in law.axes)
-          axes = axes or tuple(
-            axis for axis, n in sizes.items() if axis.size != n
-          )
-          why = f'{a:g} in {eqn.why} may follow from several widths'
-          doubts.append((use, axes, why))
-  return Findings(laws, doubts, tables)
-
-
-def transfer(program: Program, findings: Findings, other: Program) -> Findings:
-  """Returns findings of a program as those of the same at another batch.
-
-  Raises:
-    ValueError: if the other has other operations.
-  """
-  pairs = list(_pairs(program, other))
-  twins = {id(eqn): twin for eqn, twin in pairs}
-  axes: dict[Axis, Axis] = {}
-  for eqn, twin in pairs:
-    for value, its in zip(
-      [*eqn.inputs, *eqn.outputs], [*twin.inputs, *twin.outputs], strict=True
-    ):
-      for a, b in zip(value.axes, its.axes, strict=True):
-        axes.setdefault(ax.find(a), b)
-  use = lambda old: Use(twins[id(old.eqn)], old.place)
-  known = lambda found: tuple(
-    axes[ax.find(axis)] for axis in found if ax.find(axis) in axes
-  )
-  return Findings(
-    {use(u): Law(known(x.axes), x.power) for u, x in findings.laws.items()},
-    [(use(u), known(found), why) for u, found, why in findings.doubts],
-    [(use(u), axes[ax.find(axis)], why) for u, axis, why in findings.tables],
-  )
-
-
-def _pairs(
-  program: Program, other: Program
-) -> Iterator[tuple[Equation, Equation]]:
-  """The equations of two programs, side by side, those of bodies too."""
-  names = lambda p: [eqn.primitive.name for eqn in p.equations]
-  if names(program) != names(other):
-    differ = [
-      (a.why, b.why)
-      for a, b in zip(program.equations, other.equations, strict=False)
-      if a.primitive is not b.primitive
-    ]
-    first = ' and '.join(differ[0]) if differ else 'their number'
-    raise ValueError(
-      f'The function has other operations at the other widths (`narrow`), '
-      f'first: {first}.'
-    )
-  for eqn, twin in zip(program.equations, other.equations, strict=True):
-    yield eqn, twin
-    for body, its in zip(_bodies(eqn), _bodies(twin), strict=True):
-      yield from _pairs(body, its)
-
-
-def _explanations(
-  value: Value,
-  a: float,
-  b: float,
-  sizes: Mapping[Axis, Any],
-  near: Law | None,
-) -> list[Law]:
-  """The laws by which a number is a at these sizes and b at those."""
-  is_law = lambda law: np.isclose(
-    abs(b / a),
-    (_count_at(law.axes, sizes) / _count(law.axes)) ** law.power,
-    rtol=4 * float(jnp.finfo(value.dtype).eps)
-    if jnp.issubdtype(value.dtype, jnp.inexact)
-    else 1e-9,
-  )
-  if not a or not b:
-    return []
-  if near is not None and is_law(near):
-    return [near]
-  seen: dict[tuple[Any, ...], Law] = {}
-  for axis, n in sizes.items():
-    if isinstance(n, int) and isinstance(axis.size, int) and n != axis.size:
-      for power in POWERS:
-        law = Law((axis,), power)
-        if is_law(law):
-          seen.setdefault((*map(ax.find, ax.atoms(axis)), power), law)
-  laws = list(seen.values())
-  exact = [law for law in laws if _power(value, a, law.axes) == law.power]
-  return exact or laws
-
-
-def _count_at(axes: Iterable[Axis], sizes: Mapping[Axis, Any]) -> Any:
-  return math.prod(sizes.get(ax.find(axis), 0) for axis in axes)
-
-
-def _is_part(part: Value, whole: Value) -> bool:
-  """Whether a table is the first entries of another."""
-  if len(part.shape) != len(whole.shape):
-    return False
-  cut = tuple(slice(n) for n in part.shape)
-  a, b = np.asarray(whole.constant)[cut], np.asarray(part.constant)
-  return a.shape == b.shape and bool(np.array_equal(a, b))

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices, rescale
+from jaxprune.structure import choices, rescale, twins
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
@@ -161,10 +161,10 @@ def _evidence(
   def find(program: Program, proven: rescale.Proven) -> rescale.Findings:
     del proven  # A second trace proves more, of the first function alone.
     if known:
-      return rescale.transfer(*known[0], program)
+      return twins.transfer(*known[0], program)
     other, *_ = _program(form, small, _leaves(small), used)
     findings = rescale.patterns(program)
-    known.append((program, rescale.confirm(program, other, findings)))
+    known.append((program, twins.confirm(program, other, findings)))
     return known[0][1]
 
   return find

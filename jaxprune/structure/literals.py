@@ -1,0 +1,104 @@
+"""Numbers that stand in a program, and the sizes that they are powers of."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.structure import axes as ax
+from jaxprune.structure.axes import Axis
+from jaxprune.structure.rules import Equation, Value
+
+POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
+# Numbers of formulas, rather than of widths.
+_PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
+_UNIFORM: dict[str, Callable[..., float]] = {
+  'add': lambda a, b: a + b,
+  'sub': lambda a, b: a - b,
+  'mul': lambda a, b: a * b,
+  'div': lambda a, b: a / b,
+  'max': max,
+  'min': min,
+  'pow': lambda a, b: a**b,
+  'neg': lambda a: -a,
+  'sqrt': math.sqrt,
+  'rsqrt': lambda a: 1 / math.sqrt(a),
+  'square': lambda a: a * a,
+}
+# What hands a number on: it scales what comes out as what goes in.
+_NAMES = """
+  broadcast_in_dim convert_element_type copy expand_dims neg reduce_precision
+  reshape sharding_constraint squeeze stop_gradient transpose
+"""
+UNCHANGED = frozenset(_NAMES.split())
+
+
+def number_of(value: Value) -> float | None:
+  """Returns the number that a constant is, in every entry."""
+  if value.constant is None or not jnp.issubdtype(value.dtype, jnp.number):
+    return None
+  array = np.asarray(value.constant)
+  if not array.size or np.any(array != array.flat[0]):
+    return None
+  return float(array.flat[0])
+
+
+def fold(eqn: Equation, known: Sequence[Any]) -> float | None:
+  """Returns the number that an operation on numbers gives, in every entry."""
+  name = eqn.primitive.name
+  try:
+    if name in _UNIFORM:
+      return _UNIFORM[name](*known)
+    if name == 'integer_pow':
+      return known[0] ** eqn.params['y']
+  except (ValueError, ZeroDivisionError, OverflowError):
+    return None
+  return known[0] if name in UNCHANGED else None
+
+
+def is_plain(number: float) -> bool:
+  """Whether a number may be one of a formula, as well as of a width."""
+  return any(math.isclose(abs(number), n, rel_tol=4e-3) for n in _PLAIN)
+
+
+def count_of(axes: Iterable[Axis]) -> Any:
+  """Returns the product of the sizes of axes."""
+  return math.prod(ax.find(axis).size for axis in axes)
+
+
+def is_live(axes: Iterable[Axis]) -> bool:
+  """Whether an entry of the axes may go, and their number is known."""
+  axes = list(axes)
+  sizes = [ax.find(axis).size for axis in axes]
+  return all(isinstance(n, int) for n in sizes) and any(
+    not leaf.locked for axis in axes for leaf in ax.atoms(axis)
+  )
+
+
+def power_of(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
+  """Returns the power of the size of axes that a number is, if it is one."""
+  count = count_of(axes)
+  if not isinstance(count, int) or count < 2:
+    return None
+  exact = not jnp.issubdtype(value.dtype, jnp.inexact)
+  tolerance = 1e-12 if exact else 2 * float(jnp.finfo(value.dtype).eps)
+  for power in POWERS:
+    wanted = count**power
+    if abs(abs(number) - wanted) <= tolerance * wanted:
+      return power
+  return None
+
+
+def varying_axes(value: Value) -> list[Axis]:
+  """Returns the axes that may shrink along which a constant is not the same."""
+  if value.constant is None or not value.shape:
+    return []
+  live = [k for k, axis in enumerate(value.axes) if is_live([axis])]
+  if not live or not jnp.issubdtype(value.dtype, jnp.number):
+    return []
+  table = np.asarray(value.constant)
+  return [
+    value.axes[k] for k in live if np.any(table != np.take(table, [0], k))
+  ]
