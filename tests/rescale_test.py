@@ -100,8 +100,12 @@ def test_a_small_vit_is_what_the_module_makes_of_it(vit, reductions, is_equal):
 def test_protect_keeps_what_a_norm_runs_over(vit):
   big, variables = vit
   graph = structure.trace(big.apply, variables, IMAGES)
-  assert 'Conv_0' not in graph.groups
-  assert f'{ATTENTION}/query.1' in graph.groups  # Masked, scaled as it was.
+  assert set(WIDTHS) - set(graph.groups) == {'Conv_0', f'{ATTENTION}/query.1'}
+  said = graph.explain(f'params/{ATTENTION}/query/kernel', 2)
+  line = Block.__call__.__wrapped__.__code__.co_firstlineno + 5
+  assert said == (
+    f'protected (8): 8 in sqrt at rescale_test.py:{line} follows from its size'
+  )
 
 
 @pytest.mark.slow
@@ -244,6 +248,39 @@ def decode(p, x):
   return h @ p['o']
 
 
+def by_halves(p, x):
+  """Attention of which each factor is scaled, by a fourth root."""
+  q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+  scale = q.shape[1] ** -0.25
+  return jax.nn.softmax((q * scale) @ (k * scale).T) @ v @ p['o']
+
+
+def scaled_outside(p, x):
+  """Attention in a loop, by a scale that is computed before it."""
+  k, v = x @ p['k'], x @ p['v']
+  scale = 1 / jnp.sqrt(k.shape[1])
+
+  def step(h, _):
+    return jnp.tanh(h + 1 + jax.nn.softmax(h @ p['q'] @ k.T * scale) @ v), None
+
+  h, _ = lax.scan(step, jnp.zeros((1, v.shape[1])), length=3)
+  return h @ p['o']
+
+
+def masked_first(p, x):
+  """Attention to what came before, scaled once the rest is hidden."""
+  q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+  past = np.tri(len(x), dtype=bool)
+  scores = jnp.where(past, q @ k.T, -1e9) / np.sqrt(q.shape[1])
+  return jax.nn.softmax(scores) @ v @ p['o']
+
+
+def fused(p, x):
+  """What JAX calls an attention, of one head."""
+  q, k, v = ((x @ p[name])[None, :, None] for name in ('q', 'k', 'v'))
+  return jax.nn.dot_product_attention(q, k, v)[0, :, 0] @ p['o']
+
+
 def attention(width):
   return {
     'q': 3 * normal(D, width),
@@ -275,7 +312,11 @@ def convolved(p, x):
 
 
 SCALED = {
+  'attention': (attend, attention, 'k'),
   'attention in a loop': (decode, attention, 'k'),
+  'attention scaled by halves': (by_halves, attention, 'k'),
+  'attention scaled outside of its loop': (scaled_outside, attention, 'k'),
+  'attention scaled behind its mask': (masked_first, attention, 'k'),
   'a product with a constant': (net(from_host), lambda n: params(n), 'a'),
   'a contraction with ones': (net(averaged), lambda n: params(n), 'a'),
   'equalised kernels': (equalised, lambda n: params(n), 'a'),
@@ -299,6 +340,39 @@ def test_what_scales_a_contraction_follows_its_width(name):
   assert error(plans.specialise(graph, plan)(small, X), fn(small, X)) < 1e-6
   masked = plans.masked(graph, plan)(full, X)
   assert error(plans.specialise(graph, plan)(small, X), masked) < 1e-5
+
+
+def standardised(p, x):
+  """A convolution whose kernels have mean 0 and variance 1."""
+  mean = jnp.mean(p['c'], (1, 2), keepdims=True)
+  variance = jnp.var(p['c'], (1, 2), keepdims=True)
+  kernel = (p['c'] - mean) * lax.rsqrt(variance + 1e-5)
+  x = jnp.tanh(x @ p['a']).T[None]
+  return lax.conv_general_dilated(x, kernel, (1,), 'SAME')[0]
+
+
+def test_standardised_kernels_are_protected_kept_or_rescaled():
+  full = {'a': normal(D, E), 'c': normal(3, E, 3)}
+  said = structure.trace(standardised, full, X).explain('a', 1)
+  first = standardised.__code__.co_firstlineno
+  assert f'reduce_sum at rescale_test.py:{first + 2} reduces over it' in said
+  for how, is_equal in (('keep', False), ('rescale', True)):
+    graph = structure.trace(standardised, full, X, reductions=how)
+    plan = plans.from_kept(graph, {'a': [1, 2, 5, 8, 9]})
+    assert check(graph, plan, full, X, gradients=False).parameters is None
+    small = plans.shrink(graph, plan, full)
+    ours = plans.specialise(graph, plan)(small, X)
+    assert (error(ours, standardised(small, X)) < 1e-6) == is_equal
+    assert (error(ours, standardised(small, X)) > 1e-2) != is_equal
+
+
+@pytest.mark.usefixtures('promote')
+@pytest.mark.parametrize('name', SCALED)
+def test_what_scales_a_contraction_protects_its_width(name):
+  fn, make, path = SCALED[name]
+  graph = structure.trace(fn, make(E), X)
+  assert 'follows from its size' in graph.explain(path, 1)
+  assert structure.trace(fn, make(E), X, reductions='keep').groups
 
 
 CHANCE = {
@@ -344,6 +418,80 @@ def test_a_number_that_may_be_one_by_chance_is_no_law(name):
   graph = structure.trace(fn, full, X, reductions='rescale')
   path = 'k' if 'k' in full else 'a'
   assert 'trace it at two widths' in graph.explain(path, 1)
+
+
+def after_a_layer(p, x):
+  """An attention whose heads are as wide as what it reads."""
+  return attend(p, jnp.tanh(x @ p['a']))
+
+
+def pooled(p, x):
+  """A mean over 4 rows; what reads it has 16 inputs, whose root is 4."""
+  return jnp.mean(jnp.tanh(x @ p['a']), 0, keepdims=True) @ p['b']
+
+
+def pooled_by_windows(p, x):
+  """The same, of windows."""
+  y = jnp.tanh(x @ p['a'])
+  sums = lax.reduce_window(y, 0.0, lax.add, (4, 1), (1, 1), 'VALID')
+  return sums / 4 @ p['b']
+
+
+# name -> a network, its params, a leaf, and whether its columns stay whole.
+NEAR = {
+  'a head of 4, scaled by a half': (
+    *CHANCE['scores of 4 units times a half'],
+    'k',
+    True,
+  ),
+  'a head of 16, scaled by 4': (
+    *CHANCE['scores of 16 units times 4'],
+    'k',
+    False,
+  ),
+  'a head of 8, as JAX scales it': (fused, attention(D), 'k', True),
+  'a head of 12, not scaled': (
+    lambda p, x: attend(p, x, lambda _: 1.0),
+    attention(E),
+    'k',
+    False,
+  ),
+  'a layer of 16, times 16': (
+    *CHANCE['a layer times the size of what it reads'],
+    'a',
+    False,
+  ),
+  'what is pooled over 4 rows': (pooled, params(16), 'a', False),
+  'what is pooled by windows of 4': (
+    pooled_by_windows,
+    params(16),
+    'a',
+    False,
+  ),
+  'what an attention of its width reads': (
+    after_a_layer,
+    {**attention(D), 'a': normal(D, D, seed=5)},
+    'a',
+    False,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', NEAR)
+def test_a_scale_protects_the_width_that_it_counts_alone(name):
+  fn, full, path, is_whole = NEAR[name]
+  said = structure.trace(fn, full, X).explain(path, 1)
+  assert ('follows from its size' in said) == is_whole
+  assert said.startswith('group') == (not is_whole)
+
+
+@pytest.mark.parametrize('fn', [pooled, pooled_by_windows])
+def test_the_divisor_of_another_mean_is_left_alone(fn):
+  full = params(16)
+  graph = structure.trace(fn, full, X, reductions='rescale')
+  plan = plans.from_widths(graph, {'a': 5})
+  small = plans.shrink(graph, plan, full)
+  assert error(plans.specialise(graph, plan)(small, X), fn(small, X)) < 1e-6
 
 
 def test_gradients_of_scaled_contractions_follow_the_widths():

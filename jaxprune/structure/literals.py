@@ -77,13 +77,18 @@ def is_live(axes: Iterable[Axis]) -> bool:
   )
 
 
+def rounding(value: Value) -> float:
+  """Returns the relative error to which a number is known, by its dtype."""
+  is_exact = not jnp.issubdtype(value.dtype, jnp.inexact)
+  return 1e-12 if is_exact else 2 * float(jnp.finfo(value.dtype).eps)
+
+
 def power_of(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
   """Returns the power of the size of axes that a number is, if it is one."""
   count = count_of(axes)
   if not isinstance(count, int) or count < 2:
     return None
-  exact = not jnp.issubdtype(value.dtype, jnp.inexact)
-  tolerance = 1e-12 if exact else 2 * float(jnp.finfo(value.dtype).eps)
+  tolerance = rounding(value)
   for power in POWERS:
     wanted = count**power
     if abs(abs(number) - wanted) <= tolerance * wanted:

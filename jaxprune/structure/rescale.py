@@ -12,12 +12,15 @@ under its name.
 
 Only two places tell: a sum that is divided by its number of entries, and a
 contraction (of queries with keys, of data with a kernel) that is divided by the
-root of it; and the derivatives of these two. Any other number that is a power
-of a size may be one by chance.
+root of it, at once or by halves (each factor by the fourth root); and the
+derivatives of these two. Any other number that is a power of a size may be one
+by chance. The same places say which axes stay whole where nothing may be
+rescaled (:func:`scaled`).
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,9 +36,10 @@ from jaxprune.structure.literals import (
   is_plain,
   number_of,
   power_of,
+  rounding,
   varying_axes,
 )
-from jaxprune.structure.program import Program
+from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
 
 _MEAN, _ROOT = -1.0, -0.5  # What scales a sum, what a contraction.
@@ -114,6 +118,31 @@ def apply(findings: Findings) -> None:
     eqn.reductions = [*eqn.reductions, *law.axes]
 
 
+def scaled(program: Program) -> Iterator[tuple[Axis, str]]:
+  """Yields the axes whose size scales a sum or a contraction, and where.
+
+  Beside what :func:`patterns` proves there are numbers that could stand for
+  themselves, but scale data by data as an attention of that width is scaled: a
+  half, of 4 entries. A number that scales queries and keys says nothing of the
+  layer that made the queries, where it stands too.
+
+  Args:
+    program: a typed program.
+  """
+  parts = list(_parts(program))
+  targets = [(part, target) for part in parts for target in part.targets()]
+  targets = [pair for pair in targets if pair[1].power is not None]
+  seen: set[Use] = set()
+  for part, target in sorted(targets, key=lambda pair: not pair[1].is_sum):
+    known = part.laws(target, {}, any_number=True).values()
+    for root, law, _ in known:
+      if root not in seen:
+        number = number_of(root.eqn.inputs[root.place])
+        why = f'{number:g} in {root.eqn.why} follows from its size'
+        yield from ((axis, why) for axis in law.axes)
+    seen.update(root for root, *_ in known)
+
+
 def _recompute(value: Value, law: Law) -> Callable[[Any], Any]:
   count = lambda size: math.prod(size(axis) for axis in law.axes)
   whole = math.prod(ax.find(axis).size for axis in law.axes)
@@ -139,7 +168,7 @@ def patterns(program: Program, proven: Proven | None = None) -> Findings:
   proven = {} if proven is None else proven
   findings = Findings({}, [], [])
   targets: list[tuple[_Part, _Target]] = []
-  parts = [_Part(*part) for part in _parts(program)]
+  parts = list(_parts(program))
   for part in parts:
     part.tables(findings)
     targets += [(part, target) for target in part.targets()]
@@ -159,14 +188,19 @@ def patterns(program: Program, proven: Proven | None = None) -> Findings:
 
 
 def _parts(
-  program: Program, is_custom: bool = False
-) -> Iterator[tuple[Program, bool]]:
-  """A program and its bodies, and whether one has a derivative of its own."""
-  yield program, is_custom
+  program: Program,
+  is_custom: bool = False,
+  given: Mapping[Value, tuple['_Part', Use]] | None = None,
+) -> Iterator['_Part']:
+  """The parts of a program: its own equations and those of every body."""
+  part = _Part(program, is_custom, given or {})
+  yield part
   for eqn in program.equations:
     custom = is_custom or eqn.primitive.name.startswith('custom_')
-    for body in bodies_of(eqn):
-      yield from _parts(body, custom)
+    for body, places in zip(bodies_of(eqn), _fixed(eqn), strict=True):
+      uses = [(part, Use(eqn, place)) for place in places]
+      known = dict(zip(body.inputs, uses, strict=False))
+      yield from _parts(body, custom, known)
 
 
 def bodies_of(eqn: Equation) -> list[Program]:
@@ -175,15 +209,46 @@ def bodies_of(eqn: Equation) -> list[Program]:
   return [*eqn.programs, *own]
 
 
-class _Part:
-  """The numbers of one flat list of equations."""
+def _fixed(eqn: Equation) -> list[range]:
+  """The inputs of an equation that each body takes first, and never anew."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'scan':
+    return [range(loop_parts(params)[0])]
+  if name == 'while':
+    middle = params['cond_nconsts']
+    return [range(middle), range(middle, middle + params['body_nconsts'])]
+  first = 1 if name == 'cond' else 0
+  return [range(first, len(eqn.inputs))] * len(bodies_of(eqn))
 
-  def __init__(self, program: Program, is_custom: bool):
+
+class _Part:
+  """The numbers of one flat list of equations.
+
+  Attributes:
+    program: the equations.
+    is_custom: whether they have a derivative of their own.
+    given: what the part takes -> the part around it, and where that has it.
+    makers: value -> the equation that makes it.
+    readers: value -> the places that read it.
+    numbers: value -> the number that it is, in every entry.
+  """
+
+  def __init__(
+    self,
+    program: Program,
+    is_custom: bool,
+    given: Mapping[Value, tuple['_Part', Use]],
+  ):
     self.program = program
     self.is_custom = is_custom
+    self.given = given
     self.makers = {out: eqn for eqn in program.equations for out in eqn.outputs}
     self.readers: dict[Value, list[Use]] = {}
     self.numbers: dict[Value, float] = {}
+    for value, (part, (eqn, place)) in given.items():
+      number = part.numbers.get(eqn.inputs[place])
+      if number is not None:
+        self.numbers[value] = number
     for eqn in program.equations:
       for place, value in enumerate(eqn.inputs):
         self.readers.setdefault(value, []).append(Use(eqn, place))
@@ -220,7 +285,9 @@ class _Part:
         continue
       for place, value in enumerate(eqn.inputs):
         use, number = Use(eqn, place), self.numbers.get(value)
-        if number is None or is_plain(number) or use in in_doubt:
+        if number is None or is_plain(number):
+          continue
+        if use in in_doubt or use in self.means:
           continue
         roots = list(self._roots(use))
         if any(root in findings.laws for root in roots):
@@ -239,24 +306,14 @@ class _Part:
     Returns:
       Those that are none, where none is.
     """
-    factors = [
-      *(use for use in target.constants if self._number(use) is not None),
-      *(use for value in target.before for use in self._behind(value)),
-      *(use for value in target.after for use in self._ahead(value)),
-    ]
-    left, found = [], False
-    for use in factors:
-      known = self._law(use, target, proven)
-      if known is None:
-        left.append(use)
-      elif self.is_custom:
+    known = self.laws(target, proven)
+    for use, (root, law, power) in known.items():
+      if self.is_custom:
         why = f'{target.why} has a derivative of its own: {_REMEDY}'
         findings.doubts.append((use, target.axes, why))
       else:
-        root, law, power = known
         other = findings.laws.setdefault(root, law)
         proven[_leaves(target.axes), power] = target.axes
-        found = True
         if _leaves(other.axes) != _leaves(law.axes):
           why = f'{target.why} and another may be scaled by it: {_REMEDY}'
           findings.doubts.append((root, (*other.axes, *law.axes), why))
@@ -264,7 +321,58 @@ class _Part:
       if _is_scaled_table(use.eqn.inputs[use.place]):
         why = f'a table of constants at {target.why} may count it: {_REMEDY}'
         findings.doubts.append((use, target.axes, why))
-    return [] if found else left
+    if known and not self.is_custom:
+      return []
+    return [use for use in self._factors(target) if use not in known]
+
+  def laws(
+    self, target: _Target, proven: Proven, any_number: bool = False
+  ) -> dict[Use, tuple[Use, Law, float]]:
+    """Returns the factors of a target that are powers of its size.
+
+    Args:
+      target: the target.
+      proven: what a derivative repeats.
+      any_number: whether one of a formula may be a factor of data by data.
+
+    Returns:
+      factor -> the literal that it is made of, its law, and the power of the
+      size in the factor.
+    """
+    found = {}
+    for use in self._factors(target):
+      known = self._law(use, target, proven, any_number and target.is_sum)
+      if known is not None:
+        found[use] = known
+    halves = [use for use, known in found.items() if known[2] == _ROOT / 2]
+    if target.power == _ROOT and len(halves) != 2:
+      return {use: found[use] for use in found if use not in halves}
+    return found
+
+  def _factors(self, target: _Target) -> list[Use]:
+    factors = [
+      *(use for use in target.constants if self._number(use) is not None),
+      *(use for value in target.before for use in self._behind(value)),
+      *(use for value in target.after for use in self._ahead(value)),
+    ]
+    means = self.means if target.power == _ROOT else ()
+    return [use for use in factors if use not in means]
+
+  @functools.cached_property
+  def means(self) -> set[Use]:
+    """What divides a sum, of whatever axes, by its entries: it is no root."""
+    found = set()
+    for eqn in self.program.equations:
+      entries = _summed(eqn)
+      if isinstance(entries, int):
+        x, (out,) = eqn.inputs[0], eqn.outputs
+        for use in (*self._behind(x), *self._ahead(out)):
+          factor = use.eqn.inputs[use.place]
+          number = self.numbers[factor] or math.inf
+          number = number if use.eqn.primitive.name == 'div' else 1 / number
+          if math.isclose(number, entries, rel_tol=rounding(factor)):
+            found.add(use)
+    return found
 
   def leave(
     self, target: _Target, left: Sequence[Use], findings: Findings
@@ -289,7 +397,7 @@ class _Part:
     return self.numbers.get(use.eqn.inputs[use.place])
 
   def _law(
-    self, use: Use, target: _Target, proven: Proven
+    self, use: Use, target: _Target, proven: Proven, any_number: bool
   ) -> tuple[Use, Law, float] | None:
     """The law of a factor at the literal it is made of, and its power.
 
@@ -297,7 +405,9 @@ class _Part:
     8 divides, for the root of 64.
     """
     powers = [target.power]
-    if target.power is None:
+    if target.power == _ROOT:
+      powers.append(_ROOT / 2)
+    elif target.power is None:
       atoms = _leaves(target.axes)
       powers = [power for known, power in proven if known == atoms]
     value = use.eqn.inputs[use.place]
@@ -305,8 +415,9 @@ class _Part:
     roots = []
     for root in self._roots(use):
       literal = root.eqn.inputs[root.place]
-      found = power_of(literal, self.numbers[literal], target.axes)
-      if found is not None and not is_plain(self.numbers[literal]):
+      digits = number_of(literal) or 0.0
+      found = power_of(literal, digits, target.axes)
+      if found is not None and (any_number or not is_plain(digits)):
         roots.append((root, found))
     if len(roots) != 1 or not number:
       return None
@@ -321,7 +432,12 @@ class _Part:
 
   def _roots(self, use: Use) -> Iterator[Use]:
     """The literals that a number is made of."""
-    maker = self.makers.get(use.eqn.inputs[use.place])
+    value = use.eqn.inputs[use.place]
+    if value in self.given:
+      part, outer = self.given[value]
+      yield from part._roots(outer)
+      return
+    maker = self.makers.get(value)
     if maker is None:
       yield use
       return
@@ -332,7 +448,8 @@ class _Part:
     """The numbers that multiply or divide a value, in what follows."""
     for eqn, place in self.readers.get(value, ()):
       name = eqn.primitive.name
-      if name in UNCHANGED and place == 0:
+      is_masked = name == 'select_n' and place > 0
+      if is_masked or (name in UNCHANGED and place == 0):
         yield from self._ahead(eqn.outputs[0])
       elif (name == 'mul' or (name == 'div' and place == 0)) and (
         eqn.inputs[1 - place] in self.numbers
@@ -378,6 +495,15 @@ def _targets(eqn: Equation) -> Iterator[_Target]:
     summed = tuple(kernel.axes[k] for k in spec[1:])
     if is_live(summed):
       yield _contraction(eqn, summed)
+
+
+def _summed(eqn: Equation) -> Any:
+  """How many entries each sum has that an equation makes, if it makes any."""
+  if eqn.primitive.name == 'reduce_sum':
+    return count_of(eqn.reductions)
+  if eqn.primitive.name == 'reduce_window_sum':
+    return math.prod(eqn.params['window_dimensions'])
+  return None
 
 
 def _contractions(eqn: Equation) -> Iterator[_Target]:

@@ -63,12 +63,13 @@ def trace(
       ...}`` is one.
     *args: the other arguments, arrays or shapes (of which a symbolic batch).
     reductions: what becomes of an axis that a reduction runs over, as the
-      statistics of a LayerNorm or a softmax do: 'protect' keeps it whole,
+      statistics of a LayerNorm or a softmax do, or whose size scales a
+      contraction, as 1/sqrt(d) does an attention: 'protect' keeps it whole,
       'keep' offers it, and the smaller function computes what the network
-      with those units absent does, the divisors of its means unchanged;
-      'rescale' offers it, and the smaller function computes what the same
-      module would at its width: the divisors of means and the scale of an
-      attention are those of what is left. Numbers are known by their place
+      with those units absent does, the divisors of its means and the scale of
+      its attention unchanged; 'rescale' offers it, and the smaller function
+      computes what the same module would at its width: the divisors and the
+      scale are those of what is left. Numbers are known by their place
       (see :mod:`jaxprune.structure.rescale`) or by ``narrow``; an axis that a
       number may stand for that cannot be told stays whole.
     also: other functions of the same params, each a tuple ``(fn, *args)``.
@@ -280,6 +281,9 @@ def _graphs(
   if how.reductions == 'protect':
     for atom, why in _reduced(programs).items():
       ax.lock(atom, f'{why[0]} reduces over it')
+    for program in programs:
+      for axis, why in rescale.scaled(program):
+        ax.lock(axis, why)
   chosen = choices.apply(rules, _names(programs, _members(leaves)))
   members = _members(leaves)
   names = _names(programs, members)
