@@ -6,7 +6,7 @@ its own, so that it cannot pass by accident.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,8 +77,10 @@ def check(
     The :class:`Proof`.
 
   Raises:
-    CheckError: if an error is above the tolerance, naming the first operation
-      that differs, or if a control fails.
+    CheckError: if an error is above the tolerance, or if a control fails. Of a
+      difference from the masked function the first operation that differs is
+      named, or the first whose derivative does on the way back; where each of
+      them agrees, and of one from the user's own function, the leaf.
     ValueError: if the plan removes nothing or is of another graph.
   """
   before_after = plans.widths(graph, plan).values()
@@ -98,12 +100,15 @@ def check(
   left = _map_outputs(graph, plan, args, cotangents, False)
   outs, grads = full(params, left, *args)
   values = _error(small_outs, cut(outs))
-  slopes = _error(small_grads, plans.shrink(graph, plan, grads), share=0.1)
+  grads = plans.shrink(graph, plan, grads)
+  slopes = _error(small_grads, grads, share=0.1)
   if not max(values, slopes) <= tolerance:
+    pulls = left if gradients else None
+    first = _first_difference(graph, plan, params, args, pulls, tolerance)
     raise CheckError(
       f'The smaller function differs from the masked one: values by '
       f'{values:.1e}, gradients by {slopes:.1e} (relative); first at '
-      f'{_first_difference(graph, plan, params, args, tolerance)}.'
+      f'{first or _worst_leaf(small_grads, grads)}.'
     )
   own = None
   kept = plans.kept_indices(graph, plan)
@@ -114,14 +119,17 @@ def check(
     fn = lambda p, *args: given(graph.fn(p, *args), args)
     outs, grads = jax.jit(wrap(fn))(hidden, left, *args)
     own = _error(small_outs, cut(outs))
-    own_slopes = 0.0
+    own_slopes, where = 0.0, ''
     if all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads)):
       grads = plans.shrink(graph, plan, grads)
       own_slopes = _error(small_grads, grads, share=0.1)
+      if not own_slopes <= tolerance:
+        where = f', most at {_worst_leaf(small_grads, grads)}'
     if not max(own, own_slopes) <= tolerance:
       raise CheckError(
         f'The smaller function differs from the original one on masked params: '
-        f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative).'
+        f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative)'
+        f'{where}.'
       )
   moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))
@@ -231,20 +239,35 @@ def _error(a: Any, b: Any, share: float = 0.0) -> float:
   gradient that is zero but for rounding, as that of the bias of an attention's
   keys is, has no size of its own.
   """
+  return max(_errors(a, b, share), default=0.0)
+
+
+def _errors(a: Any, b: Any, share: float) -> list[float]:
+  """:func:`_error` of each leaf; infinite where one is not finite."""
   pairs = [
     (np.asarray(x, np.float64), np.asarray(y, np.float64))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   ]
-  sizes = [float(np.max(np.abs(y), initial=0.0)) for _, y in pairs]
+  sizes = [_size(y) for _, y in pairs]
   floor = share * max(sizes, default=0.0)
-  worst = 0.0
-  for (x, y), size in zip(pairs, sizes, strict=True):
-    if y.size:
-      scale = max(size, floor) or 1.0
-      worst = max(worst, float(np.max(np.abs(x - y)) / scale))
-      if not np.all(np.isfinite(x - y)):
-        return float('inf')
-  return worst
+  return [
+    _size(x - y) / (max(size, floor) or 1.0)
+    if np.all(np.isfinite(x - y))
+    else float('inf')
+    for (x, y), size in zip(pairs, sizes, strict=True)
+  ]
+
+
+def _size(x: Any) -> float:
+  return float(np.max(np.abs(x), initial=0.0))
+
+
+def _worst_leaf(a: Any, b: Any) -> str:
+  """Names the gradient that differs most, if there are any."""
+  errors = dict(zip(tree.leaves(b), _errors(a, b, share=0.1), strict=True))
+  if not errors:
+    return 'no operation'
+  return f'the gradient of {max(errors, key=errors.__getitem__)!r}'
 
 
 def _apply(named: Mapping[str, np.ndarray], params: Any) -> Any:
@@ -312,9 +335,18 @@ def _mutations(graph: Graph, plan: plans.Plan, params: Any, small: Any) -> Any:
 
 
 def _first_difference(
-  graph: Graph, plan: plans.Plan, params: Any, args: Any, tolerance: float
-) -> str:
-  """Runs both functions operation by operation; names the first to differ."""
+  graph: Graph,
+  plan: plans.Plan,
+  params: Any,
+  args: Any,
+  cotangents: Any,
+  tolerance: float,
+) -> str | None:
+  """Runs both functions operation by operation; names the first to differ.
+
+  Or, of derivatives, the first on the way back from the outputs: what reads a
+  value whose gradient differs, where all later ones agree.
+  """
   traced = graph.retrace(*args)
   kept = plans.kept_indices(graph, plan)
   small, full = (
@@ -330,7 +362,8 @@ def _first_difference(
     dict(zip(traced.program.inputs, start(run), strict=True))
     for run in (small, full)
   ]
-  for eqn in filter(small.needs, traced.program.equations):
+  live = [eqn for eqn in traced.program.equations if small.needs(eqn)]
+  for eqn in live:
     for run, known in zip((small, full), env, strict=True):
       known.update(zip(eqn.outputs, run.step(eqn, known), strict=True))
     for value in eqn.outputs:
@@ -339,4 +372,55 @@ def _first_difference(
       a, b = env[0][value], small.take(env[1][value], value.axes)
       if np.shape(a) != np.shape(b) or _error([a], [b]) > tolerance:
         return eqn.why
-  return 'no operation of the forward pass: the gradients differ'
+  if cotangents is None:
+    return None
+  pulls = traced.out_tree.flatten_up_to(cotangents)
+  slopes = [
+    _slopes(run, traced.program, known, live, pulls)
+    for run, known in zip((small, full), env, strict=True)
+  ]
+  for value in reversed(slopes[0]):
+    readers = [eqn for eqn in live if value in eqn.inputs]
+    a, b = slopes[0][value], small.take(slopes[1][value], value.axes)
+    # What an operation cancels to nothing has the size of what it reads.
+    beyond = [slopes[1].get(out, 0) for eqn in readers for out in eqn.outputs]
+    size = max(_size(x) for x in (b, *beyond)) or 1.0
+    if readers and not _size(a - b) <= tolerance * size:
+      whys = dict.fromkeys(eqn.why for eqn in readers)
+      return f'the derivative of {" or ".join(whys)}'
+  return None
+
+
+def _slopes(
+  run: Any,
+  program: Any,
+  known: Mapping[Any, Any],
+  live: Sequence[Any],
+  cotangents: Sequence[Any],
+) -> dict[Any, Any]:
+  """The gradient of <cotangents, outputs> by each float value, in order."""
+  values = [*program.inputs, *(out for eqn in live for out in eqn.outputs)]
+  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.floating)
+  zeros = {
+    value: jnp.zeros_like(known[value])
+    for value in values
+    if is_float(value) and known[value] is not None
+  }
+
+  def total(moves: Sequence[Any]) -> Any:
+    moved = dict(zip(zeros, moves, strict=True))
+    at = lambda value, x: x + moved[value] if value in moved else x
+    env = {value: at(value, known[value]) for value in program.inputs}
+    for eqn in live:
+      outs = run.step(eqn, env)
+      env.update(
+        (value, at(value, x))
+        for value, x in zip(eqn.outputs, outs, strict=True)
+      )
+    return sum(
+      jnp.vdot(run.take(c, value.axes), run.read(env, value))
+      for c, value in zip(cotangents, program.outputs, strict=True)
+      if is_float(value) and c is not None
+    )
+
+  return dict(zip(zeros, jax.grad(total)(list(zeros.values())), strict=True))
