@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import cost, models, plans, structure
+from jaxprune.cost import polynomials
 
 SPEC = jax.ShapeDtypeStruct
 PARAMS = {
@@ -236,6 +237,50 @@ def test_milliseconds_are_a_bound_like_others():
   plan = cost.plan(GRAPH, SCORES, both, table=table())
   found = cost.reached(GRAPH, plan, both, table=table())
   assert all(0 <= x.gap < 0.05 for x in found.values())
+
+
+@pytest.mark.parametrize('ms', [2.0, 3.0, 3.97, 5.0])
+def test_where_no_widths_take_so_long_no_trade_comes_nearer(ms):
+  """Units of a for units of b, three a side at most."""
+  bound = cost.budget(ms=ms)
+  plan = cost.plan(GRAPH, SCORES, bound, table=table())
+  found = cost.reached(GRAPH, plan, bound, table=table())['ms']
+  a, b = (after for _, after in plans.widths(GRAPH, plan).values())
+  near = lambda n, size: range(max(1, n - 3), min(size, n + 3) + 1)
+  times = [
+    1 + x / 4 + x * y / 64
+    for x in near(a, 12)
+    for y in near(b, 16)
+    if (x - a) * (y - b) < 0
+  ]
+  nearest = max((t for t in times if t <= ms), default=0.0)
+  assert not found.gap < 0
+  assert found.gap <= 1e-3 or found.reached >= nearest - 1e-6
+
+
+@pytest.mark.parametrize('round_to', [1, 8])
+def test_milliseconds_are_used_up_to_a_thousandth(round_to):
+  """A part paid by its multiply-adds, one by its weights; calls take 2 ms."""
+  graph, scores = large()
+  is_open = dict.fromkeys(graph.blocks, 1)
+  sizes = [
+    polynomials.substitute(make(graph), is_open)
+    for make in (cost.macs_polynomial, cost.parameters_polynomial)
+  ]
+  whole = [cost.evaluate(p, cost.variables(graph)) for p in sizes]
+  made_up = cost.Table(
+    names=('compute', 'memory'),
+    sizes=tuple(({(): 1}, size) for size in sizes),
+    blocks=((), ()),
+    knots=np.array([[[1, 1], [0, n]] for n in whole], np.float64),
+    ms=np.array([[[0, 60]] * 2, [[0, 20]] * 2], np.float64),
+    wholes=np.array([[0.0, 40.0, 80.0], [2.0, 30.0, 90.0]]),
+    checks=(),
+  )
+  for bound in (cost.budget(ms=45.0), cost.budget(ms=20.0)):
+    plan = cost.plan(graph, scores, bound, table=made_up, round_to=round_to)
+    found = cost.reached(graph, plan, bound, table=made_up)['ms']
+    assert 0 <= found.gap <= 1e-3
 
 
 @pytest.mark.parametrize(

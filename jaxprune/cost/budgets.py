@@ -221,7 +221,7 @@ def plan(
   widths = top
   if tight:
     widths = _solve(tight, top, units)
-    for _ in range(1 if len(tight) == 1 else 4):
+    for _ in range(4):
       widths = _trade(tight, top, units, widths)
   kept = {
     name: unit.order[unit.order.size - width :].tolist()
