@@ -103,6 +103,33 @@ def test_what_cannot_be_exported_is_named(tmp_path):
   assert not path.exists()
 
 
+def test_a_specialised_network_comes_back_on_every_platform(tmp_path):
+  """Half of its channels, and a batch that stays open."""
+
+  def net(p, x):
+    x = jnp.tanh(x @ p['a']).reshape(x.shape[0], 2, 6)
+    x = (x - x.mean(-1, keepdims=True)) * p['scale'][None, None]
+    return jnp.tanh(x.reshape(x.shape[0], 12) @ p['b']) @ p['c']
+
+  rng = np.random.default_rng(0)
+  shapes = {'a': (4, 12), 'scale': (6,), 'b': (12, 9), 'c': (9, 3)}
+  params = {k: jnp.asarray(rng.normal(size=n)) for k, n in shapes.items()}
+  x = jnp.asarray(rng.normal(size=(5, 4)))
+  graph = jp.trace(net, params, x[:1], reductions='rescale')
+  plan = plans.from_kept(graph, {'a.1': [0, 3, 4], 'b': [1, 2, 6]})
+  small, fn = jp.shrink(graph, plan, params), jp.specialise(graph, plan)
+  path = tmp_path / 'small.stablehlo'
+  export.save(path, lambda x: fn(small, x), x[:1])
+  exported = jax_export.deserialize(bytearray(path.read_bytes()))
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  assert '<9x3xf32>' not in str(exported.mlir_module())
+  loaded = export.load(path)
+  for n in (1, 5):
+    np.testing.assert_allclose(
+      loaded(x[:n]), plans.masked(graph, plan)(params, x[:n]), rtol=1e-5
+    )
+
+
 # --- Plain arrays ------------------------------------------------------------
 
 

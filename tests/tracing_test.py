@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 from jaxprune import plans, structure
 from jaxprune.proof import check
@@ -249,3 +250,39 @@ def test_a_sum_over_whole_params_is_kept():
   plan = plans.from_kept(graph, {'a': [1, 2, 5]})
   proof = check(graph.also[0], plan, params, state, x, gradients=False)
   assert proof.values < 1e-5
+
+
+def test_an_open_batch_is_specialised_at_every_batch():
+  """Traced once with a symbolic size: convolution, flatten and attention."""
+  params = {
+    'conv': normal(3, 3, 2, 6),
+    'flat': normal(96, 8),
+    'qkv': normal(8, 3, 2, 4),
+    'out': normal(2, 4, 3),
+  }
+
+  def fn(p, x):
+    x = jax.lax.conv_general_dilated(
+      x, p['conv'], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    x = jnp.tanh(jnp.tanh(x).reshape(x.shape[0], -1) @ p['flat'])
+    q, k, v = jnp.moveaxis(jnp.einsum('nd,dchk->nchk', x, p['qkv']), 1, 0)
+    weights = jax.nn.softmax(jnp.einsum('nhk,ngk->nhg', q, k) / 2)
+    return jnp.einsum('nhg,ngk,hko->no', weights, v, p['out'])
+
+  (batch,) = export.symbolic_shape('batch')
+  spec = lambda n: jax.ShapeDtypeStruct((n, 4, 4, 2), jnp.float32)
+  graph = structure.trace(fn, params, spec(batch), reductions='keep')
+  widths = {name: group.size // 2 for name, group in graph.groups.items()}
+  assert sorted(widths.values()) == [1, 2, 3, 4]
+  plan = plans.from_widths(graph, widths)
+  small = plans.shrink(graph, plan, params)
+  call, masked = (
+    jax.jit(make(graph, plan)) for make in (plans.specialise, plans.masked)
+  )
+  for n in (1, 5):
+    x = normal(n, 4, 4, 2)
+    np.testing.assert_allclose(
+      call(small, x), masked(params, x), rtol=1e-5, atol=1e-6
+    )
+  assert jax.eval_shape(call, small, spec(batch)).shape == (batch, 3)
