@@ -4,6 +4,7 @@ They come with the extra ``thirdparty``. The golden table says how much of each
 network can go; ``python tests/golden/make_coverage.py`` writes it anew.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -91,6 +92,31 @@ def test_values_and_gradients_at_half_and_training_at_any_width(name):
     jp.check(graph, at_random(graph, half), params, *args)
     graph, params, args = prepared(name, train=True)
     jp.check(graph, at_random(graph, any_width), params, *args, gradients=False)
+
+
+@needs_packages
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['bert', 'albert', 'vit', 'beit'])
+def test_rescaled_is_what_their_class_makes_at_the_small_width(
+  name, monkeypatch
+):
+  """Hidden 16 to 12, two heads of 8 to heads of 6, and 24 between to 18."""
+  graph, params, args = prepared(name, False, reductions='rescale')
+  fewer = {16: 12, 24: 18, 8: 6}
+  sizes = {n: group.size for n, group in graph.groups.items()}
+  assert fewer.keys() <= set(sizes.values())
+  plan = plans.from_widths(
+    graph, {n: fewer.get(sizes[n], sizes[n]) for n in sizes}
+  )
+  for config in (thirdparty.TEXT, thirdparty.PICTURE):
+    monkeypatch.setitem(config, 'hidden_size', 12)
+    monkeypatch.setitem(config, 'intermediate_size', 18)
+  theirs = thirdparty.MODELS[name]()
+  small = jp.shrink(graph, plan, params)
+  ours = jax.jit(plans.specialise(graph, plan))(small, *args)
+  want = jax.jit(functools.partial(theirs.fn, train=False))(small, *args)
+  np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)
+  assert jp.check(graph, plan, params, *args).removed
 
 
 @needs_packages
