@@ -5,7 +5,7 @@ network at 224 px and cut its variables out, the trace and the scores aside;
 ``budget_resnet50`` is its first half. ``small_*`` is the specialised function
 at half of every width against the same Linen module made by hand at the small
 widths; ``half_*`` the specialised function against the dense network. Both run
-under XLA at batch 1.
+under XLA at batch 1. ``analysis`` describes the rows that trace.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark import analysis
 from jaxprune import cost, models, plans, structure
 
 SIDE = 224  # Pixels.
@@ -90,6 +91,8 @@ def calls(row: str) -> tuple[Call, Call | None]:
   """
   if row not in ROWS:
     raise ValueError(f'No row is called {row!r}; the rows: {", ".join(ROWS)}.')
+  if row in analysis.ROWS:
+    return analysis.call(row), None
   what, _, name = row.partition('_')
   net = network(name)
   bound = cost.budget(macs=0.5)
@@ -113,6 +116,7 @@ def calls(row: str) -> tuple[Call, Call | None]:
 
 
 ROWS = (
+  *analysis.ROWS,
   'budget_resnet50',
   'plan_resnet50',
   'plan_densenet121',
