@@ -263,9 +263,10 @@ def test_names_and_shapes_are_those_of_the_library(model, names, count, some):
   assert torch | some == torch
 
 
-def layers_of(model):
+@functools.cache
+def layers_of(build, *args):
   """Returns layer -> width of a network, as a function of names takes it."""
-  params = shapes(model, 1, 32, 32, 3)['params']
+  params = shapes(build(*args), 1, 32, 32, 3)['params']
   leaves = tree.leaves(params)
   return {path.rpartition('/')[0]: x.shape[-1] for path, x in leaves.items()}
 
@@ -280,16 +281,97 @@ def layers_of(model):
   ],
 )
 def test_names_of_timm_do_not_depend_on_widths(build, names):
-  whole = layers_of(build())
-  assert names(layers_of(build(0.5))) == names(whole)
+  whole = layers_of(build)
+  assert names(layers_of(build, 0.5)) == names(whole)
   shrunk = {layer: n - i for i, (layer, n) in enumerate(whole.items())}
   assert names(shrunk) == names(whole)
   equal = dict.fromkeys(whole, 8)
   assert names(equal) == names(whole)
 
 
+# Blocks that are left out.
+
+DROPPING = [
+  (models.mobilenet_v1, weights.timm_mobilenet_v1),
+  (models.mobilenet_v1, weights.keras_mobilenet_v1),
+  (models.mobilenet_v2, weights.torchvision_mobilenet_v2),
+  (models.mobilenet_v2, weights.timm_mobilenet_v2),
+  (models.mobilenet_v2, weights.keras_mobilenet_v2),
+  (models.mobilenet_v3_small, weights.torchvision_mobilenet_v3),
+  (models.mobilenet_v3_large, weights.torchvision_mobilenet_v3),
+  (models.mobilenet_v3_small, weights.timm_mobilenet_v3),
+  (models.mobilenet_v3_large, weights.keras_mobilenet_v3),
+  (models.resnet50, weights.torch_resnet),
+  (models.resnet20, weights.cifar_resnet),
+]
+
+
+def without(block, tree):
+  """Returns variables, or layers by path, without those of a block."""
+  if not isinstance(tree, dict):
+    return tree
+  rest = {k: v for k, v in tree.items() if k.partition('/')[0] != block}
+  return {k: without(block, v) for k, v in rest.items()}
+
+
+def ends_a_stage(block, layers):
+  """Returns whether no block of its stage comes after it."""
+  stage, number = (int(n) for n in re.findall(r'\d+', block))
+  after = f'stage{stage}_block{number + 1}/'
+  return not any(layer.startswith(after) for layer in layers)
+
+
+@pytest.mark.parametrize(('build', 'names'), DROPPING)
+def test_a_block_that_is_left_out_leaves_its_names_free(build, names):
+  layers = layers_of(build)
+  whole, blocks = names(layers), build().bypassable
+  blocks = [block for block in blocks if not ends_a_stage(block, layers)]
+  assert blocks
+  for block in blocks:
+    rest = without(block, layers)
+    found = names(rest)
+    assert {k: found[k] for k in rest} == {k: whole[k] for k in rest}
+
+
+@pytest.mark.parametrize(
+  ('names', 'block', 'theirs'),
+  [
+    ('torchvision_mobilenet_v2', 'stage4_block2', r'features\.8\..*'),
+    ('timm_mobilenet_v2', 'stage6_block3', r'blocks\.5\.2\..*'),
+  ],
+)
+def test_a_whole_checkpoint_fills_a_network_without_a_block(
+  names, block, theirs
+):
+  variables, names = random_v2(), getattr(weights, names)
+  arrays, short = weights.to_torch(variables, names), without(block, variables)
+  with pytest.raises(ValueError, match=f'left over: {theirs[:8]}'):
+    weights.from_torch(arrays, short, names)
+  found = weights.from_torch(arrays, short, names, ignore=(theirs,))
+  jax.tree.map(np.testing.assert_array_equal, found, short)
+
+
+def test_a_stage_without_its_last_block_refuses_the_whole_checkpoint():
+  names, variables = weights.torchvision_mobilenet_v2, random_v2()
+  arrays = weights.to_torch(variables, names)
+  for block in ('stage2_block2', 'stage4_block4', 'stage6_block3'):
+    short = without(block, variables)
+    with pytest.raises(ValueError, match=r'missing: .*features\.17\.0\.weight'):
+      weights.from_torch(arrays, short, names, ignore=('features.*',))
+
+
+@functools.cache
+def random_v2():
+  """Returns random variables of a narrow MobileNet V2."""
+  rng, like = (
+    np.random.default_rng(0),
+    shapes(models.mobilenet_v2(0.25), 1, 32, 32, 3),
+  )
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype('f4'), like)
+
+
 def test_a_v3_of_another_table_has_no_names_of_timm():
-  layers = layers_of(NETWORKS['mobilenet_v3'][0])
+  layers = layers_of(lambda: NETWORKS['mobilenet_v3'][0])
   with pytest.raises(ValueError, match=r'4 stages .* or 5 \(large\), got 1'):
     weights.timm_mobilenet_v3(layers)
 

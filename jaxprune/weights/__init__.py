@@ -12,7 +12,10 @@ error::
   variables = weights.from_torch(arrays, like, weights.torch_resnet)
 
 A norm's epsilon and the padding of a strided convolution are no weights: give
-the network those of the source, by ``epsilon`` and ``tensorflow_padding``.
+the network those of the source, by ``epsilon`` and ``tensorflow_padding``. A
+block that a network leaves out leaves its names free: ``ignore`` them. Without
+the last block of a stage some names count that stage as shorter, and a whole
+checkpoint is refused: convert the whole network then, and leave it out after.
 """
 
 from jaxprune.weights.conversion import from_keras, from_torch, to_torch

@@ -78,25 +78,25 @@ def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
 
 def torchvision_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V2."""
-  blocks = _blocks(layers)
   named = _unit('stem', 'features.0.0', 'features.0.1')
-  for i, block in enumerate(blocks, 1):
+  i = 0
+  for i, block in _numbered(layers):
     place, units = f'features.{i}.conv', ['expand', 'depthwise']
     units = [unit for unit in units if f'{block}/{unit}' in layers]
     for j, unit in enumerate(units):
       named |= _unit(f'{block}/{unit}', f'{place}.{j}.0', f'{place}.{j}.1')
     j = len(units)
     named |= _unit(f'{block}/project', f'{place}.{j}', f'{place}.{j + 1}')
-  last = f'features.{len(blocks) + 1}'
+  last = f'features.{i + 1}'
   named |= _unit('last', f'{last}.0', f'{last}.1')
   return named | {'head': Named('classifier.1')}
 
 
 def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V3, small and large."""
-  blocks = _blocks(layers)
   named = _unit('stem', 'features.0.0', 'features.0.1')
-  for i, block in enumerate(blocks, 1):
+  i = 0
+  for i, block in _numbered(layers):
     units = ['expand', 'depthwise', 'squeeze', 'project']
     units = [unit for unit in units if f'{block}/{unit}' in layers]
     for j, unit in enumerate(units):
@@ -106,7 +106,7 @@ def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
         named[f'{block}/excite'] = Named(f'{place}.fc2', side=1)
       else:
         named |= _unit(f'{block}/{unit}', f'{place}.0', f'{place}.1')
-  last = f'features.{len(blocks) + 1}'
+  last = f'features.{i + 1}'
   named |= _unit('last', f'{last}.0', f'{last}.1')
   named['hidden'] = Named('classifier.0')
   return named | {'head': Named('classifier.3')}
@@ -184,7 +184,7 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
 def keras_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V1."""
   named = _unit('stem', 'conv1', 'conv1_bn')
-  for i, block in enumerate(_blocks(layers), 1):
+  for i, block in _numbered(layers):
     for unit, their in (('depthwise', 'dw'), ('pointwise', 'pw')):
       name = f'conv_{their}_{i}'
       named |= _unit(f'{block}/{unit}', name, f'{name}_bn')
@@ -194,8 +194,8 @@ def keras_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
 def keras_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V2; its epsilon is 1e-3, its padding (0, 1)."""
   named = _unit('stem', 'Conv1', 'bn_Conv1')
-  for i, block in enumerate(_blocks(layers)):
-    place = f'block_{i}' if i else 'expanded_conv'
+  for i, block in _numbered(layers):
+    place = f'block_{i - 1}' if i > 1 else 'expanded_conv'
     for unit in ('expand', 'depthwise', 'project'):
       if f'{block}/{unit}' in layers:
         name = f'{place}_{unit}'
@@ -211,8 +211,8 @@ def keras_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   published width below a multiplier of 1.
   """
   named = _unit('stem', 'conv', 'conv_bn')
-  for i, block in enumerate(_blocks(layers)):
-    place = f'expanded_conv_{i}' if i else 'expanded_conv'
+  for i, block in _numbered(layers):
+    place = f'expanded_conv_{i - 1}' if i > 1 else 'expanded_conv'
     for unit in ('expand', 'depthwise', 'project'):
       if f'{block}/{unit}' in layers:
         name = f'{place}_{unit}'
@@ -262,6 +262,23 @@ def _blocks(layers: Mapping[str, int]) -> list[str]:
   """Returns the blocks of a network in the order in which it runs them."""
   names = {layer.partition('/')[0] for layer in layers if '_block' in layer}
   return sorted(names, key=_stage_and_block)
+
+
+def _numbered(layers: Mapping[str, int]) -> list[tuple[int, str]]:
+  """Returns the blocks with their numbers, counted from 1 over all stages.
+
+  A block that is left out keeps its number free, as an identity in its place
+  would; but of the last of a stage nothing is left to tell it by, and that
+  stage counts as shorter.
+
+  Examples:
+    >>> _numbered({'stage1_block1/a': 8, 'stage2_block2/a': 8, 'head': 3})
+    [(1, 'stage1_block1'), (3, 'stage2_block2')]
+  """
+  places = {name: _stage_and_block(name) for name in _blocks(layers)}
+  lengths = dict(places.values())  # In order, so that the largest stays.
+  before = lambda stage: sum(n for s, n in lengths.items() if s < stage)
+  return [(before(stage) + i, name) for name, (stage, i) in places.items()]
 
 
 def _stage_and_block(name: str) -> tuple[int, int]:
