@@ -77,6 +77,10 @@ def test_the_counter_of_multiply_adds_by_hand():
 #   and 252.89e6 (110) are those of the filter pruning papers.
 # - K: Keras' `model.summary()`, trainable parameters; multiply-adds in millions
 #   569, 325, 149, 41 are Howard et al. (2017), Table 6.
+# - FC: Frankle & Carbin (2018), Figure 2: 266K weights, and 2.3M, of which 1.1M
+#   are those of convolutions; with the biases, by hand.
+# - KL: the usual ResNet-18 for CIFAR, without the first stride and the pooling;
+#   0.56e9 multiply-adds.
 # - LAP: kernels counted in the code of Lee et al. (2020); see below.
 # - HF: `num_parameters()` of the checkpoints bert-base-uncased, bert-large-
 #   uncased with a classifier of two classes.
@@ -107,8 +111,21 @@ PUBLISHED = [
   ('resnet110', {}, 32, 1_727_962, 252_887_680),  # He
   # Option B has 2,752 more: 1 x 1 kernels of 16 x 32 and 32 x 64, two norms.
   ('resnet20', {'shortcut': 'projection'}, 32, 272_474, 40_813_184),
+  ('resnet56', {'shortcut': 'projection'}, 32, 855_770, 125_747_840),
+  ('resnet110', {'shortcut': 'projection'}, 32, 1_730_714, 253_149_824),
+  (
+    'resnet18',
+    {'stem': 'small', 'num_classes': 10},
+    32,
+    11_173_962,
+    555_422_720,
+  ),
   # Zagoruyko & Komodakis (2016): 11.0e6.
   ('wrn_16_8', {}, 32, 10_961_370, 1_548_145_664),
+  ('conv6', {}, 32, 2_262_602, 153_881_088),  # FC
+  ('lenet_300_100', {}, 28, 266_610, 266_200),  # FC
+  # By hand: 784 x 500 + 500, thrice 500 x 500 + 500, 500 x 10 + 10.
+  ('mlp_500', {}, 28, 1_149_010, 1_147_000),
   # By hand: 150 + 6, 2,400 + 16, 48,000 + 120, 10,080 + 84, 840 + 10.
   ('LeNet5', {'pad': 2}, 28, 61_706, 416_520),
   ('bert_base', {}, 128, 109_483_778, 11_174_217_216),  # HF
@@ -369,23 +386,38 @@ def test_paddings_do_not_depend_on_the_side_of_the_image(name):
   assert paddings(64) == paddings(65)
 
 
+up = lambda n: -(-n // 2)
+down = lambda n: n // 2
+
+
 @pytest.mark.parametrize('side', [32, 33, 35])
 @pytest.mark.parametrize(
-  ('name', 'sides'),
-  [('resnet', lambda n: n), ('bottleneck', lambda n: -(-n // 4))],
+  ('name', 'half', 'first', 'strides'),
+  [
+    # The stages' own strides, after what the stem leaves.
+    ('resnet', up, 0, (1, 2, 2)),
+    ('bottleneck', up, 2, (1, 2, 2, 2)),
+    ('wide', up, 0, (1, 2, 2)),
+    ('vgg', down, 0, (2, 2, 2, 2, 2)),
+    ('conv6', down, 0, (2, 2, 2)),
+    ('mobilenet_v1', down, 0, (1, 2, 2, 2, 2)),  # TensorFlow's: (0, 1).
+    ('mobilenet_v2', up, 1, (1, 2, 2, 2, 1, 2, 1)),
+    ('mobilenet_v3', up, 1, (2, 2, 2, 2)),
+  ],
 )
-def test_sides_are_halved_and_rounded_up(name, sides, side):
+def test_the_sides_of_odd_maps(name, half, first, strides, side):
   model, x = FAMILIES[name]
-  model = model.clone(head='pool')
+  if hasattr(model, 'head'):
+    model = model.clone(head='pool')
   x = images(side, x.shape[-1])
-  variables, side = shapes(model, x), sides(side)
-  for stage in range(model.num_stages):
-    stop = stage + 1
-    if stop < model.num_stages:
-      run = lambda v, x, stop=stop: model.apply(v, x, stop=stop)
-      found = jax.eval_shape(run, variables, x)
-      assert found.shape[1:3] == (side, side)
-    side = -(-side // 2)
+  variables = shapes(model, x)
+  for _ in range(first):
+    side = half(side)
+  for stop, stride in enumerate(strides[:-1], 1):
+    side = half(side) if stride == 2 else side
+    run = lambda v, x, stop=stop: model.apply(v, x, stop=stop)
+    assert jax.eval_shape(run, variables, x).shape[1:3] == (side, side)
+  assert jax.eval_shape(model.apply, variables, x).ndim == 2
 
 
 def test_googlenet_pools_like_ceil_mode_on_any_side():
@@ -733,6 +765,7 @@ QKV = {f'layer1/{part}': 100 for part in ('query', 'key', 'value')}
     (models.vgg11(), NO_IMAGE, ValueError, 'Images must have shape'),
     (models.GoogLeNet(), BYTES, TypeError, 'got uint8; scale them first'),
     (v2(), BYTES, TypeError, 'Images must be floating point'),
+    (models.mlp_500(), BYTES, TypeError, 'got uint8; scale them first'),
     (models.vgg11(), images(31), ValueError, 'at least 32 x 32, got 31 x 31'),
     (models.LeNet5(), images(13), ValueError, 'before conv2, got 4 x 4'),
     (

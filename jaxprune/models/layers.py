@@ -80,6 +80,11 @@ def check_images(x: Array) -> None:
     raise ValueError(
       f'Images must have shape (batch, height, width, channels), got {x.shape}.'
     )
+  check_floats(x)
+
+
+def check_floats(x: Array) -> None:
+  """Raises TypeError unless x is floating point."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f'Images must be floating point, got {x.dtype}; scale them first, for '

@@ -56,8 +56,10 @@ class MLP(nn.Module):
 
     Raises:
       ValueError: if ``widths`` names what is not there, or the stages are none.
+      TypeError: if x is not floating point.
     """
     del train
+    layers.check_floats(x)
     stop = layers.check_stages(start, stop, self.num_stages)
     x = x.reshape(x.shape[0], -1)
     for i, width in list(enumerate(self.hidden, 1))[start:stop]:
