@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import numpy as np
@@ -7,18 +8,39 @@ from jaxprune import data, digits, text
 
 # --- GLUE --------------------------------------------------------------------
 
-ROWS = {
-  'qqp': [
-    {'question1': 'Is it?', 'question2': 'Ist es ä?', 'label': 1},
-    {'question1': 'Why?', 'question2': 'How?', 'label': 0},
-  ],
-  'sst2': [{'sentence': 'Fine.', 'label': 1}, {'sentence': 'Bad.', 'label': 0}],
+# The features and labels of TFDS' glue 2.0.0, and rows made for the test.
+GLUE = {
+  'mnli': {
+    'premise': ('It rains.', 'Er lacht über sie.', 'A cat sleeps.'),
+    'hypothesis': ('It is dry.', 'He laughs.', 'It is grey.'),
+    'labels': ('entailment', 'neutral', 'contradiction'),
+    'answers': (2, 0, 1),
+    'splits': ('train', 'validation_matched', 'validation_mismatched'),
+  },
+  'qqp': {
+    'question1': ('Is it?', 'Why?'),
+    'question2': ('Ist es ä?', 'How?'),
+    'labels': ('not_duplicate', 'duplicate'),
+    'answers': (1, 0),
+    'splits': ('train', 'validation', 'test'),
+  },
+  'sst2': {
+    'sentence': ('Fine.', 'Bad.'),
+    'labels': ('negative', 'positive'),
+    'answers': (1, 0),
+    'splits': ('train', 'validation', 'test'),
+  },
+}
+SENTENCES = {
+  'mnli': ('premise', 'hypothesis'),
+  'qqp': ('question1', 'question2'),
+  'sst2': ('sentence',),
 }
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """A folder of sets with two tasks of GLUE, two sentences each."""
+  """A folder of sets with the three tasks of GLUE, as TFDS prepares them."""
   root = tmp_path_factory.mktemp('sets')
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import registered
@@ -27,61 +49,86 @@ def root(tmp_path_factory):
   with registered.skip_registration():
 
     class Glue(tfds.core.GeneratorBasedBuilder):
-      """Two of the tasks."""
+      """Three of the tasks."""
 
       VERSION = tfds.core.Version('2.0.0')
-      BUILDER_CONFIGS = tuple(map(config, ROWS))
+      BUILDER_CONFIGS = tuple(map(config, GLUE))
 
       def _info(self):
-        columns = ROWS[self.builder_config.name][0]
-        features = {key: tfds.features.Text() for key in columns}
-        features['label'] = tfds.features.ClassLabel(names=['no', 'yes'])
+        task = self.builder_config.name
+        features = {key: tfds.features.Text() for key in SENTENCES[task]}
+        features['label'] = tfds.features.ClassLabel(names=GLUE[task]['labels'])
+        features['idx'] = np.int32
         return tfds.core.DatasetInfo(
           builder=self, features=tfds.features.FeaturesDict(features)
         )
 
       def _split_generators(self, dl_manager):
-        return {s: self._generate_examples(s) for s in ('train', 'test')}
+        splits = GLUE[self.builder_config.name]['splits']
+        return {split: self._generate_examples(split) for split in splits}
 
       def _generate_examples(self, split):
-        for i, row in enumerate(ROWS[self.builder_config.name]):
-          yield i, row if split == 'train' else {**row, 'label': -1}
+        task = self.builder_config.name
+        for i, label in enumerate(GLUE[task]['answers']):
+          row = {key: GLUE[task][key][i] for key in SENTENCES[task]}
+          yield i, {**row, 'label': -1 if split == 'test' else label, 'idx': i}
 
   with digits._silence():
-    for task in ROWS:
+    for task in GLUE:
       builder = Glue(config=task, data_dir=root, file_format='array_record')
       builder.download_and_prepare()
   return root
 
 
-def test_glue_of_pairs_and_of_sentences(root):
-  pairs = text.glue('qqp', 'train', root)
-  assert set(pairs.texts) == {('Is it?', 'Ist es ä?'), ('Why?', 'How?')}
-  of = dict(zip(pairs.texts, pairs.labels, strict=True))
-  assert of['Why?', 'How?'] == 0
-  assert of['Is it?', 'Ist es ä?'] == 1
-  assert pairs.labels.dtype == np.int32
-  assert pairs.classes == ('no', 'yes')
-  assert (pairs.name, pairs.version, len(pairs)) == ('glue/qqp', '2.0.0', 2)
-  assert set(text.glue('sst2', 'train', root).texts) == {'Fine.', 'Bad.'}
+@pytest.mark.parametrize('task', GLUE)
+def test_glue_as_tfds_prepares_it(root, task):
+  for split in GLUE[task]['splits'][:2]:
+    found = text.glue(task, split, root)
+    rows = zip(*(GLUE[task][key] for key in SENTENCES[task]), strict=True)
+    texts = [row if len(row) > 1 else row[0] for row in rows]
+    expected = dict(zip(texts, GLUE[task]['answers'], strict=True))
+    assert dict(zip(found.texts, found.labels, strict=True)) == expected
+    assert found.labels.dtype == np.int32
+    assert found.classes == GLUE[task]['labels']
+    assert (found.name, found.version) == (f'glue/{task}', '2.0.0')
+  assert len(text.glue(task, 'train[:1]', root)) == 1
+  assert 'tensorflow' not in sys.modules
 
 
-def test_glue_errors(root):
-  for args, message in (
-    (('cola', 'train'), "no GLUE task 'cola'; there are: mnli, qqp, sst2"),
-    (('mnli', 'train'), "There is no data set 'glue/mnli' in "),
-    (('qqp', 'valid'), "has no split 'valid'"),
+def test_glue_errors(root, tmp_path):
+  (tmp_path / 'glue').symlink_to(root / 'glue' / 'sst2')
+  for args, folder, message in (
+    (
+      ('cola', 'train'),
+      root,
+      "no GLUE task 'cola'; there are: mnli, qqp, sst2",
+    ),
+    (('mnli', 'train'), tmp_path, "There is no data set 'glue/mnli' in "),
+    (('qqp', 'valid'), root, "has no split 'valid'"),
+    (('mnli', 'validation'), root, 'it has train, validation_matched, valid'),
     (
       ('qqp', 'test'),
+      root,
       r"Record 0 of glue/qqp 'test' has the label -1, .* 0 to 1",
     ),
   ):
     with pytest.raises(data.DataError, match=message):
-      text.glue(*args, data_dir=root)
-  with pytest.raises(data.DataError, match="has no feature 'premise', but lab"):
+      text.glue(*args, data_dir=folder)
+  with pytest.raises(data.DataError, match="has no feature 'premise', but idx"):
     data.records('glue/sst2', 'train', root, ('premise', 'label'))
   with pytest.raises(data.DataError, match="its 'sentence' has no classes"):
     data.records('glue/sst2', 'train', root, ('sentence',))
+
+
+def test_a_damaged_sentence_is_named(root, tmp_path):
+  shutil.copytree(root / 'glue', tmp_path / 'glue')
+  name = 'glue-train.array_record-00000-of-00001'
+  file = tmp_path / 'glue' / 'mnli' / '2.0.0' / name
+  raw = bytearray(file.read_bytes())
+  raw[raw.index(b'It rains')] ^= 1
+  file.write_bytes(raw)
+  with pytest.raises(data.DataError, match=r'Record \d of glue .* is damaged'):
+    text.glue('mnli', 'train', tmp_path)
 
 
 # --- Docstrings --------------------------------------------------------------
