@@ -134,6 +134,22 @@ def records(
   return rows, classes, str(builder.info.version)
 
 
+def count(
+  name: str, split: str = 'train', data_dir: str | os.PathLike | None = None
+) -> int:
+  """Returns the number of examples of a split; no record is read.
+
+  Args:
+    name: as in :func:`load`.
+    split: as in :func:`load`.
+    data_dir: as in :func:`load`.
+
+  Raises:
+    DataError: if the set, its folder or the split is missing.
+  """
+  return len(_source(_builder(name, data_dir), split))
+
+
 def _features(builder: Any) -> tuple[str, str, tuple[str, ...]]:
   """Returns the names of image, label and classes of a set."""
   image, label = builder.info.supervised_keys or ('image', 'label')
@@ -419,6 +435,7 @@ def stream(
   batch: int,
   epochs: int,
   start: int = 0,
+  rows: np.ndarray | None = None,
   transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
   | None = None,
   host: tuple[int, int] = (0, 1),
@@ -443,6 +460,8 @@ def stream(
     batch: examples of a step over all hosts, a multiple of their number.
     epochs: after which the iterator ends.
     start: the first step to yield, counted over all epochs.
+    rows: int, [n]; the examples to read, as places in the split, as if they
+      alone were the set; by default all.
     transform: (image, rng) -> uint8 image of one shape, run on the host, such
       as ``augment.random_resized_crop``; rng is seeded by (seed, epoch, index
       of the example).
@@ -459,7 +478,8 @@ def stream(
       dtype than record 0, or one at which the transform raises, when its step
       is read, and at once for record 0.
     ValueError: if ``batch`` is no multiple of the number of hosts or more than
-      the examples, if the host is not one of them, or if ``start`` is no step.
+      the examples, if the host is not one of them, if ``rows`` names what is no
+      example, or if ``start`` is no step.
   """
   index, count = host
   if not 0 <= index < count or batch % count:
@@ -488,10 +508,17 @@ def stream(
 
   shape = changed(first, 0, 0).shape
 
+  rows = np.arange(len(source)) if rows is None else np.asarray(rows)
+  if rows.size and not 0 <= rows.min() <= rows.max() < len(source):
+    raise ValueError(
+      f'`rows` must be in 0..{len(source) - 1}, the examples of {label}, got '
+      f'{rows.min()}..{rows.max()}.'
+    )
+
   @functools.lru_cache(maxsize=2)
   def order(epoch):
-    rows = epoch_batches(seed, epoch, size=len(source), batch=batch)
-    return np.asarray(rows)
+    places = epoch_batches(seed, epoch, size=len(rows), batch=batch)
+    return rows[np.asarray(places)]
 
   steps = len(order(0))
   if not 0 <= start <= epochs * steps:

@@ -314,12 +314,50 @@ def test_stream_has_the_order_of_the_set_in_memory(root):
   np.testing.assert_array_equal(rest[0][0], batches[4][0])
   assert len(rest) == 2
 
-  # Two hosts see one half each.
-  halves = [
-    next(data.stream('digits', 'test', root, host=(i, 2), **options))[1]
-    for i in range(2)
-  ]
-  np.testing.assert_array_equal(np.concatenate(halves), batches[0][1])
+
+@pytest.mark.parametrize('hosts', [2, 4, 5])
+def test_hosts_share_a_step_and_go_on_from_its_middle(root, hosts):
+  options = {'seed': 3, 'batch': 40, 'epochs': 2}
+  whole = list(data.stream('digits', 'test', root, **options))
+  assert len(whole) == 18
+  # From step 5 of epoch 0, and after a restart from step 2 of epoch 1.
+  for start in (5, 11):
+    parts = [
+      data.stream(
+        'digits', 'test', root, host=(i, hosts), start=start, **options
+      )
+      for i in range(hosts)
+    ]
+    for step in range(start, start + 3):
+      found = [next(part) for part in parts]
+      assert {len(labels) for _, labels in found} == {40 // hosts}
+      for k in range(2):
+        together = np.concatenate([one[k] for one in found])
+        np.testing.assert_array_equal(together, whole[step][k])
+
+
+def test_a_stream_of_some_rows_is_that_of_their_set(root):
+  whole, rows = data.load('digits', 'test', root), np.arange(3, 360, 7)
+  options = {'seed': 1, 'batch': 10, 'epochs': 2}
+  found = list(data.stream('digits', 'test', root, rows=rows, **options))
+  assert len(found) == 2 * (len(rows) // 10)
+  for t, (images, labels) in enumerate(found):
+    epoch, step = divmod(t, len(rows) // 10)
+    order = data.epoch_batches(1, epoch, size=len(rows), batch=10)[step]
+    np.testing.assert_array_equal(images, whole.images[rows[order]])
+    np.testing.assert_array_equal(labels, whole.labels[rows[order]])
+  for wrong in ([0, 360], [-1, 5]):
+    with pytest.raises(ValueError, match=r'`rows` must be in 0\.\.359, the ex'):
+      data.stream('digits', 'test', root, rows=np.array(wrong), **options)
+
+
+def test_examples_are_counted_without_a_record(copy):
+  assert data.count('digits', 'train', copy) == 1437
+  assert data.count('digits', 'train[:10%]+test', copy) == 504
+  file = copy / 'digits/1.0.0/digits-test.array_record-00000-of-00001'
+  file.unlink()
+  with pytest.raises(data.DataError, match='is missing'):
+    data.count('digits', 'test', copy)
 
 
 def test_stream_transforms_by_seed_epoch_and_example(root):
