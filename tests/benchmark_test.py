@@ -1,10 +1,12 @@
-"""What the benchmark analyses is a network that can be cut."""
+"""The rows of the benchmark: one function in two forms, networks to cut."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from marks import slow
 
-from experiments.benchmark import analysis, shrinking
+from experiments.benchmark import analysis, depthwise, shrinking, soft_steps
 from jaxprune import plans, structure
 from jaxprune.proof import check
 
@@ -14,13 +16,14 @@ SIZES = analysis.Sizes(
 TOKENS = jnp.array([[1, 9, 3, 3, 7], [2, 0, 10, 4, 5]])
 
 
-@pytest.fixture(autouse=True)
-def _promote():
+@pytest.fixture
+def promotion():
   with jax.numpy_rank_promotion('allow'):
     yield
 
 
-@pytest.mark.slow
+@slow
+@pytest.mark.usefixtures('promotion')
 def test_a_decoder_of_the_form_of_llama_is_cut_everywhere():
   specs = analysis.llama_params(SIZES)
   leaves, form = jax.tree.flatten(specs)
@@ -38,7 +41,8 @@ def test_a_decoder_of_the_form_of_llama_is_cut_everywhere():
   assert check(graph, plan, params, TOKENS, gradients=False).values < 1e-5
 
 
-def test_it_sees_only_what_came_before():
+@pytest.mark.usefixtures('promotion')
+def test_a_decoder_sees_only_what_came_before():
   params = jax.tree.map(
     lambda spec: jnp.sin(jnp.arange(spec.size)).reshape(spec.shape),
     analysis.llama_params(SIZES),
@@ -49,8 +53,35 @@ def test_it_sees_only_what_came_before():
   assert moved.tolist() == [False, False, False, True, True]
 
 
+@pytest.mark.usefixtures('promotion')
 @pytest.mark.parametrize('row', analysis.ROWS)
 def test_the_rows_that_trace_are_rows_of_the_benchmark(row):
   ours, other = shrinking.calls(row)
   assert other is None
   assert len(ours().groups) > 40
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_both_forms_of_depthwise_maps_are_one_function(backward):
+  shifted, grouped, args = depthwise.maps(
+    ((6, 3, 1), (8, 2, 2)), 2, backward=backward
+  )
+  a, b = (jax.tree.leaves(jax.jit(fn)(*args)) for fn in (shifted, grouped))
+  assert len(a) == (4 if backward else 2)
+  for x, y in zip(a, b, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+  uses = lambda fn: 'conv_general_dilated' in str(jax.make_jaxpr(fn)(*args))
+  assert uses(grouped)
+  assert not uses(shifted)
+
+
+@pytest.mark.parametrize('row', soft_steps.ROWS)
+def test_a_step_with_pdp_is_a_step(row):
+  def run():
+    ours, dense, args = soft_steps.pair(row, 0.8)
+    return ours(*args), dense(*args), args[:3]
+
+  # On shapes alone: the whole networks are there, and nothing is computed.
+  ours, dense, (params, momentum, stats) = jax.eval_shape(run)
+  for found in (ours, dense):
+    assert found == (params, momentum, stats)

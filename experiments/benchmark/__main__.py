@@ -15,7 +15,8 @@ scores of a VGG-16 with BatchNorm, against |w|; ``read`` is one global drawing
 against 32 readings of the weights, wall time where there is an accelerator and
 a figure without meaning on a CPU. Temporaries and compile times are those of
 the first of the two. ``shrinking`` describes the rows of planning and
-shrinking, ``soft_steps`` those of training steps with PDP.
+shrinking, ``soft_steps`` those of training steps with PDP, ``depthwise`` those
+of depthwise convolutions.
 """
 
 import json
@@ -31,7 +32,7 @@ from absl import flags
 
 import jaxprune
 from experiments import command
-from experiments.benchmark import shrinking, soft_steps
+from experiments.benchmark import depthwise, shrinking, soft_steps
 from experiments.flags import BadInputError
 from jaxprune import distributions, lookahead, masks, scores, select, transforms
 
@@ -39,7 +40,7 @@ ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
 _F = flags.FlagValues()
 _ROWS = flags.DEFINE_list(
   'rows',
-  [*ROWS, *shrinking.ROWS, *soft_steps.ROWS],
+  [*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS],
   'What to measure.',
   flag_values=_F,
 )
@@ -164,6 +165,8 @@ def pair(row: str, params: dict[str, jax.Array], sparsity: float) -> Pair:
     return _read(params, sparsity)
   if row in soft_steps.ROWS:
     return soft_steps.pair(row, sparsity)
+  if row in depthwise.ROWS:
+    return depthwise.pair(row)
   raise ValueError(f'No row is called {row!r}; the rows: {", ".join(ROWS)}.')
 
 
@@ -289,7 +292,7 @@ def measure(row: str, params: dict[str, jax.Array]) -> dict[str, Any]:
 
 def main() -> None:
   """Measures every row and prints one line of JSON for each."""
-  known = [*ROWS, *shrinking.ROWS, *soft_steps.ROWS]
+  known = [*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS]
   unknown = set(_ROWS.value) - set(known)
   if unknown:
     raise BadInputError(

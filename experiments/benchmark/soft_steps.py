@@ -18,7 +18,10 @@ from jaxprune import models, soft
 ROWS: Mapping[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
   'pdp_mlp': (models.mlp_500, (60, 28, 28, 1)),
   'pdp_resnet20': (models.resnet20, (128, 32, 32, 3)),
-  'pdp_mobilenet': (lambda: models.mobilenet_v1(0.25), (8, 224, 224, 3)),
+  'pdp_mobilenet': (
+    lambda: models.mobilenet_v1(0.25, dropout=0.0),
+    (8, 224, 224, 3),
+  ),
 }
 
 
