@@ -35,7 +35,7 @@ import numpy as np
 import tqdm
 
 import jaxprune as jp
-from experiments import flags, methods, recipes, timing, train, workdir
+from experiments import flags, methods, tasks, timing, train, workdir
 from jaxprune import (
   checkpoint,
   cost,
@@ -45,7 +45,6 @@ from jaxprune import (
   models,
   plans,
   report,
-  scores,
 )
 
 CHUNK = 64  # Steps between two lines of the log.
@@ -60,142 +59,6 @@ NAMES: Mapping[str, str] = {
 }
 
 
-class Task(NamedTuple):
-  """The network, the data and what follows from the flags."""
-
-  config: flags.Config
-  module: Any
-  fn: Callable[[Any, Any], jax.Array]  # (variables, images) -> logits.
-  prepare: Callable[[jax.Array], jax.Array]
-  examples: train.Examples
-  held: train.Examples | None
-  test: data.Dataset
-  initial: Any  # Variables.
-  graph: Any
-
-
-class Stage(NamedTuple):
-  """A part of the training."""
-
-  name: str
-  epochs: int
-  learning_rate: float
-
-
-def prepare(config: flags.Config) -> Task:
-  """Returns the task of a configuration; writes nothing.
-
-  Raises:
-    BadInputError: if the flags do not fit the data or the network.
-    DataError: if the data are missing or damaged.
-  """
-  load = lambda split: data.load(config.dataset, split, config.data_dir)
-  training, test = load(config.train_split), load(config.test_split)
-  examples, held = train.split_off(
-    training.images, training.labels, config.validation, config.seed
-  )
-  if len(examples.labels) < config.batch:
-    raise flags.BadInputError(
-      f'--batch={config.batch} must be at most the {len(examples.labels)} '
-      f'examples to train on. Give a smaller one.'
-    )
-  module = flags.network(config, len(training.classes))
-  shape = jax.ShapeDtypeStruct((1, *training.images.shape[1:]), jnp.float32)
-  fn = lambda variables, x: module.apply(variables, x)
-  key = jax.random.key(config.seed)
-  try:
-    initial = jax.jit(module.init)(key, jnp.zeros(shape.shape, shape.dtype))
-  except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise flags.BadInputError(
-      f'--model={config.model} does not take images of '
-      f'{"x".join(map(str, shape.shape[1:]))} ({type(error).__name__}). '
-      f'Choose another --model.'
-    ) from error
-  task = Task(
-    config=config,
-    module=module,
-    fn=fn,
-    prepare=train.preparation(training.images),
-    examples=examples,
-    held=held,
-    test=test,
-    initial=initial,
-    graph=jp.trace(fn, initial, shape),
-  )
-  if 'channel' in flags.METHODS[config.method]:
-    choose(task, initial)  # Refuses a budget that cannot be met.
-  return task
-
-
-def choose(task: Task, variables: Any) -> Any:
-  """Returns the plan that keeps the channels of largest magnitude.
-
-  Raises:
-    BadInputError: if the budget cannot be met.
-  """
-  graph, config = task.graph, task.config
-  found = graph.reduce(scores.magnitude(variables['params']))
-  try:
-    return jp.plan(
-      graph, found, jp.budget(macs=config.macs), round_to=config.round_to
-    )
-  except ValueError as error:
-    line = ' '.join(str(error).split())
-    raise flags.BadInputError(f'--macs={config.macs}: {line}') from None
-
-
-def schedule(config: flags.Config) -> list[Stage]:
-  """Returns the stages of a run, in order."""
-  rate = config.learning_rate
-  stages = [Stage('dense', config.epochs, rate)]
-  for name in flags.METHODS[config.method]:
-    if name == 'channel':
-      stages.append(Stage(name, config.tune_epochs, 0.5 * rate))
-    else:
-      stages.append(Stage(name, config.prune_epochs, 0.5 * rate))
-  return stages
-
-
-class Setup(NamedTuple):
-  """How a stage trains."""
-
-  tx: Any
-  view: train.View
-  start: Callable[[Any], train.State]  # From the dense network's variables.
-
-
-def set_up(task: Task, stage: Stage, plan: Any) -> Setup:
-  """Returns how a stage trains.
-
-  Args:
-    task: the task.
-    stage: the stage.
-    plan: for the stage of channel pruning.
-  """
-  config = task.config
-  steps = stage.epochs * steps_per_epoch(task)
-  if stage.name == 'dense':
-    method = methods.dense()
-  elif stage.name == 'channel':
-    method = methods.channel(plans.masks(task.graph, plan, task.initial))
-  else:
-    method = flags.UNSTRUCTURED[stage.name](config.sparsity, steps)
-  rate, decay = stage.learning_rate, config.weight_decay
-  tx = recipes.sgd(rate, decay, steps, method.link)
-
-  def start(variables):
-    stats = dict(method.start(variables))
-    params = stats.pop('params')
-    return train.State(params, stats, tx.init(params))
-
-  return Setup(tx, method.view, start)
-
-
-def steps_per_epoch(task: Task) -> int:
-  """Returns the steps of one pass over the data."""
-  return len(task.examples.labels) // task.config.batch
-
-
 class Progress(NamedTuple):
   """Where a run stands: what a checkpoint holds."""
 
@@ -205,18 +68,20 @@ class Progress(NamedTuple):
   epoch: int  # Of that stage, to come next.
 
 
-def resume(task: Task, keeper: checkpoint.Checkpointer) -> Progress:
+def resume(task: tasks.Task, keeper: checkpoint.Checkpointer) -> Progress:
   """Returns where the last whole checkpoint stands; else the beginning.
 
   Raises:
     BadInputError: if there are checkpoints and none can be read.
   """
-  stages = schedule(task.config)
+  stages = tasks.schedule(task.config)
 
   def template(metadata):
     plan = metadata['plan'] and plans.from_json(metadata['plan'])
     return {
-      stage.name: jax.eval_shape(set_up(task, stage, plan).start, task.initial)
+      stage.name: jax.eval_shape(
+        tasks.set_up(task, stage, plan).start, task.initial
+      )
       for stage in stages[: metadata['stage'] + 1]
     }
 
@@ -232,7 +97,7 @@ def resume(task: Task, keeper: checkpoint.Checkpointer) -> Progress:
   return Progress(states, plan, metadata['stage'], metadata['epoch'])
 
 
-def learn(task: Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
+def learn(task: tasks.Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
   """Runs every stage of training that is left; returns the end.
 
   Args:
@@ -240,9 +105,9 @@ def learn(task: Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
     folder: the run folder; checkpoints and the log of metrics go there.
     bar: the progress bar; it counts steps.
   """
-  config, count = task.config, steps_per_epoch(task)
+  config, count = task.config, tasks.steps_per_epoch(task)
   log = folder / 'metrics.jsonl'
-  stages = schedule(config)
+  stages = tasks.schedule(config)
   with checkpoint.Checkpointer(folder / 'checkpoints', keep=2) as keeper:
     states, plan, first, epoch = resume(task, keeper)
     step = count * (sum(s.epochs for s in stages[:first]) + epoch)
@@ -251,9 +116,9 @@ def learn(task: Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
     for number, stage in enumerate(stages[first:], first):
       bar.set_description(flags.TITLES[stage.name])
       if stage.name == 'channel' and stage.name not in states:
-        plan = choose(task, train.variables(states['dense']))
+        plan = tasks.choose(task, train.variables(states['dense']))
         workdir.write(folder / 'plan.json', plans.to_json(plan) + '\n')
-      setup = set_up(task, stage, plan)
+      setup = tasks.set_up(task, stage, plan)
       if stage.name not in states:
         begin = (
           task.initial if number == 0 else train.variables(states['dense'])
@@ -275,13 +140,13 @@ def learn(task: Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
 
 
 def make_advance(
-  task: Task, setup: Setup, log: pathlib.Path, bar: tqdm.tqdm
+  task: tasks.Task, setup: tasks.Setup, log: pathlib.Path, bar: tqdm.tqdm
 ) -> Callable[[train.State, str, int, int], train.State]:
   """Returns ``advance(state, stage, epoch, step) -> state``: one epoch.
 
   It takes the state over, appends to the log and moves the bar.
   """
-  config, count = task.config, steps_per_epoch(task)
+  config, count = task.config, tasks.steps_per_epoch(task)
   step_fn = train.make_step(
     task.module.apply,
     setup.tx,
@@ -342,7 +207,7 @@ class Network(NamedTuple):
   plan: Any = None
 
 
-def networks(task: Task, end: Progress) -> dict[str, Network]:
+def networks(task: tasks.Task, end: Progress) -> dict[str, Network]:
   """Returns the networks of a run, dense first; channels are cut out."""
   found = {}
   for name, state in end.states.items():
@@ -356,7 +221,7 @@ def networks(task: Task, end: Progress) -> dict[str, Network]:
   return found
 
 
-def masked(task: Task, end: Progress) -> Any:
+def masked(task: tasks.Task, end: Progress) -> Any:
   """Returns the full-size variables with the removed channels at zero."""
   variables = train.variables(end.states['channel'])
   keep = plans.masks(task.graph, end.plan, variables)
@@ -364,7 +229,10 @@ def masked(task: Task, end: Progress) -> Any:
 
 
 def measure(
-  task: Task, found: Mapping[str, Network], folder: pathlib.Path, bar: tqdm.tqdm
+  task: tasks.Task,
+  found: Mapping[str, Network],
+  folder: pathlib.Path,
+  bar: tqdm.tqdm,
 ) -> list[dict[str, Any]]:
   """Returns the figures of each network, and writes its weights and program.
 
@@ -414,7 +282,7 @@ def measure(
 
 
 def prove(
-  task: Task,
+  task: tasks.Task,
   end: Progress,
   found: Mapping[str, Network],
   results: Sequence[Mapping[str, Any]],
@@ -480,7 +348,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_report(
-  task: Task,
+  task: tasks.Task,
   folder: pathlib.Path,
   found: Mapping[str, Network],
   results: Sequence[Mapping[str, Any]],
@@ -550,9 +418,11 @@ def run(config: flags.Config) -> int:
   done = pathlib.Path(config.workdir) / 'results.json'
   if done.exists():
     return show(done.parent, json.loads(done.read_text()))
-  task = prepare(config)
+  task = tasks.prepare(config)
   folder = workdir.claim(config)
-  total = steps_per_epoch(task) * sum(s.epochs for s in schedule(config))
+  total = tasks.steps_per_epoch(task) * sum(
+    s.epochs for s in tasks.schedule(config)
+  )
   with tqdm.tqdm(total=total, unit='step', dynamic_ncols=True) as bar:
     end = learn(task, folder, bar)
     found = networks(task, end)
