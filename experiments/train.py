@@ -1,13 +1,15 @@
 """Training as one pure function of (state, examples, key).
 
 What a method adds is a link of the optax chain, and perhaps a view of the
-params inside the loss. The data are on the device, and the examples of a step
-depend on (seed, epoch, step) alone: a run resumes by its epoch, and is the same
-on one device, on several under ``jit``, and under ``pmap``.
+params inside the loss. The data are on the device, or stream there, and the
+examples of a step depend on (seed, epoch, step) alone: a run resumes by its
+epoch, and is the same on one device, on several under ``jit``, and under
+``pmap``.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images).
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 View = Callable[[Any, optax.OptState], Any]  # (params, state) -> params.
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # See make_step.
+Teacher = Callable[[jax.Array], jax.Array]  # Prepared images -> logits.
 Parallel = Literal['jit', 'pmap']
 AXIS = 'devices'  # Over which a batch is split.
 _DROPOUT, _MIX = 0x64726F70, 0x6D697865  # Keys beside that of `change`.
@@ -41,6 +44,15 @@ class Examples(NamedTuple):
 
   images: jax.Array  # uint8, [n, height, width, channels].
   labels: jax.Array  # int32, [n].
+
+
+class Stream(NamedTuple):
+  """A split that is read as training goes, too large for the device."""
+
+  # (first step over all epochs) -> (images, labels) of it and of those after
+  # it, the examples that `data.epoch_batches` names.
+  begin: Callable[[int], Iterator[tuple[Any, Any]]]
+  size: int  # Examples.
 
 
 class Metrics(NamedTuple):
@@ -162,11 +174,12 @@ def make_runner(
 ) -> Callable[..., Any]:
   """Returns ``run(state, examples, epoch, begin, end) -> (state, metrics)``.
 
-  It runs the steps begin..end-1 of an epoch, and takes the state over. Over
-  several devices a batch is split, and the state that comes in and goes out is
-  on one. Under 'jit' the step is that of one device, partitioned by the
-  compiler: batch norms see the whole batch. Under 'pmap' each device normalises
-  its own part.
+  It runs the steps begin..end-1 of an epoch, and takes the state over. The
+  examples are :class:`Examples`, or a :class:`Stream` of them, whose steps are
+  dispatched one by one. Over several devices a batch is split, and the state
+  that comes in and goes out is on one. Under 'jit' the step is that of one
+  device, partitioned by the compiler: batch norms see the whole batch. Under
+  'pmap' each device normalises its own part.
 
   Args:
     step: from :func:`make_step`.
@@ -213,17 +226,18 @@ def make_runner(
     body = lambda s, i: one(s, examples, rows, epoch, i)
     return jax.lax.scan(body, state, steps)
 
-  compiled = several if fused else one
-  if mapped:
-    compiled = jax.pmap(
-      compiled,
+  def compiled(fn):
+    if not mapped:
+      return jax.jit(fn, donate_argnums=0)
+    return jax.pmap(
+      fn,
       AXIS,
       in_axes=(0, 0, None, None, None),
       devices=jax.devices()[:devices],
       donate_argnums=0,
     )
-  else:
-    compiled = jax.jit(compiled, donate_argnums=0)
+
+  one_step, all_steps = compiled(one), compiled(several)
 
   @jax.jit
   def copies(tree):
@@ -239,24 +253,45 @@ def make_runner(
       tree = jax.tree.map(lambda x: x[0], tree)
     return jax.device_put(tree, jax.devices()[0]) if devices > 1 else tree
 
-  # The examples go to the devices once, and stay there.
+  # Examples go to the devices once, and stay there; a stream is read on.
   kept: list[tuple[Examples, Examples]] = []
+  reading: list[tuple[Stream, int, Iterator[Any]]] = []
+
+  def placed(examples):
+    if devices == 1:
+      return examples
+    if not kept or kept[0][0] is not examples:
+      kept[:] = [(examples, place(examples))]
+    return kept[0][1]
+
+  def streamed(stream, at, count):
+    found = reading.pop() if reading else None
+    if found is None or found[:2] != (stream, at):
+      found = stream, at, data.prefetch(stream.begin(at))
+    for _ in range(count):
+      examples = Examples(*next(found[2]))
+      yield place(examples) if devices > 1 else examples
+    reading.append((stream, at + count, found[2]))
 
   def run(state, examples, epoch, begin, end):
-    rows = order(epoch, examples.labels)
+    streams = isinstance(examples, Stream)
+    if streams:  # A batch is all the examples of its step.
+      steps = examples.size // batch
+      rows = jnp.broadcast_to(jnp.arange(batch), (steps, batch))
+      batches = streamed(examples, epoch * steps + begin, end - begin)
+    else:
+      rows = order(epoch, examples.labels)
+      batches = itertools.repeat(placed(examples), end - begin)
     if devices > 1:
-      if not kept or kept[0][0] is not examples:
-        kept[:] = [(examples, place(examples))]
-      examples, state = kept[0][1], place(state)
-      rows = jax.device_put(rows, everywhere)
-    if fused:
-      state, metrics = compiled(
-        state, examples, rows, epoch, jnp.arange(begin, end)
+      state, rows = place(state), jax.device_put(rows, everywhere)
+    if fused and not streams:
+      state, metrics = all_steps(
+        state, next(batches), rows, epoch, jnp.arange(begin, end)
       )
       return collect(state), collect(metrics)
     found = []
-    for i in range(begin, end):
-      state, metrics = compiled(state, examples, rows, epoch, i)
+    for i, examples in enumerate(batches, begin):
+      state, metrics = one_step(state, examples, rows, epoch, i)
       found.append(collect(metrics))
     return collect(state), jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
@@ -312,10 +347,25 @@ def interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
   return max(0.0, low), min(1.0, high)
 
 
+def split_rows(
+  size: int, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the rows to train on and those to validate on, both ascending.
+
+  Args:
+    size: number of examples.
+    fraction: of the examples that validate, in [0, 1).
+    seed: that draws them.
+  """
+  order = np.random.default_rng(seed).permutation(size)
+  count = round(fraction * size)
+  return np.sort(order[count:]), np.sort(order[:count])
+
+
 def split_off(
   images: np.ndarray, labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[Examples, Examples | None]:
-  """Returns (what to train on, what to validate on); None for a fraction of 0.
+  """Returns (what to train on, what to validate on); None for no example.
 
   Args:
     images: uint8, [n, ...].
@@ -323,12 +373,9 @@ def split_off(
     fraction: of the examples that validate, in [0, 1).
     seed: that draws them.
   """
-  order = np.random.default_rng(seed).permutation(len(labels))
-  count = round(fraction * len(labels))
+  rest, held = split_rows(len(labels), fraction, seed)
   part = lambda i: Examples(jnp.asarray(images[i]), jnp.asarray(labels[i]))
-  if not count:
-    return part(np.arange(len(labels))), None
-  return part(np.sort(order[count:])), part(np.sort(order[:count]))
+  return part(rest), part(held) if held.size else None
 
 
 def preparation(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:

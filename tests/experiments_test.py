@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -16,10 +17,20 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from marks import slow
 
 import jaxprune as jp
 from experiments import flags, methods, prune, recipes, timing, train, workdir
-from jaxprune import augment, checkpoint, digits, export, models, plans, report
+from jaxprune import (
+  augment,
+  checkpoint,
+  data,
+  digits,
+  export,
+  models,
+  plans,
+  report,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As a user has it: one device, and XLA's usual optimisation.
@@ -318,6 +329,51 @@ def test_mixed_targets_reach_the_loss_and_the_labels_the_accuracy(toy):
   np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
   hits = jnp.argmax(logits, -1) == examples.labels[rows]
   np.testing.assert_allclose(metrics.accuracy, hits.mean())
+
+
+def read_on(examples, batch, seed):
+  """Returns examples as a stream, and the steps at which it was begun."""
+  begun, size = [], len(examples.labels)
+  images, labels = map(np.asarray, examples)
+
+  def begin(step):
+    begun.append(step)
+    for t in itertools.count(step):
+      epoch, place = divmod(t, size // batch)
+      rows = data.epoch_batches(seed, epoch, size=size, batch=batch)[place]
+      yield images[rows], labels[rows]
+
+  return train.Stream(begin, size), begun
+
+
+@pytest.mark.parametrize(
+  ('devices', 'parallel'), [(1, 'jit'), (4, 'jit'), slow(4, 'pmap')]
+)
+def test_a_stream_trains_to_the_same_bits(toy, devices, parallel):
+  _, _, examples, setup = toy
+  step, state = setup()
+  make = lambda: train.make_runner(
+    step, seed=3, batch=8, fused=True, devices=devices, parallel=parallel
+  )
+  held = train.make_runner(
+    step, seed=3, batch=8, fused=False, devices=devices, parallel=parallel
+  )
+  expected = train.own(state)
+  for epoch in (0, 1):
+    expected, metrics = held(expected, examples, epoch, 0, 4)
+  stream, begun = read_on(examples, 8, 3)
+  run = make()
+  found, _ = run(train.own(state), stream, 0, 0, 3)
+  found, _ = run(found, stream, 0, 3, 4)
+  found, first = run(found, stream, 1, 0, 1)
+  assert begun == [0]  # It was read on, and not begun anew.
+  found, rest = make()(found, stream, 1, 1, 4)  # After a restart.
+  assert begun == [0, 5]
+  losses = np.concatenate([first.loss, rest.loss])
+  np.testing.assert_array_equal(losses, metrics.loss)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  run(found, stream, 0, 2, 3)  # Another place than where it stood.
+  assert begun == [0, 5, 2]
 
 
 def test_what_cannot_be_split_over_devices_is_refused(toy):
