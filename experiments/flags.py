@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from absl import flags
 
-from experiments import methods, train
+from experiments import methods, recipes, train
 from jaxprune import augment, models
 
 
@@ -42,8 +44,17 @@ class Config:
   tune_epochs: int
   prune_epochs: int
   batch: int
+  optimizer: str
   learning_rate: float
   weight_decay: float
+  cutout: int
+  mixup: float
+  label_smoothing: float
+  ema: float
+  distill: float
+  dtype: str
+  remat: bool
+  stream: bool
   seed: int
   pairs: int
   save_every: int
@@ -101,6 +112,11 @@ USUAL_MODEL: Mapping[str, str] = {
   'mnist': 'lenet5',
   'fashion_mnist': 'lenet5',
 }  # Any other set: resnet20.
+OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+  'sgd': recipes.sgd,
+  'adam': recipes.adam,
+}
+USUAL_RATE: Mapping[str, float] = {'sgd': 0.1, 'adam': 1e-3}
 
 
 def _shift(padding: int) -> train.Augment:
@@ -144,6 +160,7 @@ _text = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
 _choice = functools.partial(flags.DEFINE_enum, flag_values=_FLAGS)
 _int = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
+_bool = functools.partial(flags.DEFINE_bool, flag_values=_FLAGS)
 
 _choice(
   'method',
@@ -197,8 +214,54 @@ _int('epochs', 15, 'Passes over the data to train the dense network.')
 _int('tune_epochs', 10, 'Passes to fine-tune after channels are pruned.')
 _int('prune_epochs', 20, 'Passes for a method that zeroes single weights.')
 _int('batch', 64, 'Examples a step.')
-_float('learning_rate', 0.1, 'The highest rate of SGD with momentum.')
+_choice(
+  'optimizer',
+  'sgd',
+  list(OPTIMIZERS),
+  'sgd: with Nesterov momentum. adam: with decoupled weight decay.',
+)
+_float(
+  'learning_rate',
+  None,
+  'The highest rate; without it 0.1 for sgd and 0.001 for adam.',
+)
 _float('weight_decay', 5e-4, 'Pull of the kernels towards zero.')
+_int('cutout', 0, 'Side of a square of each image that is set to zero.')
+_float(
+  'mixup', 0.0, 'Mixes pairs of images by shares of Beta(this, this); 0: none.'
+)
+_float('label_smoothing', 0.0, 'Part of each label that all classes share.')
+_float(
+  'ema',
+  0.0,
+  'Decay of a running average of the weights, which are the result then; 0: '
+  'none.',
+)
+_float(
+  'distill',
+  0.0,
+  'Weight of what the dense network says, in the loss of the networks pruned '
+  'from it; the rest is that of the labels.',
+)
+_choice(
+  'dtype',
+  'float32',
+  ['float32', 'bfloat16'],
+  'What training computes in. Weights are float32, and so are the networks '
+  'that are measured.',
+)
+_bool(
+  'remat',
+  False,
+  'Compute the activations of each block again in the backward pass: less '
+  'memory, more time.',
+)
+_bool(
+  'stream',
+  False,
+  'Read the training split from its files step by step, for one too large for '
+  'the device; the result is the same.',
+)
 _int('seed', 0, 'Decides the initial weights, the order and the shifts.')
 _int('pairs', 30, 'Rounds in which the networks are timed in turn; 0: none.')
 _int('save_every', 5, 'Epochs between two checkpoints.')
@@ -277,6 +340,8 @@ def parse(argv: Sequence[str]) -> Config | None:
   if given['model'] is None:
     name = given['dataset'].partition(':')[0]  # Behind it, a version.
     given['model'] = USUAL_MODEL.get(name, 'resnet20')
+  if given['learning_rate'] is None:
+    given['learning_rate'] = USUAL_RATE[given['optimizer']]
   _check(given)
   if given['workdir'] is None:
     text = json.dumps(given, sort_keys=True)
@@ -294,6 +359,11 @@ def _check(given: Mapping[str, Any]) -> None:
     'validation': (lambda x: 0 <= x < 1, 'in [0, 1)'),
     'learning_rate': (lambda x: 0 < x < float('inf'), 'above 0'),
     'weight_decay': (lambda x: 0 <= x < float('inf'), 'at least 0'),
+    'cutout': (lambda x: x >= 0, 'at least 0'),
+    'mixup': (lambda x: 0 <= x < float('inf'), 'at least 0'),
+    'label_smoothing': (lambda x: 0 <= x < 1, 'in [0, 1)'),
+    'ema': (lambda x: 0 <= x < 1, 'in [0, 1)'),
+    'distill': (lambda x: 0 <= x <= 1, 'in [0, 1]'),
     'seed': (lambda x: 0 <= x < 2**32, 'in 0..2^32-1'),
     'pairs': (lambda x: x >= 0, 'at least 0'),
   }
@@ -305,6 +375,10 @@ def _check(given: Mapping[str, Any]) -> None:
   for name, (fits, needed) in ranges.items():
     if not fits(given[name]):
       raise BadInputError(f'--{name} must be {needed}, got {given[name]}.')
+  if given['remat'] and not hasattr(MODELS[given['model']](10), 'remat'):
+    raise BadInputError(
+      f'--remat: {given["model"]} has no blocks to compute again; leave it out.'
+    )
   found = len(jax.devices())
   if given['devices'] > found:
     raise BadInputError(
@@ -323,7 +397,67 @@ def network(config: Config, classes: int) -> Any:
   return MODELS[config.model](classes)
 
 
+def in_training(config: Config, module: Any) -> Any:
+  """Returns a network as it trains: of the same variables.
+
+  Args:
+    config: the configuration.
+    module: its network.
+  """
+  changed = module.clone(dtype=jnp.dtype(config.dtype))
+  return changed.clone(remat=True) if config.remat else changed
+
+
+def chain(
+  config: Config, rate: float, steps: int, link: Any
+) -> optax.GradientTransformation:
+  """Returns the optimizer of a configuration, a method's link at its end.
+
+  Args:
+    config: the configuration.
+    rate: the highest.
+    steps: of the whole stage.
+    link: of the method of pruning.
+  """
+  links = [link, recipes.average(config.ema)] if config.ema else [link]
+  recipe = OPTIMIZERS[config.optimizer]
+  return recipe(rate, config.weight_decay, steps, *links)
+
+
+def loss(config: Config, teacher: train.Teacher | None = None) -> train.Loss:
+  """Returns the loss of a configuration.
+
+  Args:
+    config: the configuration.
+    teacher: prepared images -> logits to follow, if it asks for that.
+  """
+  task = train.cross_entropy
+  if config.label_smoothing:
+    task = recipes.smoothed(config.label_smoothing)
+  if teacher is None or not config.distill:
+    return task
+  return recipes.distilled(teacher, weight=config.distill, task=task)
+
+
 def augmentation(config: Config) -> train.Augment:
   """Returns how the images of a configuration are augmented in training."""
   name = config.dataset.partition(':')[0]
-  return AUGMENTATIONS.get(name, lambda key, images: images)
+  change = AUGMENTATIONS.get(name, lambda key, images: images)
+  if not config.cutout:
+    return change
+
+  def cut(key: jax.Array, images: jax.Array) -> jax.Array:
+    changing, cutting = jax.random.split(key)
+    images = change(changing, images)
+    return augment.cutout(cutting, images, config.cutout)
+
+  return cut
+
+
+def mixing(config: Config, classes: int) -> train.Mix | None:
+  """Returns how examples and labels are mixed in training; None for not."""
+  if not config.mixup:
+    return None
+  return lambda key, images, labels: augment.mixup(
+    key, images, jax.nn.one_hot(labels, classes), config.mixup
+  )

@@ -115,16 +115,16 @@ def learn(task: tasks.Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
     bar.update(step)
     for number, stage in enumerate(stages[first:], first):
       bar.set_description(flags.TITLES[stage.name])
+      dense = tasks.trained(task, states['dense']) if number else None
       if stage.name == 'channel' and stage.name not in states:
-        plan = tasks.choose(task, train.variables(states['dense']))
+        plan = tasks.choose(task, dense)
         workdir.write(folder / 'plan.json', plans.to_json(plan) + '\n')
       setup = tasks.set_up(task, stage, plan)
       if stage.name not in states:
-        begin = (
-          task.initial if number == 0 else train.variables(states['dense'])
-        )
-        states[stage.name] = jax.jit(setup.start)(train.own(begin))
-      advance = make_advance(task, setup, log, bar)
+        begin = train.own(dense or task.initial)
+        states[stage.name] = jax.jit(setup.start)(begin)
+      step_fn = tasks.make_step(task, setup, dense)
+      advance = make_advance(task, setup, step_fn, log, bar)
       for now in range(epoch, stage.epochs):
         state = advance(states[stage.name], stage.name, now, step)
         states[stage.name], step = state, step + count
@@ -140,20 +140,17 @@ def learn(task: tasks.Task, folder: pathlib.Path, bar: tqdm.tqdm) -> Progress:
 
 
 def make_advance(
-  task: tasks.Task, setup: tasks.Setup, log: pathlib.Path, bar: tqdm.tqdm
+  task: tasks.Task,
+  setup: tasks.Setup,
+  step_fn: train.Step,
+  log: pathlib.Path,
+  bar: tqdm.tqdm,
 ) -> Callable[[train.State, str, int, int], train.State]:
   """Returns ``advance(state, stage, epoch, step) -> state``: one epoch.
 
   It takes the state over, appends to the log and moves the bar.
   """
   config, count = task.config, tasks.steps_per_epoch(task)
-  step_fn = train.make_step(
-    task.module.apply,
-    setup.tx,
-    task.prepare,
-    change=flags.augmentation(config),
-    view=setup.view,
-  )
   run = train.make_runner(
     step_fn,
     seed=config.seed,
@@ -172,7 +169,7 @@ def make_advance(
     for begin in range(0, count, CHUNK):
       end = min(begin + CHUNK, count)
       clock = time.perf_counter()
-      state, found = run(state, task.examples, epoch, begin, end)
+      state, found = run(state, task.source.examples, epoch, begin, end)
       record = {
         'step': step + end,
         'stage': flags.TITLES[stage],
@@ -182,8 +179,8 @@ def make_advance(
         'accuracy': float(jnp.mean(found.accuracy)),
         'sparsity': sparsity(state.params),
       }
-      if end == count and task.held is not None:
-        record['validation_accuracy'] = evaluate(state, task.held)
+      if end == count and task.source.held is not None:
+        record['validation_accuracy'] = evaluate(state, task.source.held)
       record['seconds'] = round(time.perf_counter() - clock, 4)
       report.append_metrics(log, record)
       bar.update(end - begin)
@@ -211,7 +208,7 @@ def networks(task: tasks.Task, end: Progress) -> dict[str, Network]:
   """Returns the networks of a run, dense first; channels are cut out."""
   found = {}
   for name, state in end.states.items():
-    variables = train.variables(state)
+    variables = tasks.trained(task, state)
     if name == 'channel':
       small = jp.shrink(task.graph, end.plan, masked(task, end))
       small_fn = jp.specialise(task.graph, end.plan)
@@ -223,7 +220,7 @@ def networks(task: tasks.Task, end: Progress) -> dict[str, Network]:
 
 def masked(task: tasks.Task, end: Progress) -> Any:
   """Returns the full-size variables with the removed channels at zero."""
-  variables = train.variables(end.states['channel'])
+  variables = tasks.trained(task, end.states['channel'])
   keep = plans.masks(task.graph, end.plan, variables)
   return masks.apply(keep, variables)
 
@@ -295,7 +292,7 @@ def prove(
   def add(name, text, passed):
     checks.append({'name': name, 'result': text, 'passed': bool(passed)})
 
-  x = task.prepare(task.examples.images[:16])
+  x = task.prepare(jnp.asarray(task.source.sample[:16]))
   if 'channel' in found:
     try:
       proof = jp.check(task.graph, end.plan, masked(task, end), x)

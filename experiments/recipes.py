@@ -4,7 +4,7 @@ A chain takes the links of a pruning method at its end, where they see the
 updates as they are applied.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import train
-from jaxprune import tree
+from jaxprune import masks, recovery, tree
 
 
 def kernels(params: Any) -> Any:
@@ -72,9 +72,8 @@ def average(decay: float) -> optax.GradientTransformation:
   """Returns a link that averages the params and leaves the updates alone.
 
   average <- decay * average + (1 - decay) * (w + update), from the first w on.
-  Evaluate with ``optax.tree.get(opt_state, 'average')``; after a pruning link
-  it sees the zeros, and is itself masked to be exactly zero there
-  (``masks.apply``).
+  Evaluate with :func:`averaged`: after a pruning link the average sees the
+  zeros, and is itself masked to be exactly zero there.
 
   Args:
     decay: in [0, 1).
@@ -98,6 +97,34 @@ def average(decay: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
+def averaged(
+  state: train.State, apply: train.Apply, batches: Iterable[jax.Array]
+) -> dict[str, Any]:
+  """Returns the variables of the averaged params, zero where the params are.
+
+  Batch statistics are estimated again, on the averaged params.
+
+  Args:
+    state: at the end of training with :func:`average` in the chain.
+    apply: the network.
+    batches: prepared images, one batch or more.
+  """
+  average = optax.tree.get(state.opt_state, 'average')
+  keep = jax.tree.map(lambda w: w != 0, state.params)
+  found = {**state.stats, 'params': masks.apply(keep, average)}
+  if 'batch_stats' in found:
+
+    def update(stats, images):
+      seen = {**found, 'batch_stats': stats}
+      _, new = apply(seen, images, train=True, mutable=['batch_stats'])
+      return new['batch_stats']
+
+    found['batch_stats'] = recovery.batch_statistics(
+      update, found['batch_stats'], batches
+    )
+  return found
+
+
 def smoothed(smoothing: float) -> train.Loss:
   """Returns the cross-entropy against labels that are smoothed.
 
@@ -105,20 +132,21 @@ def smoothed(smoothing: float) -> train.Loss:
   (Szegedy et al., 2016, arXiv 1512.00567, section 7).
 
   Args:
-    smoothing: in [0, 1).
+    smoothing: in [0, 1); of labels or of targets, such as mixed ones.
   """
 
   def loss(logits, labels, images):
     del images
-    target = jax.nn.one_hot(labels, logits.shape[-1])
-    target = optax.smooth_labels(target, smoothing)
+    if labels.ndim < logits.ndim:
+      labels = jax.nn.one_hot(labels, logits.shape[-1])
+    target = optax.smooth_labels(labels, smoothing)
     return optax.softmax_cross_entropy(logits, target)
 
   return loss
 
 
 def distilled(
-  teacher: Callable[[jax.Array], jax.Array],
+  teacher: train.Teacher,
   *,
   weight: float = 0.9,
   temperature: float = 4.0,

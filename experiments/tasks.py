@@ -1,13 +1,15 @@
 """What the main job trains: its task, and the stages one after another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxprune as jp
-from experiments import flags, methods, recipes, train
+from experiments import flags, methods, recipes, sources, train
 from jaxprune import data, plans, scores
 
 
@@ -18,8 +20,7 @@ class Task(NamedTuple):
   module: Any
   fn: Callable[[Any, Any], jax.Array]  # (variables, images) -> logits.
   prepare: Callable[[jax.Array], jax.Array]
-  examples: train.Examples
-  held: train.Examples | None
+  source: sources.Source
   test: data.Dataset
   initial: Any  # Variables.
   graph: Any
@@ -40,18 +41,15 @@ def prepare(config: flags.Config) -> Task:
     BadInputError: if the flags do not fit the data or the network.
     DataError: if the data are missing or damaged.
   """
-  load = lambda split: data.load(config.dataset, split, config.data_dir)
-  training, test = load(config.train_split), load(config.test_split)
-  examples, held = train.split_off(
-    training.images, training.labels, config.validation, config.seed
-  )
-  if len(examples.labels) < config.batch:
+  test = data.load(config.dataset, config.test_split, config.data_dir)
+  source = sources.read(config)
+  if source.size < config.batch:
     raise flags.BadInputError(
-      f'--batch={config.batch} must be at most the {len(examples.labels)} '
-      f'examples to train on. Give a smaller one.'
+      f'--batch={config.batch} must be at most the {source.size} examples to '
+      f'train on. Give a smaller one.'
     )
-  module = flags.network(config, len(training.classes))
-  shape = jax.ShapeDtypeStruct((1, *training.images.shape[1:]), jnp.float32)
+  module = flags.network(config, len(test.classes))
+  shape = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), jnp.float32)
   fn = lambda variables, x: module.apply(variables, x)
   key = jax.random.key(config.seed)
   try:
@@ -66,9 +64,8 @@ def prepare(config: flags.Config) -> Task:
     config=config,
     module=module,
     fn=fn,
-    prepare=train.preparation(training.images),
-    examples=examples,
-    held=held,
+    prepare=train.preparation(source.sample),
+    source=source,
     test=test,
     initial=initial,
     graph=jp.trace(fn, initial, shape),
@@ -131,8 +128,7 @@ def set_up(task: Task, stage: Stage, plan: Any) -> Setup:
     method = methods.channel(plans.masks(task.graph, plan, task.initial))
   else:
     method = flags.UNSTRUCTURED[stage.name](config.sparsity, steps)
-  rate, decay = stage.learning_rate, config.weight_decay
-  tx = recipes.sgd(rate, decay, steps, method.link)
+  tx = flags.chain(config, stage.learning_rate, steps, method.link)
 
   def start(variables):
     stats = dict(method.start(variables))
@@ -144,4 +140,38 @@ def set_up(task: Task, stage: Stage, plan: Any) -> Setup:
 
 def steps_per_epoch(task: Task) -> int:
   """Returns the steps of one pass over the data."""
-  return len(task.examples.labels) // task.config.batch
+  return task.source.size // task.config.batch
+
+
+def trained(task: Task, state: train.State) -> dict[str, Any]:
+  """Returns the variables that a stage ends with."""
+  if not task.config.ema:
+    return train.variables(state)
+  images = jnp.asarray(task.source.sample[:2048])
+  batches = [
+    task.prepare(images[i : i + 256]) for i in range(0, len(images), 256)
+  ]
+  return recipes.averaged(state, task.module.apply, batches)
+
+
+def make_step(task: Task, setup: Setup, dense: Any) -> train.Step:
+  """Returns the training step of a stage, by every flag that changes it.
+
+  Args:
+    task: the task.
+    setup: of the stage.
+    dense: the variables of the dense network, for a stage after it, else None.
+  """
+  config = task.config
+  # Of NumPy, which is on no device: a batch may be split over several.
+  taught = jax.tree.map(np.asarray, dense)
+  teacher = None if dense is None else functools.partial(task.fn, taught)
+  return train.make_step(
+    flags.in_training(config, task.module).apply,
+    setup.tx,
+    task.prepare,
+    change=flags.augmentation(config),
+    mix=flags.mixing(config, len(task.test.classes)),
+    view=setup.view,
+    loss=flags.loss(config, teacher),
+  )

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -20,7 +21,17 @@ from flax import linen as nn
 from marks import slow
 
 import jaxprune as jp
-from experiments import flags, methods, prune, recipes, timing, train, workdir
+from experiments import (
+  flags,
+  methods,
+  prune,
+  recipes,
+  sources,
+  tasks,
+  timing,
+  train,
+  workdir,
+)
 from jaxprune import (
   augment,
   checkpoint,
@@ -54,6 +65,13 @@ PLAIN = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     (['--devices=3'], '--batch of 64 cannot be split over --devices of 3.'),
     (['--epochs=0'], '--epochs must be at least 1, got 0.'),
     (['--epochs=two'], 'two'),
+    (['--cutout=-1'], '--cutout must be at least 0, got -1.'),
+    (['--mixup=-0.5'], '--mixup must be at least 0, got -0.5.'),
+    (['--label_smoothing=1'], '--label_smoothing must be in [0, 1), got 1.0.'),
+    (['--ema=1'], '--ema must be in [0, 1), got 1.0.'),
+    (['--distill=2'], '--distill must be in [0, 1], got 2.0.'),
+    (['--dtype=int8'], 'int8: value should be one of <float32|bfloat16>'),
+    (['--remat', '--model=mlp'], '--remat: mlp has no blocks to compute again'),
     (['--learning_rate=0'], '--learning_rate must be above 0, got 0.0.'),
     (['sparsity=0.5'], "'sparsity=0.5' is no flag; write --name=value."),
   ],
@@ -83,6 +101,10 @@ def test_flags_fill_a_configuration():
     0.9,
     0.45,
   )
+  assert usual.learning_rate == 0.1
+  adam = flags.parse(['--optimizer=adam'])
+  assert adam is not None
+  assert adam.learning_rate == 0.001
   with pytest.raises(dataclasses.FrozenInstanceError):
     usual.seed = 1  # type: ignore
 
@@ -105,6 +127,7 @@ def test_help_names_every_flag(capsys):
 # --- Bad data, budgets and folders -------------------------------------------
 
 SMALL = ['--preset=smoke', '--model=mlp', '--pairs=0']
+SPLIT = flags.PRESETS['smoke']['train_split']
 
 
 def refused(argv, capsys, folder):
@@ -148,6 +171,7 @@ def test_what_does_not_fit_the_data_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize('parallel', ['jit', 'pmap'])
 def test_the_job_runs_on_several_devices(parallel, tmp_path, capsys):
   split = ['--devices=4', f'--parallel={parallel}', '--method=pdp']
+  split += ['--distill=0.5', '--mixup=0.2', '--stream']
   assert prune.main([*SMALL, *split, f'--workdir={tmp_path}']) == 0
   assert 'PDP' in capsys.readouterr().out
 
@@ -398,6 +422,137 @@ def test_a_method_ends_at_the_asked_number_of_zeros(toy, name):
   assert sum(z for z, _ in pairs.values()) == round(0.7 * 24)
 
 
+# What the flags of the recipes change in the first step of the main job.
+
+
+def asked(*argv):
+  """Returns the task of a run, its first step, state, batch and key."""
+  config = flags.parse([*SMALL, *argv])
+  assert config is not None
+  task = tasks.prepare(config)
+  setup = tasks.set_up(task, tasks.schedule(config)[0], None)
+  size, batch = task.source.size, config.batch
+  rows = data.epoch_batches(config.seed, 0, size=size, batch=batch)[0]
+  state, key = setup.start(task.initial), data.step_key(config.seed, 0, 0)
+  return task, setup, state, rows, key
+
+
+def entropy(logits, targets):
+  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1))
+
+
+def shifted(key, images):
+  return augment.random_crop(key, images, 1)
+
+
+def cut(key, images):
+  first, second = jax.random.split(key)
+  return augment.cutout(second, shifted(first, images), 3)
+
+
+def mixed(key, images, targets):
+  mixing = jax.random.fold_in(key, train._MIX)
+  return augment.mixup(mixing, shifted(key, images), targets, 0.4)
+
+
+smooth = lambda targets: 0.8 * targets + 0.2 / 10
+
+
+@pytest.mark.parametrize(
+  ('argv', 'expected'),
+  [
+    (['--cutout=3'], lambda f, key, x, y: entropy(f(cut(key, x)), y)),
+    (
+      ['--mixup=0.4', '--label_smoothing=0.2'],
+      lambda f, key, x, y: (lambda x, y: entropy(f(x), smooth(y)))(
+        *mixed(key, x, y)
+      ),
+    ),
+  ],
+)
+def test_a_flag_of_the_loss_does_what_it_says(argv, expected):
+  task, setup, state, rows, key = asked(*argv)
+  examples = task.source.examples
+  step = jax.jit(tasks.make_step(task, setup, None))
+  _, metrics = step(state, examples, rows, key)
+  x = task.prepare(examples.images[rows])
+  y = jax.nn.one_hot(examples.labels[rows], 10)
+  loss = expected(lambda x: task.fn(task.initial, x), key, x, y)
+  np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+
+
+def test_the_pruned_networks_learn_from_the_dense_one():
+  task, setup, state, rows, key = asked('--distill=0.3')
+  dense = jax.tree.map(lambda w: 1.5 * w + 0.01, task.initial)
+  examples = task.source.examples
+  x = shifted(key, task.prepare(examples.images[rows]))
+  own, taught = task.fn(task.initial, x), task.fn(dense, x)
+  y = jax.nn.one_hot(examples.labels[rows], 10)
+  soft = jax.nn.softmax(taught / 4)
+  far = entropy(own / 4, soft) - entropy(taught / 4, soft)
+  for teacher, loss in (
+    (None, entropy(own, y)),
+    (dense, 0.3 * 16 * far + 0.7 * entropy(own, y)),
+  ):
+    step = jax.jit(tasks.make_step(task, setup, teacher))
+    _, metrics = step(state, examples, rows, key)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-4)
+
+
+def test_what_training_computes_in_leaves_the_task_alone():
+  task, setup, state, rows, key = asked(
+    '--model=resnet_digits', '--dtype=bfloat16', '--remat', '--optimizer=adam'
+  )
+  step = tasks.make_step(task, setup, None)
+  traced = jax.make_jaxpr(step)(state, task.source.examples, rows, key)
+  text = str(traced)
+  assert 'remat' in text
+  kernels = re.findall(r'(\w+)\[[\d,]+\] = conv_general_dilated', text)
+  assert len(kernels) > 10
+  assert set(kernels) == {'bf16'}
+  assert task.module.dtype == jnp.float32
+  assert not task.module.remat
+  assert optax.tree.get(state.opt_state, 'nu') is not None
+
+
+def test_the_average_is_the_result():
+  task, setup, state, rows, key = asked('--ema=0.75')
+  step = jax.jit(tasks.make_step(task, setup, None))
+  for _ in range(3):
+    state, _ = step(state, task.source.examples, rows, key)
+  found = tasks.trained(task, state)
+  average = optax.tree.get(state.opt_state, 'average')
+  np.testing.assert_array_equal(
+    found['params']['head']['kernel'], average['head']['kernel']
+  )
+  raw = state.params['head']['kernel']
+  assert np.any(found['params']['head']['kernel'] != raw)
+
+
+def test_a_streamed_split_is_the_one_in_memory():
+  options = [*SMALL, '--validation=0.2', '--batch=50']
+  held, streamed = (
+    sources.read(flags.parse([*options, *more])) for more in ([], ['--stream'])
+  )
+  assert streamed.size == held.size == 205
+  for seed_epoch, step in ((0, 2), (1, 1)):
+    rows = data.epoch_batches(0, seed_epoch, size=205, batch=50)[step]
+    found = next(streamed.examples.begin(4 * seed_epoch + step))
+    for a, b in zip(found, held.examples, strict=True):
+      np.testing.assert_array_equal(a, b[rows])
+  rows = lambda images: sorted(np.asarray(x).tobytes() for x in images)
+  assert rows(streamed.held.images) == rows(held.held.images)
+  assert rows(streamed.sample) == rows(held.sample)
+  assert len(held.sample) == 256
+
+
+def test_the_sample_of_a_large_set_is_spread_over_it(monkeypatch):
+  monkeypatch.setattr(sources, 'SAMPLE', 100)
+  whole = data.load('digits', SPLIT).images
+  found = sources.read(flags.parse(SMALL)).sample
+  np.testing.assert_array_equal(found, whole[::3])
+
+
 def test_split_off_parts_the_examples():
   images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
   labels = np.arange(10, dtype=np.int32)
@@ -592,18 +747,18 @@ def digest(folder):
   }
 
 
-def command(folder):
+def command(folder, *more):
   return [
     sys.executable, '-m', 'experiments.prune', '--preset=smoke', '--pairs=0',
     '--epochs=4', '--tune_epochs=2', '--prune_epochs=3',
-    f'--workdir={folder}',
+    f'--workdir={folder}', *more,
   ]  # fmt: skip
 
 
-def kill(folder, moment, timeout=300):
+def kill(folder, moment, *more, timeout=300):
   """Starts the job, and kills it once ``moment()`` is true."""
   job = subprocess.Popen(
-    command(folder), cwd=ROOT, env=PLAIN, stdout=subprocess.DEVNULL,
+    command(folder, *more), cwd=ROOT, env=PLAIN, stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )  # fmt: skip
   try:
@@ -665,6 +820,33 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
   found = digest(folder)
   for key, expected in uninterrupted.items():
     assert found[key] == expected, key
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_a_stream_ends_with_the_bytes_of_memory(
+  uninterrupted, tmp_path
+):
+  folder = tmp_path / 'run'
+  kill(folder, lambda: lines(folder) >= 3, '--stream')
+  subprocess.run(
+    command(folder, '--stream'),
+    cwd=ROOT,
+    env=PLAIN,
+    check=True,
+    capture_output=True,
+  )
+  found = digest(folder)
+  for key, expected in uninterrupted.items():
+    assert found[key] == expected, key
+
+
+@pytest.mark.slow
+def test_all_recipes_together_keep_the_proofs(tmp_path, capsys):
+  argv = ['--preset=smoke', '--pairs=0', '--optimizer=adam', '--cutout=2']
+  argv += ['--mixup=0.2', '--label_smoothing=0.1', '--ema=0.5', '--distill=0.5']
+  argv += ['--dtype=bfloat16', '--remat', '--stream', f'--workdir={tmp_path}']
+  assert prune.main(argv) == 0
+  assert 'FAILS' not in capsys.readouterr().out
 
 
 @pytest.mark.slow

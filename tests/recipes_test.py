@@ -68,6 +68,36 @@ def test_smoothing_by_hand():
   )
 
 
+def test_smoothing_of_mixed_targets_by_hand():
+  logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+  targets = jnp.array([[0.5, 0.5, 0.0]])
+  p = np.log([0.7, 0.2, 0.1])
+  expected = -(0.7 * (p[0] + p[1]) / 2 + 0.3 * p.mean())
+  found = recipes.smoothed(0.3)(logits, targets, targets)
+  np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_the_averaged_network_has_statistics_of_its_own():
+  x = jnp.array([[1.0, 2.0], [3.0, 8.0]])
+
+  def apply(variables, x, train, mutable):
+    y = x * variables['params']['w'][None]
+    stats = variables['batch_stats']
+    new = {'mean': y.mean(0), 'var': y.var(0)}
+    new = jax.tree.map(lambda r, b: 0.9 * r + 0.1 * b, stats, new)
+    return y, {'batch_stats': new}
+
+  params = {'w': jnp.array([1.0, 0.0])}
+  tx = optax.chain(optax.sgd(1.0), recipes.average(0.5))
+  opt_state = tx.init({'w': jnp.array([3.0, 5.0])})
+  stats = {'batch_stats': {'mean': jnp.full(2, 7.0), 'var': jnp.ones(2)}}
+  state = train.State(params, stats, opt_state)
+  found = recipes.averaged(state, apply, [x])
+  np.testing.assert_array_equal(found['params']['w'], [3.0, 0.0])
+  np.testing.assert_allclose(found['batch_stats']['mean'], [6.0, 0.0], 1e-6)
+  np.testing.assert_allclose(found['batch_stats']['var'], [9.0, 0.0], 1e-6)
+
+
 def test_distillation_by_hand_and_its_fixed_point():
   logits = jnp.array([[1.0, -1.0]])
   labels, images = jnp.array([1]), jnp.array([[3.0, 1.0]])
