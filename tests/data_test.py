@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxprune import augment, data, digits
+from jaxprune.data import order
 
 
 @pytest.fixture(scope='module')
@@ -269,7 +270,7 @@ def test_the_order_stays_what_it_is():
 
 def test_keys_of_steps_differ_from_each_other_and_from_the_order():
   keys = [data.step_key(0, e, s) for e in range(3) for s in range(3)]
-  keys += [jax.random.fold_in(data._epoch_key(0, e), 0) for e in range(3)]
+  keys += [jax.random.fold_in(order._epoch_key(0, e), 0) for e in range(3)]
   words = {tuple(jax.random.key_data(k).tolist()) for k in keys}
   assert len(words) == 12
 
