@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import slow
 
 from experiments.benchmark import analysis, depthwise, shrinking, soft_steps
 from jaxprune import plans, structure
@@ -22,7 +21,7 @@ def promotion():
     yield
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.usefixtures('promotion')
 def test_a_decoder_of_the_form_of_llama_is_cut_everywhere():
   specs = analysis.llama_params(SIZES)
