@@ -17,7 +17,7 @@ from jaxprune.export import pointwise, products, shapes, translation
 from jaxprune.export.nodes import Node, Tape, simplify
 from jaxprune.export.stablehlo import open_batch, write
 from jaxprune.export.views import Writer
-from jaxprune.structure import program
+from jaxprune.structure import jaxprs, program
 from jaxprune.structure.axes import atom
 from jaxprune.structure.rules import Value
 
@@ -92,7 +92,7 @@ def _model(onnx: Any, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
     Value(x.shape, x.dtype, [atom(n) for n in x.shape], has_data=True)
     for x in specs.values()
   ]
-  jaxpr = program.eliminate_dead_code(closed.jaxpr)
+  jaxpr = jaxprs.eliminate_dead_code(closed.jaxpr)
   flat = program.build(jaxpr, closed.consts, typed, plain=True)
   writer = Writer()
   inputs = [writer.input(name, x.shape, x.dtype) for name, x in specs.items()]

@@ -31,14 +31,14 @@ from jaxprune.structure.canvas_rules import (
   same_params,
   varying,
 )
-from jaxprune.structure.program import (
-  _INLINED,
-  Run,
-  _body,
-  _where,
+from jaxprune.structure.jaxprs import (
+  INLINED,
+  body_of,
   eliminate_dead_code,
+  line_of,
 )
 from jaxprune.structure.rules.base import ELEMENTWISE
+from jaxprune.structure.run import bind
 
 
 class _Table(NamedTuple):
@@ -248,10 +248,10 @@ def _flatten(jaxpr: Any, consts: Sequence[Any], outer: str) -> _Flat:
       return env[var]
 
     for eqn in jaxpr.eqns:
-      where = _where(eqn.source_info, outer)
+      where = line_of(eqn.source_info, outer)
       reads = [read(var) for var in eqn.invars]
-      if eqn.primitive.name in _INLINED:
-        writes = walk(*_body(eqn.params), reads, where)
+      if eqn.primitive.name in INLINED:
+        writes = walk(*body_of(eqn.params), reads, where)
       else:
         writes = [_Slot(var.aval) for var in eqn.outvars]
         found.append(_Op(eqn, where, reads, writes))
@@ -338,10 +338,10 @@ def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
   """The aligned programs of a condition or of a recomputation."""
   eqns, where = [op.eqn for op in row], row[-1].where
   if eqns[-1].primitive.name != 'cond':
-    return [_align([_body(eqn.params) for eqn in eqns], name, where)]
+    return [_align([body_of(eqn.params) for eqn in eqns], name, where)]
   branches = zip(*(eqn.params['branches'] for eqn in eqns), strict=True)
   return [
-    _align([_body({'jaxpr': body}) for body in column], name, where)
+    _align([body_of({'jaxpr': body}) for body in column], name, where)
     for column in branches
   ]
 
@@ -388,7 +388,7 @@ class _Canvas:
       value if clear is None else self.clear(value, clear, values)
       for value, clear in zip(values, step.clear, strict=True)
     ]
-    outs = Run({}).bind(eqn.primitive, values, eqn.params)
+    outs = bind(eqn.primitive, values, eqn.params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
   def clear(self, value: Any, clear: Any, values: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.extend.core as jex
 import numpy as np
 
-from jaxprune.structure.program import _INLINED, _body
+from jaxprune.structure.jaxprs import INLINED, body_of
 from jaxprune.structure.rules.base import ELEMENTWISE
 
 Sizes = tuple[tuple[int, ...], ...]  # The shape at every size.
@@ -40,16 +40,16 @@ POINTWISE_CALLS = (
 
 def is_pointwise(row: Sequence[Any]) -> bool:
   """Whether a call with a derivative of its own works point by point."""
-  names = ELEMENTWISE | _INLINED | {'broadcast_in_dim'}
+  names = ELEMENTWISE | INLINED | {'broadcast_in_dim'}
 
   def fits(jaxpr: Any) -> bool:
     return all(
       eqn.primitive.name in names
-      and (eqn.primitive.name not in _INLINED or fits(_body(eqn.params)[0]))
+      and (eqn.primitive.name not in INLINED or fits(body_of(eqn.params)[0]))
       for eqn in jaxpr.eqns
     )
 
-  bodies = [_body(eqn.params)[0] for eqn in row]
+  bodies = [body_of(eqn.params)[0] for eqn in row]
   return all(map(fits, bodies)) and len({_literals(b) for b in bodies}) == 1
 
 
@@ -62,8 +62,8 @@ def _literals(jaxpr: Any) -> tuple[Any, ...]:
       for v in eqn.invars
       if isinstance(v, jex.Literal)
     ]
-    if eqn.primitive.name in _INLINED:
-      found += _literals(_body(eqn.params)[0])
+    if eqn.primitive.name in INLINED:
+      found += _literals(body_of(eqn.params)[0])
   return tuple(found)
 
 

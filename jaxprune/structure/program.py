@@ -6,7 +6,6 @@ rule; control flow and custom derivatives keep typed bodies of their own.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,15 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import source_info_util
-from jax.interpreters import partial_eval
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
+from jaxprune.structure.jaxprs import (
+  INLINED,
+  body_of,
+  eliminate_dead_code,
+  line_of,
+)
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.run import Run as Run
 
@@ -64,17 +67,6 @@ def build(
   return program
 
 
-def eliminate_dead_code(jaxpr: Any) -> Any:
-  """Returns a ``jax.extend.core.Jaxpr`` without its dead equations.
-
-  Its inputs stay, used or not.
-  """
-  live, _ = partial_eval.dce_jaxpr(
-    jaxpr, [True] * len(jaxpr.outvars), instantiate=True
-  )
-  return live
-
-
 def all_equations(
   program: Program, derivatives: bool = False
 ) -> list[tuple[Equation, int]]:
@@ -95,11 +87,6 @@ def all_equations(
       inner = all_equations(body, derivatives)
       found += [(each, n * times) for each, n in inner]
   return found
-
-
-_INLINED = frozenset(
-  ['jit', 'pjit', 'closed_call', 'core_call', 'core_closed_call', 'xla_call']
-)
 
 
 def _walk(
@@ -126,9 +113,9 @@ def _walk(
   for jaxpr_eqn in jaxpr.eqns:
     name = jaxpr_eqn.primitive.name
     operands = [read(var) for var in jaxpr_eqn.invars]
-    if name in _INLINED or (program.plain and name in _CUSTOM):
-      body, body_consts = _body(jaxpr_eqn.params)
-      called = _where(jaxpr_eqn.source_info, where)
+    if name in INLINED or (program.plain and name in _CUSTOM):
+      body, body_consts = body_of(jaxpr_eqn.params)
+      called = line_of(jaxpr_eqn.source_info, where)
       outs = _walk(body, body_consts, operands, program, called)
     else:
       eqn = _equation(jaxpr_eqn, operands, where)
@@ -160,42 +147,11 @@ def _equation(jaxpr_eqn: Any, operands: list[Value], where: str) -> Equation:
     )
     for var in jaxpr_eqn.outvars
   ]
-  place = _where(jaxpr_eqn.source_info, where)
+  place = line_of(jaxpr_eqn.source_info, where)
   why = f'{jaxpr_eqn.primitive.name} at {place}'
   return Equation(
     jaxpr_eqn.primitive, dict(jaxpr_eqn.params), operands, outputs, why
   )
-
-
-def _where(source_info: Any, outer: str) -> str:
-  """The innermost line outside of libraries, else the line of the caller."""
-  back = source_info.traceback
-  found = back.as_python_traceback() if back is not None else None
-  lines = []
-  while found is not None:
-    code = found.tb_frame.f_code
-    lines.append((code.co_filename, found.tb_lineno))
-    found = found.tb_next
-  own = [
-    (name, line)
-    for name, line in lines
-    if not any(part in name for part in ('site-packages', 'jaxprune/structure'))
-  ]
-  if not own:
-    return outer or source_info_util.summarize(source_info)
-  name, line = own[-1]
-  return f'{pathlib.PurePath(name).name}:{line}'
-
-
-def _body(params: Mapping[str, Any], *names: str) -> tuple[Any, Sequence[Any]]:
-  """Returns a body and its constants, closed or open, of any JAX version."""
-  for name in names or ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-    body = params.get(name)
-    if body is not None:
-      if hasattr(body, 'jaxpr') and hasattr(body, 'consts'):
-        return body.jaxpr, body.consts
-      return body, getattr(body, 'consts', ())
-  raise AssertionError(f'No body among {sorted(params)}.')
 
 
 def _copy(value: Value, drop_first: bool = False) -> Value:
@@ -256,8 +212,8 @@ def _scan(eqn: Equation, plain: bool) -> None:
   for value in eqn.inputs[split:]:
     ax.lock(value.axes[0], f'{eqn.why} steps along it')
   inputs = [_copy(v, k >= split) for k, v in enumerate(eqn.inputs)]
-  _carry_data(_body(params)[0], inputs, consts)
-  body = build(*_body(params), inputs, plain)
+  _carry_data(body_of(params)[0], inputs, consts)
+  body = build(*body_of(params), inputs, plain)
   for out, carry in zip(
     body.outputs[:carries], inputs[consts:split], strict=True
   ):
@@ -298,13 +254,13 @@ def _while(eqn: Equation, plain: bool) -> None:
   body_consts = eqn.inputs[n_cond : n_cond + n_body]
   carry = eqn.inputs[n_cond + n_body :]
   cond = build(
-    *_body(params, 'cond_jaxpr'),
+    *body_of(params, 'cond_jaxpr'),
     [_copy(v) for v in (*cond_consts, *carry)],
     plain,
   )
   inputs = [_copy(v) for v in (*body_consts, *carry)]
-  _carry_data(_body(params, 'body_jaxpr')[0], inputs, n_body)
-  body = build(*_body(params, 'body_jaxpr'), inputs, plain)
+  _carry_data(body_of(params, 'body_jaxpr')[0], inputs, n_body)
+  body = build(*body_of(params, 'body_jaxpr'), inputs, plain)
   for out, value in zip(body.outputs, carry, strict=True):
     _unify_values(out, value, eqn.why)
   eqn.programs = (cond, body)
@@ -327,7 +283,7 @@ def _cond(eqn: Equation, plain: bool) -> None:
   index, *operands = eqn.inputs
   del index
   branches = [
-    build(*_body({'jaxpr': branch}), [_copy(v) for v in operands], plain)
+    build(*body_of({'jaxpr': branch}), [_copy(v) for v in operands], plain)
     for branch in eqn.params['branches']
   ]
   for branch in branches[1:]:
@@ -347,7 +303,7 @@ def _cond(eqn: Equation, plain: bool) -> None:
 
 
 def _remat(eqn: Equation, plain: bool) -> None:
-  body = build(*_body(eqn.params), [_copy(v) for v in eqn.inputs], plain)
+  body = build(*body_of(eqn.params), [_copy(v) for v in eqn.inputs], plain)
   eqn.programs = (body,)
   _type_outputs(eqn, body.outputs)
   options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
@@ -379,7 +335,7 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
   The derivative is traced by JAX at the original sizes, typed with the types of
   the function's inputs and outputs, and attached again at the new sizes.
   """
-  jaxpr, consts = _body(eqn.params)
+  jaxpr, consts = body_of(eqn.params)
   body = build(
     eliminate_dead_code(jaxpr), consts, [_copy(v) for v in eqn.inputs]
   )

@@ -20,12 +20,8 @@ from jaxprune.structure import choices, rescale, twins
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.program import (
-  Program,
-  all_equations,
-  build,
-  eliminate_dead_code,
-)
+from jaxprune.structure.jaxprs import eliminate_dead_code
+from jaxprune.structure.program import Program, all_equations, build
 from jaxprune.structure.rules import Value
 from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
 
