@@ -4,13 +4,17 @@ Each experiment has a ``FlagValues`` of its own, so that several can be imported
 side by side.
 """
 
+import hashlib
+import json
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments import flags
+from experiments import flags, workdir
+from jaxprune import data
 
 
 def parse(
@@ -61,6 +65,69 @@ def helped(
   print(doc)
   print(values.get_help())
   return True
+
+
+def check(given: Mapping[str, Any], holds: Mapping[str, bool]) -> None:
+  """Raises BadInputError for the first flag whose value does not hold.
+
+  Args:
+    given: flag -> its value.
+    holds: flag -> whether the value is in range.
+  """
+  for name, true in holds.items():
+    if not true:
+      raise flags.BadInputError(f'--{name} is out of range: {given[name]}.')
+
+
+def check_names(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+  """Raises BadInputError unless a flag names some of what is known."""
+  if not names or not {*names} <= {*known}:
+    raise flags.BadInputError(
+      f'--{flag} must be of {",".join(known)}, got {",".join(names)}.'
+    )
+
+
+def folder_of(given: Mapping[str, Any], *words: str) -> str:
+  """Returns the run folder of flags where none is named: one for each choice.
+
+  Args:
+    given: flag -> its value, of those that decide the result.
+    *words: what its name begins with.
+  """
+  text = json.dumps(given, sort_keys=True)
+  tag = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return f'runs/{"-".join(words)}-{tag}'.replace(':', '-')
+
+
+def job(
+  main: Callable[[Sequence[str]], tuple[pathlib.Path | None, str]],
+  values: absl_flags.FlagValues,
+  argv: Sequence[str],
+  doc: Any,
+) -> int:
+  """Runs a job that keeps what it finds; returns the exit code.
+
+  Flags or data that are not right end it with one line and code 2.
+
+  Args:
+    main: argv -> (the run folder, its table, kept there as ``results.md``), or
+      (None, what is printed alone).
+    values: the flags.
+    argv: without the name of the program.
+    doc: what the help begins with.
+  """
+  if helped(values, argv, doc):
+    return 0
+  try:
+    folder, text = main(argv)
+  except (flags.BadInputError, data.DataError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(text)
+  if folder is not None:
+    workdir.write(folder / 'results.md', text + '\n')
+    print(f'\nThe run folder is {folder}.')
+  return 0
 
 
 def run(

@@ -1,5 +1,6 @@
 """What searches for a smaller network share: data and training."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import evidence, flags, recipes, train
-from jaxprune import data
+from jaxprune import checkpoint, data
 
 
 class Splits(NamedTuple):
@@ -78,6 +79,7 @@ def to_side(images: np.ndarray, side: int) -> np.ndarray:
 def train_from_scratch(
   module: Any,
   splits: Splits,
+  folder: pathlib.Path,
   *,
   seed: int,
   epochs: int,
@@ -85,17 +87,69 @@ def train_from_scratch(
   rate: float,
   decay: float,
   change: train.Augment,
+  save_every: int,
 ) -> float:
-  """Returns the test accuracy of a Linen module after its last epoch."""
+  """Returns the test accuracy of a Linen module after its last epoch.
+
+  Args:
+    module: the network.
+    splits: the data.
+    folder: of its checkpoints.
+    seed: of the params, and of the order of the examples.
+    epochs: passes over the data.
+    batch: examples of a step.
+    rate: the highest.
+    decay: pull of the kernels towards zero.
+    change: augmentation.
+    save_every: steps between two checkpoints.
+  """
   x = splits.prepare(splits.examples.images[:1])
   variables = dict(jax.jit(module.init)(jax.random.key(seed), x))
-  count = len(splits.examples.labels) // batch
-  tx = recipes.sgd(rate, decay, count * epochs)
+  tx = recipes.sgd(rate, decay, len(splits.examples.labels) // batch * epochs)
   step = train.make_step(module.apply, tx, splits.prepare, change=change)
-  runner = train.make_runner(step, seed=seed, batch=batch)
   params = variables.pop('params')
   state = train.State(params, variables, tx.init(params))
-  for epoch in range(epochs):
-    state, _ = runner(state, splits.examples, epoch, 0, count)
+  state = fit(
+    step, state, splits.examples, folder,
+    seed=seed, epochs=epochs, batch=batch, save_every=save_every,
+  )  # fmt: skip
   evaluate = train.make_evaluate(module.apply, splits.prepare)
   return evaluate(train.variables(state), splits.test)
+
+
+def fit(
+  step: train.Step,
+  state: train.State,
+  examples: train.Examples,
+  folder: pathlib.Path,
+  *,
+  seed: int,
+  epochs: int,
+  batch: int,
+  save_every: int,
+) -> train.State:
+  """Returns the state after the last epoch; resumes by itself.
+
+  Args:
+    step: of :func:`experiments.train.make_step`.
+    state: at first; it is not taken over.
+    examples: to train on.
+    folder: of the checkpoints.
+    seed: of the order of the examples.
+    epochs: passes over them.
+    batch: examples of a step.
+    save_every: steps between two checkpoints, and at the end of an epoch.
+  """
+  run = train.make_runner(step, seed=seed, batch=batch)
+  count = len(examples.labels) // batch
+  state, number = train.own(state), 0
+  with checkpoint.Checkpointer(folder, keep=2) as keeper:
+    if keeper.steps():
+      number, state, _ = keeper.restore(jax.eval_shape(lambda: state))
+    while number < epochs * count:
+      epoch, begin = divmod(number, count)
+      end = min(begin + save_every, count)
+      state, _ = run(state, examples, epoch, begin, end)
+      number += end - begin
+      keeper.save(number, state)
+  return state

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -107,6 +108,26 @@ def write(path: pathlib.Path, text: str) -> None:
   os.replace(part, path)
 
 
+def complete(
+  folder: pathlib.Path,
+  names: Sequence[str],
+  make: Callable[[str], Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+  """Returns the figures in a folder, those that are missing made first.
+
+  Args:
+    folder: made if need be.
+    names: of the figures; each is kept in ``name.json``.
+    make: name -> figures as plain data.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  files = {name: folder / f'{name}.json' for name in names}
+  for name, file in files.items():
+    if not file.exists():
+      write(file, json.dumps(make(name), indent=1) + '\n')
+  return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+
 def _holds_something(folder: pathlib.Path) -> bool:
   """Whether a folder holds more than what a killed start of ours left."""
   return any(file.name != 'config.json.tmp' for file in folder.iterdir())
@@ -116,4 +137,4 @@ def _asked(config: Config) -> dict[str, Any]:
   """Returns the flags that decide the result."""
   asked = dataclasses.asdict(config)
   del asked['workdir']
-  return asked
+  return json.loads(json.dumps(asked))  # As it will be read: tuples as lists.

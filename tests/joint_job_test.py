@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import workdir
 from experiments.joint import __main__ as job
 from experiments.joint import supernets, tasks
 from jaxprune import joint, models
@@ -98,6 +99,15 @@ def test_wrong_flags_end_in_one_line(flag, message, tmp_path, capsys):
   assert error.startswith('error: ')
   assert message in error
   assert error.count('\n') == 1
+
+
+def test_a_run_folder_is_of_one_configuration(tmp_path, capsys):
+  arguments = ['--sides=5,8', '--macs=0.4', f'--workdir={tmp_path}']
+  (config,), _ = job.parse(arguments)
+  assert workdir.claim(config) == workdir.claim(config) == tmp_path
+  assert job.main([*arguments, '--macs=0.3']) == 2
+  error = capsys.readouterr().err
+  assert 'by another configuration: --macs=0.4 (now 0.3).' in error
 
 
 def test_the_defaults_need_no_flag():

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments import workdir
 from experiments.stagewise import __main__ as job
 
 
@@ -36,6 +37,14 @@ def test_flags_fill_a_configuration_for_every_seed():
   assert (configs[0].tiny, configs[0].m, configs[0].steps) == (False, 2, 6)
   assert methods == list(job.METHODS)
   assert len({config.workdir for config in configs}) == 1
+
+
+def test_a_run_folder_is_of_one_configuration(tmp_path, capsys):
+  (config,), _ = job.parse(['--m=2', f'--workdir={tmp_path}'])
+  workdir.claim(config)
+  assert job.main([f'--workdir={tmp_path}', '--m=3']) == 2
+  error = capsys.readouterr().err
+  assert 'by another configuration: --m=2 (now 3).' in error
 
 
 def test_the_table_by_hand():

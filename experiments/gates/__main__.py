@@ -29,7 +29,6 @@ without, in turn.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -499,11 +498,7 @@ def parse(argv: Sequence[str]) -> Asked:
       given[name] = value
   arms, seeds = given.pop('arms'), given.pop('seeds')
   pairs, where = given.pop('speed'), given.pop('workdir')
-  unknown = [name for name in arms if name not in gated.ARMS]
-  if unknown:
-    raise flags.BadInputError(
-      f'--arms must be of {",".join(gated.ARMS)}, got {",".join(unknown)}.'
-    )
+  command.check_names('arms', arms or list(gated.ARMS), list(gated.ARMS))
   holds = {
     'target': 0 < given['target'] < 1,
     'trials': given['trials'] in (1, 2),
@@ -513,16 +508,13 @@ def parse(argv: Sequence[str]) -> Asked:
     'epochs': given['epochs'] >= 1,
     'batch': given['batch'] >= 1,
   }
-  for name, true in holds.items():
-    if not true:
-      raise flags.BadInputError(f'--{name} is out of range: {given[name]}.')
+  command.check(given, holds)
   if seeds < 1 or pairs < 0:
     raise flags.BadInputError(
       f'--seeds must be at least 1 and --speed 0, got {seeds} and {pairs}.'
     )
   if where is None:
-    tag = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
-    where = f'runs/gates-{given["task"]}-{tag[:8]}'
+    where = command.folder_of(given, 'gates', given['task'])
   first = given['seed']
   config = Config(**given, workdir=where)
   return Asked(config, arms, range(first, first + seeds), pairs)
@@ -537,30 +529,21 @@ def _are_positive(text: str, count: int) -> bool:
   return len(found) >= count and min(found) > 0
 
 
-def main(argv: Sequence[str]) -> int:
-  """Runs the comparison from the command line; returns the exit code.
+def compare(argv: Sequence[str]) -> tuple[pathlib.Path | None, str]:
+  """Runs the comparison, or the clock; returns (the run folder, its table)."""
+  config, arms, seeds, pairs = parse(argv)
+  job = prepare(config)
+  if pairs:
+    return None, speed(job, pairs)
+  folder = workdir.claim(config)
+  for name in arms or gated.arms_of(job.task, job.graph):
+    contend(job, name, seeds)
+  return folder, summarise(read(folder / 'runs.jsonl'))
 
-  Args:
-    argv: without the name of the program.
-  """
-  try:
-    if command.helped(_F, argv, __doc__):
-      return 0
-    config, arms, seeds, pairs = parse(argv)
-    job = prepare(config)
-    if pairs:
-      print(speed(job, pairs))
-      return 0
-    folder = workdir.claim(config)
-    for name in arms or gated.arms_of(job.task, job.graph):
-      contend(job, name, seeds)
-  except (flags.BadInputError, data.DataError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  text = summarise(read(folder / 'runs.jsonl'))
-  workdir.write(folder / 'results.md', text + '\n')
-  print(f'{text}\n\nThe run folder is {folder}.')
-  return 0
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the comparison from the command line; returns the exit code."""
+  return command.job(compare, _F, argv, __doc__)
 
 
 if __name__ == '__main__':

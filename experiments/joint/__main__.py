@@ -25,8 +25,6 @@ on: phases that ended are read, the one that ran continues from its checkpoint.
 """
 
 import functools
-import hashlib
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +38,7 @@ from experiments.joint.methods import METHODS, choose
 from experiments.joint.networks import finish
 from experiments.joint.supernets import make_steps
 from experiments.joint.tasks import MODELS, Config, prepare
-from jaxprune import data, joint, plots
+from jaxprune import joint, plots
 
 _F = absl_flags.FlagValues()
 _text = functools.partial(absl_flags.DEFINE_string, flag_values=_F)
@@ -93,27 +91,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def run(config: Config, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Runs what is left of one seed; returns method -> figures."""
   folder = pathlib.Path(config.workdir, f'seed{config.seed}')
-  files = {name: folder / f'{name}.json' for name in methods}
-  left = [name for name in methods if not files[name].exists()]
-  if left:
-    folder.mkdir(parents=True, exist_ok=True)
-    task = prepare(config)
-    steps = make_steps(task)
-    for name in left:
-      found = folder / f'{name}.vector.json'
-      vector, params = choose(task, steps, name, folder)
-      workdir.write(found, joint.to_json(vector) + '\n')
-      result = finish(task, vector, params)
-      bars = {k: tuple(v) for k, v in result['widths'].items()}
-      figure = plots.widths(bars)
-      (folder / f'{name}.svg').write_text(plots.svg(figure, name))
-      workdir.write(files[name], json.dumps(result, indent=1) + '\n')
-      print(
-        f'seed {config.seed}, {name}: {result["accuracy"]:.2%} with '
-        f'{result["macs"]:.1%} of the multiply-adds',
-        flush=True,
-      )
-  return {name: json.loads(files[name].read_text()) for name in methods}
+  task = functools.cache(lambda: prepare(config))
+  steps = functools.cache(lambda: make_steps(task()))
+
+  def make(name):
+    vector, params = choose(task(), steps(), name, folder)
+    workdir.write(folder / f'{name}.vector.json', joint.to_json(vector) + '\n')
+    result = finish(task(), vector, params, folder / name / 'training')
+    bars = {k: tuple(v) for k, v in result['widths'].items()}
+    (folder / f'{name}.svg').write_text(plots.svg(plots.widths(bars), name))
+    print(
+      f'seed {config.seed}, {name}: {result["accuracy"]:.2%} with '
+      f'{result["macs"]:.1%} of the multiply-adds',
+      flush=True,
+    )
+    return result
+
+  return workdir.complete(folder, methods, make)
 
 
 def table(results: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
@@ -147,11 +141,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   """
   given = command.parse(_F, argv, PRESETS)
   methods = given.pop('methods')
-  unknown = [name for name in methods if name not in METHODS]
-  if unknown or not methods:
-    raise flags.BadInputError(
-      f'--methods must be of {",".join(METHODS)}, got {",".join(methods)}.'
-    )
+  command.check_names('methods', methods, METHODS)
   try:
     given['sides'] = tuple(sorted(int(side) for side in given['sides']))
   except ValueError:
@@ -159,42 +149,27 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
       f'--sides must be ints, got {given["sides"]}.'
     ) from None
   seeds, first = given.pop('seeds'), given.pop('first_seed')
-  whole = {'macs': 0 < given['macs'] < 1, 'warmup': 0 <= given['warmup'] < 1}
+  holds = {'macs': 0 < given['macs'] < 1, 'warmup': 0 <= given['warmup'] < 1}
   for name in ('steps', 'every', 'epochs', 'batch', 'save_every'):
-    whole[name] = given[name] >= 1
-  whole['n'] = given['n'] >= 2 and given['n'] % 2 == 0
-  for name, holds in whole.items():
-    if not holds:
-      raise flags.BadInputError(f'--{name} is out of range: {given[name]}.')
+    holds[name] = given[name] >= 1
+  holds['n'] = given['n'] >= 2 and given['n'] % 2 == 0
+  command.check(given, holds)
   if given['workdir'] is None:
-    text = json.dumps(given, sort_keys=True)
-    tag = hashlib.sha256(text.encode()).hexdigest()[:8]
-    given['workdir'] = f'runs/joint-{given["dataset"]}-{tag}'.replace(':', '-')
+    given['workdir'] = command.folder_of(given, 'joint', given['dataset'])
   configs = [Config(**given, seed=seed) for seed in range(first, first + seeds)]
   return configs, methods
 
 
-def main(argv: Sequence[str]) -> int:
-  """Runs the comparison from the command line; returns the exit code.
+def compare(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
+  """Runs the comparison; returns (the run folder, its table)."""
+  configs, methods = parse(argv)
+  folder = workdir.claim(configs[0])
+  return folder, table([run(config, methods) for config in configs])
 
-  Args:
-    argv: without the name of the program.
-  """
-  try:
-    if command.helped(_F, argv, __doc__):
-      return 0
-    configs, methods = parse(argv)
-    folder = pathlib.Path(configs[0].workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = [run(config, methods) for config in configs]
-  except (flags.BadInputError, data.DataError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  text = table(results)
-  workdir.write(folder / 'results.md', text + '\n')
-  print(text)
-  print(f'\nThe run folder is {folder}.')
-  return 0
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the comparison from the command line; returns the exit code."""
+  return command.job(compare, _F, argv, __doc__)
 
 
 if __name__ == '__main__':

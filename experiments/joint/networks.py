@@ -1,13 +1,14 @@
 """The network of a vector, trained."""
 
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 import jaxprune as jp
-from experiments import recipes, train
+from experiments import recipes, search, train
 from experiments.joint.supernets import parted
 from experiments.joint.tasks import Task
 from jaxprune import joint, models, plans, recovery
@@ -15,14 +16,15 @@ from jaxprune.structure import canvas
 
 
 def finish(
-  task: Task, vector: joint.PruningVector, params: Any
+  task: Task, vector: joint.PruningVector, params: Any, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains the network of a vector; returns its figures.
+  """Trains the network of a vector; returns its figures; resumes by itself.
 
   Args:
     task: the task.
     vector: on the budget.
     params: of the supernet, to start from; None for new ones.
+    folder: of its checkpoints.
   """
   config = task.config
   plan = joint.plan(task.space, vector)
@@ -61,11 +63,12 @@ def finish(
   )
   change = lambda key, images: resize(task.change(key, images))
   step = train.make_step(module.apply, tx, task.prepare, change=change)
-  run = train.make_runner(step, seed=config.seed, batch=config.batch)
-  params, stats = parted(train.own(variables))
-  state = train.State(params, stats, tx.init(params))
-  for epoch in range(config.epochs):
-    state, _ = run(state, task.examples, epoch, 0, count)
+  params, stats = parted(variables)
+  state = search.fit(
+    step, train.State(params, stats, tx.init(params)), task.examples, folder,
+    seed=config.seed, epochs=config.epochs, batch=config.batch,
+    save_every=config.save_every,
+  )  # fmt: skip
   evaluate = train.make_evaluate(module.apply, prepared)
   return {
     'accuracy': evaluate(train.variables(state), task.test),

@@ -24,8 +24,6 @@ times a step of each supernet against one of the full network instead.
 """
 
 import functools
-import hashlib
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +32,7 @@ from typing import Any
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments import command, evidence, flags, workdir
+from experiments import command, evidence, workdir
 from experiments.stagewise.choosing import (
   TOLERANCE,
   by_evolution,
@@ -44,7 +42,7 @@ from experiments.stagewise.choosing import (
 from experiments.stagewise.supernets import speed, supernet
 from experiments.stagewise.tasks import MODELS, Config, prepare
 from experiments.stagewise.truth import finish, proxy_against_truth
-from jaxprune import data, joint
+from jaxprune import joint
 
 METHODS = ('stagewise', 'evolution', 'uniform')
 _F = absl_flags.FlagValues()
@@ -93,35 +91,32 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def run(config: Config, methods: Sequence[str]) -> dict[str, Any]:
   """Runs what is left of one seed; returns name -> figures."""
   folder = pathlib.Path(config.workdir, f'seed{config.seed}')
+  task = functools.cache(lambda: prepare(config))
+  judge = functools.cache(lambda: make_judge(task()))
+  net = functools.cache(lambda kind: supernet(task(), kind, folder / kind))
+
+  def make(name):
+    if name == 'proxy':
+      both = {kind: net(kind) for kind in ('stagewise', 'single')}
+      return proxy_against_truth(task(), judge(), both, folder)
+    if name == 'stagewise':
+      vector = by_knapsack(task(), judge(), net('stagewise'))
+    elif name == 'evolution':
+      vector = by_evolution(task(), judge(), net('single'))
+    else:
+      vector = joint.uniform(
+        task().vectors, task().cost, task().limit, tolerance=TOLERANCE
+      )
+    result = finish(task(), vector, folder / f'{name}_training')
+    print(
+      f'seed {config.seed}, {name}: {result["accuracy"]:.2%} with '
+      f'{result["macs"]:.1%} of the multiply-adds',
+      flush=True,
+    )
+    return result
+
   wanted = [*methods, *(['proxy'] if config.nets else [])]
-  files = {name: folder / f'{name}.json' for name in wanted}
-  left = [name for name in wanted if not files[name].exists()]
-  if left:
-    folder.mkdir(parents=True, exist_ok=True)
-    task = prepare(config)
-    judge = make_judge(task)
-    net = functools.cache(lambda kind: supernet(task, kind, folder / kind))
-    for name in left:
-      if name == 'proxy':
-        both = {kind: net(kind) for kind in ('stagewise', 'single')}
-        result = proxy_against_truth(task, judge, both, folder)
-      else:
-        if name == 'stagewise':
-          vector = by_knapsack(task, judge, net('stagewise'))
-        elif name == 'evolution':
-          vector = by_evolution(task, judge, net('single'))
-        else:
-          vector = joint.uniform(
-            task.vectors, task.cost, task.limit, tolerance=TOLERANCE
-          )
-        result = finish(task, vector)
-        print(
-          f'seed {config.seed}, {name}: {result["accuracy"]:.2%} with '
-          f'{result["macs"]:.1%} of the multiply-adds',
-          flush=True,
-        )
-      workdir.write(files[name], json.dumps(result, indent=1) + '\n')
-  return {name: json.loads(files[name].read_text()) for name in wanted}
+  return workdir.complete(folder, wanted, make)
 
 
 def tables(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
@@ -163,11 +158,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   given = command.parse(_F, argv, PRESETS)
   given.pop('pairs')
   methods = given.pop('methods')
-  unknown = [name for name in methods if name not in METHODS]
-  if unknown or not methods:
-    raise flags.BadInputError(
-      f'--methods must be of {",".join(METHODS)}, got {",".join(methods)}.'
-    )
+  command.check_names('methods', methods, METHODS)
   seeds, first = given.pop('seeds'), given.pop('first_seed')
   holds = {
     'macs': 0 < given['macs'] < 1,
@@ -178,42 +169,25 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   }
   for name in ('steps', 'epochs', 'batch', 'judges', 'save_every'):
     holds[name] = given[name] >= 1
-  for name, true in holds.items():
-    if not true:
-      raise flags.BadInputError(f'--{name} is out of range: {given[name]}.')
+  command.check(given, holds)
   if given['workdir'] is None:
-    text = json.dumps(given, sort_keys=True)
-    tag = hashlib.sha256(text.encode()).hexdigest()[:8]
-    name = f'runs/stagewise-{given["dataset"]}-{tag}'
-    given['workdir'] = name.replace(':', '-')
+    given['workdir'] = command.folder_of(given, 'stagewise', given['dataset'])
   configs = [Config(**given, seed=seed) for seed in range(first, first + seeds)]
   return configs, methods
 
 
-def main(argv: Sequence[str]) -> int:
-  """Runs the comparison from the command line; returns the exit code.
+def compare(argv: Sequence[str]) -> tuple[pathlib.Path | None, str]:
+  """Runs the comparison, or the clock; returns (the run folder, its tables)."""
+  configs, methods = parse(argv)
+  if _F['pairs'].value:
+    return None, speed(prepare(configs[0]), _F['pairs'].value)
+  folder = workdir.claim(configs[0])
+  return folder, tables([run(config, methods) for config in configs], methods)
 
-  Args:
-    argv: without the name of the program.
-  """
-  try:
-    if command.helped(_F, argv, __doc__):
-      return 0
-    configs, methods = parse(argv)
-    if _F['pairs'].value:
-      print(speed(prepare(configs[0]), _F['pairs'].value))
-      return 0
-    folder = pathlib.Path(configs[0].workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = [run(config, methods) for config in configs]
-  except (flags.BadInputError, data.DataError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  text = tables(results, methods)
-  workdir.write(folder / 'results.md', text + '\n')
-  print(text)
-  print(f'\nThe run folder is {folder}.')
-  return 0
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the comparison from the command line; returns the exit code."""
+  return command.job(compare, _F, argv, __doc__)
 
 
 if __name__ == '__main__':

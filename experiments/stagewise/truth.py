@@ -16,20 +16,30 @@ from jaxprune import evolution, joint, models, plans, plots
 from jaxprune.joint import PruningVector
 
 
-def finish(task: Task, vector: PruningVector) -> dict[str, Any]:
-  """Returns the figures of a network trained from scratch."""
+def finish(
+  task: Task, vector: PruningVector, folder: pathlib.Path
+) -> dict[str, Any]:
+  """Returns the figures of a network trained from scratch; resumes by itself.
+
+  Args:
+    task: the task.
+    vector: of the network.
+    folder: of its checkpoints.
+  """
   config = task.config
   plan = joint.plan(task.vectors, vector)
   small = jp.shrink(task.graph, plan, task.initial)
   accuracy = search.train_from_scratch(
     task.module.clone(widths=models.widths(small['params'])),
     task.splits,
+    folder,
     seed=config.seed,
     epochs=config.epochs,
     batch=config.batch,
     rate=config.learning_rate,
     decay=config.weight_decay,
     change=task.change,
+    save_every=config.save_every,
   )
   return {
     'accuracy': accuracy,
@@ -53,7 +63,8 @@ def proxy_against_truth(
     chosen.append(vector)
     file = folder / f'net{k}.json'
     if not file.exists():
-      workdir.write(file, json.dumps(finish(task, vector), indent=1) + '\n')
+      result = finish(task, vector, folder / f'net{k}')
+      workdir.write(file, json.dumps(result, indent=1) + '\n')
     truth.append(json.loads(file.read_text())['accuracy'])
   widths = stack(task, chosen)
   found: dict[str, Any] = {'truth': truth}
