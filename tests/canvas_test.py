@@ -8,7 +8,7 @@ from jax import lax
 from traces import counted
 
 from jaxprune import models
-from jaxprune.structure.canvas import on_canvas, resize
+from jaxprune.structure.canvas import bilinear, border, on_canvas, resize
 
 KEY = jax.random.key(0)
 SIDES = (4, 5, 7, 8)
@@ -138,6 +138,43 @@ def test_resizing_is_that_of_jax():
   assert len(traces) == 1
 
 
+def test_features_are_resized_between_the_pixels_beside():
+  x = jnp.array([1.0, 3.0, 8.0]).reshape(1, 1, 3, 1)
+  row = lambda y: y[0, 0, :, 0].tolist()
+  assert row(bilinear(x, (1, 3))) == [1.0, 3.0, 8.0]
+  assert row(bilinear(x, (1, 1))) == [3.0]
+  # Entries at -1/4, 1/4, 3/4, .. of the pixels, none outside of them.
+  wanted = [1.0, 1.5, 2.5, 4.25, 6.75, 8.0]
+  np.testing.assert_allclose(row(bilinear(x, (1, 6))), wanted, rtol=1e-6)
+  # On a canvas only what was there is read.
+  full = jnp.pad(x, ((0, 0), (0, 0), (0, 3), (0, 0)), constant_values=99.0)
+  found = jax.jit(bilinear)(full, jnp.array([1, 6]), jnp.array([1, 3]))
+  np.testing.assert_allclose(row(found), wanted, rtol=1e-6)
+  images = image(8)  # Where it grows, as jax.image does.
+  wanted = jax.image.resize(images, (2, 11, 9, 3), 'bilinear')
+  np.testing.assert_allclose(bilinear(images, (11, 9)), wanted, atol=1e-5)
+
+
+def test_every_part_has_a_size_of_its_own():
+  first = jax.jit(lambda x: jax.nn.relu(convolve(x, 2)) + 1)
+  last = jax.jit(lambda h: jnp.mean(convolve(h, 2), (1, 2)) + jnp.max(h))
+  fn = lambda x: last(border(first(x)))
+  call = on_canvas(fn, [(image(side),) for side in SIDES])
+  run, traces = counted(call)
+  for a, b in [(0, 3), (3, 1), (2, 2)]:
+    x = image(SIDES[a], seed=a)
+    h = first(x)
+    size = -(-SIDES[b] // 2)  # What a convolution of stride 2 leaves.
+    wanted = last(bilinear(h, (size, size)))
+    found = run(jnp.array([a, b]), corner(x, SIDES[a]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+  assert len(traces) == 1
+  one = run(jnp.array([1, 1]), corner(image(5), 5))
+  np.testing.assert_allclose(one, fn(image(5)), rtol=1e-5)
+  with pytest.raises(ValueError, match=r'2 parts .* an index each,.* \(3,\)'):
+    call(jnp.zeros(3, jnp.int32), image(8))
+
+
 def flat(x):
   return x.reshape(2, -1)
 
@@ -164,6 +201,13 @@ REFUSED = {
   ),
   'a sort': (lambda x: jnp.sort(x, 1), 'sort at .*cannot tell the image'),
   'the last row': (lambda x: x[:, -1], 'canvas_test.py:.*starts elsewhere|sl'),
+  'a border of sums': (
+    lambda x: border(jnp.sum(x, 3)), 'sizes can change between images alone',
+  ),
+  'a border inside': (
+    lambda x: jax.checkpoint(lambda x: border(x) + 1)(x),
+    'within which sizes cannot change',
+  ),
   'a join': (
     lambda x: jnp.concatenate([x, x], 1), 'joins axes that depend on the size',
   ),

@@ -9,7 +9,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import models, tree
-from jaxprune.structure import stages
+from jaxprune.structure import canvas, stages
 
 X = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
 
@@ -67,6 +67,52 @@ def test_the_graph_of_a_stage_has_its_inner_groups(net, variables):
   assert {n: g.size for n, g in graph.groups.items()}.items() <= inner.items()
   assert any('stage2' in name for name in graph.groups)
   assert not any('stage1' in name for name in graph.groups)
+
+
+AT = ['.*stage2_block1.*', '.*stage3_block1.*']
+
+
+def test_stages_at_one_side_are_the_function(net, variables):
+  graph = jp.trace(net.apply, variables, X)
+  marked = stages.resized(graph, AT)
+  for x in (X, X[:2]):
+    wanted = net.apply(variables, x)
+    np.testing.assert_array_equal(marked(variables, x), wanted)
+    there = stages.resized(graph, AT, [(8, 8)] * 3)
+    np.testing.assert_array_equal(there(variables, x), wanted)
+  again = graph.refit(marked, X)
+  assert again.fingerprint == graph.fingerprint
+  assert list(again.groups) == list(graph.groups)
+  assert list(again.blocks) == list(graph.blocks)
+
+
+def test_stages_at_sides_of_their_own(net, variables):
+  """What the module does, stage by stage, with its features resized."""
+  net = net.clone(head='pool')
+  variables = jax.jit(net.init)(jax.random.key(0), X)
+  graph = jp.trace(net.apply, variables, X)
+  found = stages.resized(graph, AT, [(8, 8), (5, 7), (6, 6)])(variables, X)
+  h = net.apply(variables, X, stop=1)
+  h = net.apply(variables, canvas.bilinear(h, (5, 7)), start=1, stop=2)
+  assert h.shape == (4, 3, 4, 8)
+  # At images of side 6 the second stage gives 3.
+  h = canvas.bilinear(h, (3, 3))
+  wanted = net.apply(variables, h, start=2)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  with pytest.raises(ValueError, match=r'images of sides \(8, 8\), got shape'):
+    stages.resized(graph, AT, [(8, 8)] * 3)(variables, X[:, :6, :6])
+  flat = stages.resized(graph, ['.*head.*'], [(8, 8), (6, 6)])
+  with pytest.raises(ValueError, match=r'no image crosses, but an array of'):
+    flat(variables, X)
+
+
+def test_each_leaf_is_of_the_stage_that_reads_it(net, variables):
+  graph = jp.trace(net.apply, variables, X)
+  found = stages.leaves_of(graph, AT)
+  assert set().union(*found) == set(graph.leaves)
+  assert sum(map(len, found)) == len(graph.leaves)
+  assert all('stage3' in path or 'head' in path for path in found[2])
+  assert 'params/stage2_block1/conv1/kernel' in found[1]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxprune.structure.canvas_rules import (
   PADDING,
@@ -40,6 +41,8 @@ from jaxprune.structure.jaxprs import (
 from jaxprune.structure.rules.base import ELEMENTWISE
 from jaxprune.structure.run import bind
 
+BORDER = 'jaxprune: a border of sizes'  # What marks one in a trace.
+
 
 class _Table(NamedTuple):
   """The values of one constant at every size, padded to the largest."""
@@ -56,6 +59,8 @@ def on_canvas(
   in one compile for all of them: args have the shapes of the last example, and
   only the leading part of each axis, as long as in ``examples[index]``, is
   read. An output whose shape depends on the size is right in its leading part.
+  Where ``fn`` calls :func:`border`, an index for each part, in one array, lets
+  every part work at a size of its own, resized where they meet.
 
   Axes of different lengths may be slid over (convolutions with the same
   explicit padding at every size, pooling), padded, sliced from the same start,
@@ -69,7 +74,8 @@ def on_canvas(
       largest along every axis.
 
   Returns:
-    A pure function for jit, vmap (over the index too) and grad.
+    A pure function for jit, vmap (over the index too) and grad. It raises a
+    ValueError unless there is one index, or one for each part.
 
   Raises:
     ValueError: if an operation along such an axis is none of these, with its
@@ -112,9 +118,16 @@ def on_canvas(
       )
   program = _align(traced, _name(fn), '')
   out_tree = jax.tree.structure(out)
+  parts = 1 + sum(step.border is not None for step in program.steps)
 
   def call(index: Any, *args: Any) -> Any:
-    run = _Canvas(jnp.asarray(index, jnp.int32))
+    given = jnp.asarray(index, jnp.int32)
+    if given.shape not in ((), (parts,)):
+      raise ValueError(
+        f'{_name(fn)} has {parts} parts of a size of their own, which take an '
+        f'index each, or one for all; got {given.shape}.'
+      )
+    run = _Canvas(jnp.broadcast_to(given, (parts,)))
     outs = run(program, jax.tree.leaves(args))
     return jax.tree.unflatten(out_tree, outs)
 
@@ -161,6 +174,51 @@ def _weights(before: int, after: Any, largest: int) -> jax.Array:
   return jnp.where(inside, weight / jnp.where(inside, total, 1.0), 0.0)
 
 
+def border(x: jax.Array) -> jax.Array:
+  """Returns features as they are; a canvas may change their side there.
+
+  Args:
+    x: float, [batch, rows, columns, channels].
+  """
+  return checkpoint_name(x, BORDER)
+
+
+def bilinear(x: jax.Array, after: Any, before: Any = None) -> jax.Array:
+  """Returns features at other sides, each the mean of the pixels beside it.
+
+  Along each axis entry i lies at (i + 1/2) before / after - 1/2, within the
+  feature, between two pixels that are weighted by their nearness: of half the
+  side the means of pairs, of the same side the feature itself.
+
+  Args:
+    x: float, [batch, rows, columns, channels].
+    after: rows and columns of the result, static; or traced, and then the
+      result is as large as x and right in its corner alone.
+    before: rows and columns that are read, traced; without them all of x.
+
+  Examples:
+    >>> x = jnp.arange(4.0).reshape(1, 1, 4, 1)
+    >>> print(bilinear(x, (1, 2))[0, 0, :, 0])
+    [0.5 2.5]
+  """
+  static = before is None
+  sides = x.shape[1:3] if static else before
+  for axis, n, m in zip((1, 2), sides, after, strict=True):
+    if static and n == m:
+      continue
+    n, m, size = jnp.float32(n), jnp.float32(m), m if static else x.shape[axis]
+    place = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (n / m) - 0.5
+    place = jnp.maximum(place, 0)
+    left = jnp.floor(place)
+    share = (place - left).reshape([-1 if k == axis else 1 for k in range(4)])
+    pixel = lambda at, x=x, axis=axis: jnp.take(
+      x, at.astype(jnp.int32), axis, mode='clip'
+    )
+    low, high = pixel(left), pixel(jnp.minimum(left + 1, n - 1))
+    x = (low * (1 - share) + high * share).astype(x.dtype)
+  return x
+
+
 # --- Laying the traces side by side ------------------------------------------
 
 
@@ -180,6 +238,7 @@ class _Step(NamedTuple):
   reads: list[Any]  # A slot, or a _Table, or a value.
   clear: list[Any]  # For each operand None, or (what to fill in, its sizes).
   bodies: list[Any]  # Aligned programs of control flow.
+  border: Sizes | None = None  # Of a border.
 
 
 class _Program(NamedTuple):
@@ -310,8 +369,15 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
   def refuse(why: str) -> NoReturn:
     raise ValueError(f'{name} has no canvas: {_op(last)}, {why}.')
 
+  if primitive == 'name' and last.eqn.params['name'] == BORDER:
+    (found,) = inputs
+    if is_ragged(found) or len(found[0]) != 4 or set(varying(found)) - {1, 2}:
+      refuse('where sizes can change between images alone')
+    return _Step(last.eqn, last.writes, reads, clear, bodies, found)
   if primitive in ('cond', 'remat', 'remat2', 'checkpoint'):
     bodies = _bodies(row, name)
+    if any(step.border for body in bodies for step in body.steps):
+      refuse('within which sizes cannot change')
   elif any(map(is_ragged, (*inputs, *outputs))):
     small = not any(map(varying, inputs))
     if primitive not in ('squeeze', 'broadcast_in_dim') or not small:
@@ -350,10 +416,16 @@ def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
 
 
 class _Canvas:
-  """A run of aligned programs at one size, given by a traced index."""
+  """A run of aligned programs at sizes given by traced indices, one a part."""
 
-  def __init__(self, index: jax.Array):
-    self.index = index
+  def __init__(self, indices: jax.Array):
+    self.indices = indices
+    self.part = 0
+
+  @property
+  def index(self) -> jax.Array:
+    """Of the part that runs."""
+    return self.indices[self.part]
 
   def __call__(self, program: _Program, args: Sequence[Any]) -> list[Any]:
     env = dict(zip(program.inputs, args, strict=True))
@@ -373,6 +445,11 @@ class _Canvas:
   def apply(self, step: _Step, values: list[Any]) -> list[Any]:
     """Runs one operation."""
     eqn = step.eqn
+    if step.border is not None:
+      sides = jnp.asarray([shape[1:3] for shape in step.border])
+      before = sides[self.index]
+      self.part += 1
+      return [bilinear(values[0], sides[self.index], before)]
     if eqn.primitive.name == 'cond':
       which, *rest = values
       calls = [

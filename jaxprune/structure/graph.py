@@ -52,6 +52,8 @@ class Graph:
       the same plans, a program of their own.
     constrain: the graph of the same trace under other rules (of which
       :func:`trace` speaks): ``graph.constrain({'head.*': Choice(...)})``.
+    refit: the graph of the same trace with another function of the params in
+      the place of this one: ``graph.refit(fn, *args)``.
   """
 
   groups: dict[str, Group]
@@ -68,6 +70,7 @@ class Graph:
   outputs_like: tuple[str | None, ...] = dataclasses.field(repr=False)
   also: tuple['Graph', ...] = dataclasses.field(repr=False)
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+  refit: Callable[..., 'Graph'] = dataclasses.field(repr=False)
 
   @functools.cached_property
   def flow(self) -> Flow:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxprune import tree
+from jaxprune.structure import canvas
 from jaxprune.structure.graph import Graph, leaves_like
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation, Value
@@ -73,6 +74,92 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
     return call
 
   return tuple(stage(number) for number in range(len(parts)))
+
+
+def resized(
+  graph: Graph,
+  at: Sequence[str],
+  sides: Sequence[Sequence[int]] | None = None,
+) -> Callable[[tree.PyTree, jax.Array], Any]:
+  """Returns the function with each stage at a resolution of its own.
+
+  A stage computes what it does in the function at images of its sides. Where
+  they are not those of the stage before, the feature that crosses is resized
+  bilinearly (:func:`jaxprune.structure.canvas.bilinear`).
+
+  Args:
+    graph: of a function of the params and one batch of images, as :func:`cut`.
+    at: a cut for each border of stages, as :func:`cut`.
+    sides: rows and columns of the images, for every stage; one pair more than
+      cuts. Without them those of the images that come, in all stages, and the
+      cuts are marked for :func:`jaxprune.structure.canvas.on_canvas`.
+
+  Returns:
+    A pure function ``call(params, images)`` like that of the graph.
+
+  Raises:
+    ValueError: as :func:`cut`; when called, if the images are not of the first
+      sides, or what crosses a cut is no image: [batch, rows, columns, channels]
+      with channels that do not depend on the sides.
+  """
+  _parts(graph, at)
+
+  def call(params: tree.PyTree, x: jax.Array) -> Any:
+    own = [x.shape[1:3]] * (len(at) + 1) if sides is None else sides
+    if x.shape[1:3] != tuple(own[0]):
+      raise ValueError(
+        f'The first stage takes images of sides {tuple(own[0])}, got shape '
+        f'{x.shape}.'
+      )
+    found, h, traced = {}, x, graph
+    for number, side in enumerate(own):
+      spec = jax.ShapeDtypeStruct((x.shape[0], *side, *x.shape[3:]), x.dtype)
+      traced = graph.retrace(spec)
+      program = _parts(traced, at)[number]
+      leaves = leaves_like(traced, params)
+      if number:
+        h = _meet(h, program.inputs[-1].shape, at[number - 1], sides is None)
+      values = [leaves[path] for path in traced.leaves]
+      h, *new = Run({})(program, [*values, h])
+      found |= dict(zip(_handed_back(traced, program), new, strict=True))
+    leaves = leaves_like(traced, params)
+    outs = [
+      h if path is None else found.get(path, leaves[path])
+      for path in traced.outputs_like
+    ]
+    return jax.tree.unflatten(traced.out_tree, outs)
+
+  return call
+
+
+def _meet(
+  h: jax.Array, shape: Sequence[int], pattern: str, is_marked: bool
+) -> jax.Array:
+  """The feature of one stage as the next takes it."""
+  if len(shape) != 4 or (h.shape[0], h.shape[-1]) != (shape[0], shape[-1]):
+    raise ValueError(
+      f'At the cut {pattern!r} no image crosses, but an array of shape '
+      f'{h.shape}, that the next stage takes as {tuple(shape)}.'
+    )
+  return canvas.border(h) if is_marked else canvas.bilinear(h, shape[1:3])
+
+
+def leaves_of(graph: Graph, at: Sequence[str]) -> tuple[frozenset[str], ...]:
+  """Returns the paths of the leaves that each stage reads.
+
+  Args:
+    graph: as :func:`cut`.
+    at: as :func:`cut`.
+
+  Raises:
+    ValueError: as :func:`cut`.
+  """
+  found = []
+  for program in _parts(graph, at):
+    read = {value for eqn in program.equations for value in eqn.inputs}
+    named = zip(graph.leaves, program.inputs, strict=False)
+    found.append(frozenset(path for path, value in named if value in read))
+  return tuple(found)
 
 
 def _parts(graph: Graph, at: Sequence[str]) -> list[Program]:

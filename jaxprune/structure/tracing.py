@@ -200,7 +200,7 @@ def _trace(
     args = list(jax.tree.unflatten(arg_tree, specs))
     changed[which] = forms[which]._replace(args=args)
     constrain = lambda rules: _trace(how, changed, rules)
-    return _graphs(how, changed, rules, retraces, constrain)
+    return _graphs(how, changed, rules, retraces, refits, constrain)
 
   def retrace(which: int, *args: Any) -> Graph:
     specs = jax.tree.map(_spec, args)
@@ -219,7 +219,14 @@ def _trace(
     first, *others = traced(which, arg_tree, tuple(leaves))
     return others[which - 1] if which else first
 
+  def refit(which: int, fn: Callable[..., Any], *args: Any) -> Graph:
+    changed = list(forms)
+    changed[which] = _Form(fn, jax.tree.map(_spec, list(args)))
+    first = _trace(how, changed, rules)
+    return first.also[which - 1] if which else first
+
   retraces = [functools.partial(retrace, k) for k in range(len(forms))]
+  refits = [functools.partial(refit, k) for k in range(len(forms))]
   return retrace(0, *forms[0].args)
 
 
@@ -258,6 +265,7 @@ def _graphs(
   forms: Sequence[_Form],
   rules: Mapping[str, Choice],
   retraces: Sequence[Callable[..., Graph]],
+  refits: Sequence[Callable[..., Graph]],
   constrain: Callable[[Mapping[str, Choice]], Graph],
 ) -> list[Graph]:
   """The graph of the first form, which holds the others, and the others."""
@@ -299,7 +307,7 @@ def _graphs(
     for path, leaf in leaves.items()
   }
   text = json.dumps(description, sort_keys=True)
-  graph = lambda form, typed, retrace, also: Graph(
+  graph = lambda form, typed, retrace, refit, also: Graph(
     groups=groups,
     leaves=leaves,
     protected=_protected(leaves),
@@ -314,8 +322,9 @@ def _graphs(
     outputs_like=typed[3],
     also=also,
     constrain=constrain,
+    refit=refit,
   )
-  first, *others = zip(forms, typed, retraces, strict=True)
+  first, *others = zip(forms, typed, retraces, refits, strict=True)
   also = [graph(*other, ()) for other in others]
   return [graph(*first, tuple(also)), *also]
 
