@@ -83,6 +83,9 @@ def check(
       them agrees, and of one from the user's own function, the leaf.
     ValueError: if the plan removes nothing or is of another graph.
   """
+  if plan.resized:  # Of the function with its features resized.
+    graph = plans.at(graph, plan.resolution, plan.resized)
+    plan = dataclasses.replace(plan, resized=())
   before_after = plans.widths(graph, plan).values()
   removed = sum(before - after for before, after in before_after)
   if not removed and not plan.dropped:

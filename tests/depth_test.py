@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxprune import cost, plans, proof, structure, tree
+from jaxprune.structure import canvas
 
 
 def normal(*shape, seed=0):
@@ -101,27 +102,32 @@ def test_a_block_inside_of_another_goes_with_it():
 
 
 GOLDEN = """{
- "version": 2,
+ "version": 3,
  "graph": "%s",
  "kept": {
   "block2/up": [1, 4],
   "stem": [0, 1, 3]
  },
  "dropped": ["block1"],
- "resolution": [3]
+ "resolution": [3],
+ "resized": [[".*head.*", [2]]]
 }"""
 
 
 def test_json_is_the_same_bytes_on_every_version():
   """The fingerprint too: it was written by Python 3.11 with JAX 0.10."""
-  plan = dataclasses.replace(PLAN, resolution=(3,))
+  resized = (('.*head.*', (2,)),)
+  plan = dataclasses.replace(PLAN, resolution=(3,), resized=resized)
   assert plans.to_json(plan) == GOLDEN % 'f62a6ab9abe0d49c'
   assert plans.from_json(plans.to_json(plan)) == plan
 
 
-def test_the_first_format_is_still_read():
+def test_the_first_formats_are_still_read():
   text = '{"version": 1, "graph": "c0ffee", "kept": {"a": [0, 2]}}'
   assert plans.from_json(text) == plans.Plan('c0ffee', (('a', (0, 2)),))
+  text = """{"version": 2, "graph": "c0ffee", "kept": {}, "dropped": ["b"],
+    "resolution": [3]}"""
+  assert plans.from_json(text) == plans.Plan('c0ffee', (), ('b',), (3,))
 
 
 def test_a_difference_is_data_and_reads_well():
@@ -285,6 +291,56 @@ def test_a_resolution_is_another_trace_of_the_same_plan():
   )
 
 
+def two(p, x):
+  x = jnp.tanh(x @ p['a'])
+  return jnp.mean(jnp.tanh(x @ p['b']), (1, 2)) @ p['c']
+
+
+TWO = {'a': normal(3, 4), 'b': normal(4, 5), 'c': normal(5, 2)}
+PARTS = structure.trace(two, TWO, IMAGE)
+
+
+def test_a_plan_resizes_features_on_the_way():
+  plan = plans.from_kept(
+    PARTS, {'a': [0, 3]}, resolution=(4, 4), resized=[('b', (2, 3))]
+  )
+  assert plan.resized == (('b', (2, 3)),)
+  small = plans.shrink(PARTS, plan, TWO)
+  x = IMAGE[:, :4, 1:5]
+  h = canvas.bilinear(jnp.tanh(x @ TWO['a'][:, ::3]), (2, 3))
+  want = jnp.mean(jnp.tanh(h @ TWO['b'][::3]), (1, 2)) @ TWO['c']
+  call = plans.specialise(PARTS, plan)
+  np.testing.assert_allclose(call(small, x), want, rtol=1e-5)
+  masked = plans.masked(PARTS, plan)(TWO, x)
+  np.testing.assert_allclose(masked, want, rtol=1e-5)
+  # Another batch; and the cost is that of what was built.
+  np.testing.assert_allclose(call(small, x[:1]), want[:1], rtol=1e-5)
+  built = structure.trace(call, tree.compact(small), x)
+  wanted = 2 * (16 * 3 * 2 + 6 * 2 * 5 + 5 * 2)
+  assert cost.macs(PARTS, plan) == cost.macs(built) == wanted
+  found = proof.check(PARTS, plan, TWO, x)
+  assert found.parameters is not None
+
+
+def test_a_plan_says_what_changes_alone():
+  make = lambda resolution, *resized: plans.from_kept(
+    PARTS, {}, resolution=resolution, resized=resized
+  )
+  assert make(None, ('b', (6, 6))).resized == ()
+  assert make((4, 4), ('b', (4, 4)), ('c', (6, 6))).resized == (('c', (6, 6)),)
+  first, second = make((4, 4)), make((4, 4), ('b', (3, 2)))
+  assert str(plans.diff(PARTS, first, second)) == (
+    'resized: nowhere -> 3x2 from b'
+  )
+  graph = structure.trace(plans.specialise(PARTS, first), TWO, IMAGE[:, :4, :4])
+  assert plans.compose(PARTS, first, graph, make(None, ('b', (3, 2)))) == second
+  graph = structure.trace(
+    plans.specialise(PARTS, second), TWO, IMAGE[:, :4, :4]
+  )
+  with pytest.raises(ValueError, match='where the first has resized features'):
+    plans.compose(PARTS, second, graph, first)
+
+
 FLAT = structure.trace(
   lambda p, x: x.reshape(2, -1) @ p['a'], {'a': normal(108, 2)}, IMAGE
 )
@@ -298,6 +354,18 @@ FLAT = structure.trace(
       "no block 'stem' to drop; the blocks are: block1, block2",
     ),
     (
+      lambda: plans.from_kept(PARTS, {}, resized=[('b', (0, 4))]),
+      r'`resized` must be positive ints, one or more, got \(0, 4\)',
+    ),
+    (
+      lambda: plans.at(PARTS, (4, 4), (('b', (2, 2)), ('c', (3, 3)))),
+      r"resolution \(4, 4\), \(2, 2\) from 'b', .* At the cut 'c' no image",
+    ),
+    (
+      lambda: plans.at(PARTS, None, (('z', (2, 2)),)),
+      "cut 'z' matches no leaf that the function uses",
+    ),
+    (
       lambda: plans.from_kept(GRAPH, {}, resolution=(0, 4)),
       r'must be positive ints, one or more, got \(0, 4\)',
     ),
@@ -308,14 +376,14 @@ FLAT = structure.trace(
       "no block 'z' to drop",
     ),
     (
-      lambda: plans.from_json('{"version": 3, "graph": "x", "kept": {}}'),
-      'has format 3, this version of jaxprune reads formats 1 and 2; install',
+      lambda: plans.from_json('{"version": 4, "graph": "x", "kept": {}}'),
+      'has format 4, this version of jaxprune reads formats 1 and 2 and 3; i',
     ),
     (
       lambda: plans.from_json(
         '{"version": 2, "graph": "x", "kept": {}, "resolution": "big"}'
       ),
-      'The plan is damaged: .*"resolution" a list of ints or null',
+      'The plan is damaged: .*"resolution" a list of ints or null and',
     ),
     (
       lambda: plans.specialise(GRAPH, PLAN)(

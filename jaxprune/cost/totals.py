@@ -213,8 +213,10 @@ def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
 
 
 def _at(graph: Graph, plan: plans.Plan | None) -> Graph:
-  """The graph at the resolution of a plan."""
-  return graph if plan is None else plans.at(graph, plan.resolution)
+  """The graph at the resolutions of a plan."""
+  if plan is None:
+    return graph
+  return plans.at(graph, plan.resolution, plan.resized)
 
 
 def _names(graph: Graph) -> dict[Axis, str]:

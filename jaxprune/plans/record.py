@@ -16,9 +16,11 @@ from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.run import Run
 from jaxprune.structure.slices import Group, member, occurrences
 
-FORMAT = 2
-READABLE = (1, 2)  # Format 1 knew of groups alone.
+FORMAT = 3
+# Format 1 knew of groups alone, format 2 of one resolution.
+READABLE = (1, 2, 3)
 Kept = tuple[tuple[str, tuple[int, ...]], ...]
+Resized = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Plan:
     dropped: names of the blocks to leave out, sorted, with the blocks inside.
     resolution: sides of the first argument after its batch, (rows, columns) of
       images; None for those of the trace.
+    resized: where the resolution changes on the way, in order, (cut, sides):
+      from the first operation on data on that reads a leaf whose path the
+      regular expression ``cut`` matches, the function works as at these sides
+      of its first argument, and the feature that crosses is resized.
     version: of the format.
   """
 
@@ -39,6 +45,7 @@ class Plan:
   kept: Kept = ()
   dropped: tuple[str, ...] = ()
   resolution: tuple[int, ...] | None = None
+  resized: Resized = ()
   version: int = FORMAT
 
 
@@ -62,12 +69,14 @@ class Diff(NamedTuple):
     dropped: blocks that the second alone drops.
     restored: blocks that the first alone drops.
     resolution: (before, after); None if they agree.
+    resized: the same of where it changes on the way.
   """
 
   groups: dict[str, Change]
   dropped: tuple[str, ...]
   restored: tuple[str, ...]
   resolution: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
+  resized: tuple[Resized, Resized] | None = None
 
   def __str__(self) -> str:
     """Returns one line for each group, block and resolution that differs."""
@@ -79,11 +88,21 @@ class Diff(NamedTuple):
     lines += [f'{name}: restored' for name in self.restored]
     if self.resolution is not None:
       before, after = (
-        'x'.join(map(str, sides)) if sides else 'as traced'
-        for sides in self.resolution
+        _by(sides) if sides else 'as traced' for sides in self.resolution
       )
       lines.append(f'resolution: {before} -> {after}')
+    if self.resized is not None:
+      before, after = (
+        ', '.join(f'{_by(sides)} from {cut}' for cut, sides in resized)
+        or 'nowhere'
+        for resized in self.resized
+      )
+      lines.append(f'resized: {before} -> {after}')
     return '\n'.join(line.rstrip() for line in lines) or 'no difference'
+
+
+def _by(sides: Sequence[int]) -> str:
+  return 'x'.join(map(str, sides))
 
 
 def _signed(sign: str, index: Sequence[int]) -> str:
@@ -95,6 +114,7 @@ def from_kept(
   kept: Mapping[str, Sequence[int]],
   dropped: Iterable[str] = (),
   resolution: Sequence[int] | None = None,
+  resized: Iterable[tuple[str, Sequence[int]]] = (),
 ) -> Plan:
   """Returns the plan that keeps these indices and drops these blocks.
 
@@ -105,6 +125,8 @@ def from_kept(
     dropped: names of blocks of ``graph.blocks``; those inside go too.
     resolution: sides of the first argument after its batch; None for those of
       the trace.
+    resized: (cut, sides) as :class:`Plan` has them; one that changes nothing
+      is left out.
 
   Raises:
     ValueError: if a group or block is unknown, the indices of a group are none,
@@ -147,12 +169,26 @@ def from_kept(
       choices.check_width(found, width)
   sides = None
   if resolution is not None:
-    sides = tuple(int(side) for side in resolution)
-    if not sides or min(sides) < 1 or sides != tuple(resolution):
-      raise ValueError(
-        f'`resolution` must be positive ints, one or more, got {resolution}.'
-      )
-  return Plan(graph.fingerprint, tuple(entries), closed, sides)
+    sides = _positive('resolution', resolution)
+  now, changes = sides, []
+  for cut, asked in resized:
+    there = _positive('resized', asked)
+    if now is None:
+      now = tuple(graph.args[0].shape[1 : 1 + len(there)])
+    if there != now:
+      changes.append((str(cut), there))
+    now = there
+  plan = Plan(graph.fingerprint, tuple(entries), closed, sides)
+  return dataclasses.replace(plan, resized=tuple(changes))
+
+
+def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
+  found = tuple(int(side) for side in sides)
+  if not found or min(found) < 1 or found != tuple(sides):
+    raise ValueError(
+      f'`{what}` must be positive ints, one or more, got {sides}.'
+    )
+  return found
 
 
 def from_masks(
@@ -160,6 +196,7 @@ def from_masks(
   masks: Mapping[str, Any],
   dropped: Iterable[str] = (),
   resolution: Sequence[int] | None = None,
+  resized: Iterable[tuple[str, Sequence[int]]] = (),
 ) -> Plan:
   """Returns the plan that keeps what masks of groups keep.
 
@@ -168,6 +205,7 @@ def from_masks(
     masks: group -> bool[size], True = kept.
     dropped: as :func:`from_kept`.
     resolution: as :func:`from_kept`.
+    resized: as :func:`from_kept`.
 
   Raises:
     ValueError: as :func:`from_kept`, or if a mask has another shape.
@@ -181,7 +219,7 @@ def from_masks(
         f'{np.shape(mask)}.'
       )
     kept[name] = np.flatnonzero(np.asarray(mask))
-  return from_kept(graph, kept, dropped, resolution)
+  return from_kept(graph, kept, dropped, resolution, resized)
 
 
 def from_widths(
@@ -190,6 +228,7 @@ def from_widths(
   scores: Mapping[str, Any] | None = None,
   dropped: Iterable[str] = (),
   resolution: Sequence[int] | None = None,
+  resized: Iterable[tuple[str, Sequence[int]]] = (),
 ) -> Plan:
   """Returns the plan that keeps so many units, the best or the first.
 
@@ -200,6 +239,7 @@ def from_widths(
       index; without them (or a group in them) the first units stay.
     dropped: as :func:`from_kept`.
     resolution: as :func:`from_kept`.
+    resized: as :func:`from_kept`.
 
   Raises:
     ValueError: as :func:`from_kept`, or if a width is out of range.
@@ -215,7 +255,7 @@ def from_widths(
     if scores is not None and name in scores:
       order = np.argsort(-np.asarray(scores[name]), kind='stable')
     kept[name] = order[:width]
-  return from_kept(graph, kept, dropped, resolution)
+  return from_kept(graph, kept, dropped, resolution, resized)
 
 
 def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -258,7 +298,8 @@ def compose(
   Raises:
     ValueError: if a plan is not of its graph, ``small_graph`` is not of what
       ``first`` leaves, or ``second`` cuts a group or drops a block that is
-      none of ``graph`` (a group that falls apart without a dropped block).
+      none of ``graph`` (a group that falls apart without a dropped block), or
+      changes resolutions where ``first`` has resized features.
   """
   kept = dict(kept_indices(graph, first))
   run = runner(graph, kept)
@@ -285,8 +326,14 @@ def compose(
     if not match:
       raise ValueError(f'Block {name!r} is no block of the original graph.')
     dropped.append(match[0])
+  if first.resized and (second.resolution or second.resized):
+    raise ValueError(
+      f'The second plan changes resolutions, where the first has resized '
+      f'features already, {first.resized}: give them in one plan.'
+    )
   resolution = second.resolution or first.resolution
-  return from_kept(graph, kept, dropped, resolution)
+  resized = second.resized or first.resized
+  return from_kept(graph, kept, dropped, resolution, resized)
 
 
 def _original(
@@ -361,11 +408,13 @@ def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
     if had != has and name not in lost:
       groups[name] = Change(tuple(sorted(had - has)), tuple(sorted(has - had)))
   agree = first.resolution == second.resolution
+  alike = first.resized == second.resized
   return Diff(
     groups,
     tuple(name for name in second.dropped if name not in first.dropped),
     tuple(name for name in first.dropped if name not in second.dropped),
     None if agree else (first.resolution, second.resolution),
+    None if alike else (first.resized, second.resized),
   )
 
 
@@ -375,13 +424,14 @@ def to_json(plan: Plan) -> str:
   Examples:
     >>> print(to_json(Plan('c0ffee', (('conv1', (0, 2)),), ('block3',))))
     {
-     "version": 2,
+     "version": 3,
      "graph": "c0ffee",
      "kept": {
       "conv1": [0, 2]
      },
      "dropped": ["block3"],
-     "resolution": null
+     "resolution": null,
+     "resized": []
     }
   """
   lines = [
@@ -392,7 +442,8 @@ def to_json(plan: Plan) -> str:
   return (
     f'{{\n "version": {plan.version},\n "graph": {json.dumps(plan.graph)},\n'
     f' "kept": {kept},\n "dropped": {json.dumps(list(plan.dropped))},\n'
-    f' "resolution": {json.dumps(plan.resolution)}\n}}'
+    f' "resolution": {json.dumps(plan.resolution)},\n'
+    f' "resized": {json.dumps(plan.resized)}\n}}'
   )
 
 
@@ -428,12 +479,16 @@ def from_json(text: str) -> Plan:
     dropped = tuple(str(name) for name in data.get('dropped', ()))
     sides = data.get('resolution')
     resolution = None if sides is None else tuple(map(operator.index, sides))
-    return Plan(str(data['graph']), kept, dropped, resolution)
+    resized = tuple(
+      (str(cut), tuple(map(operator.index, there)))
+      for cut, there in data.get('resized', ())
+    )
+    return Plan(str(data['graph']), kept, dropped, resolution, resized)
   except (KeyError, TypeError, ValueError, AttributeError):
     raise ValueError(
       'The plan is damaged: "graph" must be a string, "kept" map each group to '
-      'a list of indices, "dropped" be a list of blocks and "resolution" a '
-      'list of ints or null.'
+      'a list of indices, "dropped" be a list of blocks, "resolution" a list '
+      'of ints or null and "resized" a list of cuts with such lists.'
     ) from None
 
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.plans.record import Plan, check, group, kept_indices, vanished
+from jaxprune.plans.record import (
+  Plan,
+  Resized,
+  check,
+  group,
+  kept_indices,
+  vanished,
+)
+from jaxprune.structure import stages
 from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.run import Switched
 
@@ -38,7 +46,7 @@ def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
       groups.
   """
   check(graph, plan)
-  return functools.partial(_call, graph, plan, False)
+  return functools.partial(_call, _resized(graph, plan), plan, False)
 
 
 def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
@@ -50,20 +58,31 @@ def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
   scales of what is left. The arguments are as there, params of the full shapes.
   """
   check(graph, plan)
-  return functools.partial(_call, graph, plan, True)
+  return functools.partial(_call, _resized(graph, plan), plan, True)
 
 
-def at(graph: Graph, resolution: tuple[int, ...] | None) -> Graph:
+def _resized(graph: Graph, plan: Plan) -> Graph:
+  """The graph of what a plan makes smaller."""
+  if not plan.resized:
+    return graph
+  return at(graph, plan.resolution, plan.resized)
+
+
+def at(
+  graph: Graph, resolution: tuple[int, ...] | None, resized: Resized = ()
+) -> Graph:
   """Returns the graph of the same function at another resolution.
 
   Args:
     graph: the graph.
     resolution: sides of the first argument after its batch: (rows, columns) of
       images; None for those of the trace.
+    resized: where it changes on the way, as :class:`Plan` has it.
 
   Raises:
-    ValueError: if the first argument has no such axes, or if the function
-      cannot run there with the same params.
+    ValueError: if the first argument has no such axes, if the function
+      cannot run there with the same params, or if it cannot be cut where it is
+      to be resized (:func:`jaxprune.structure.stages.resized`).
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -73,22 +92,29 @@ def at(graph: Graph, resolution: tuple[int, ...] | None) -> Graph:
     >>> at(graph, (24, 24)).args[0].shape
     (1, 24, 24, 3)
   """
-  if resolution is None:
+  if resolution is None and not resized:
     return graph
   first: Any = next(iter(graph.args), None)
   shape: Any = tuple(getattr(first, 'shape', ()))
-  if len(shape) <= len(resolution):
+  sides = shape[1:3] if resolution is None else resolution
+  if len(shape) <= len(sides):
     raise ValueError(
-      f'The first argument must have a batch and {len(resolution)} axes of the '
-      f'resolution {resolution}, got shape {shape}.'
+      f'The first argument must have a batch and {len(sides)} axes of the '
+      f'resolution {sides}, got shape {shape}.'
     )
-  sides = (shape[0], *resolution, *shape[1 + len(resolution) :])
-  spec = jax.ShapeDtypeStruct(sides, first.dtype)
+  there = (shape[0], *sides, *shape[1 + len(sides) :])
+  spec = jax.ShapeDtypeStruct(there, first.dtype)
+  retrace: Callable[..., Graph] = graph.retrace
+  if resized:
+    cuts, after = zip(*resized, strict=True)
+    fn = stages.resized(graph, cuts, [sides, *after])
+    retrace = functools.partial(graph.refit, fn)
   try:
-    found = graph.retrace(spec, *graph.args[1:])
+    found = retrace(spec, *graph.args[1:])
   except Exception as error:
+    places = ''.join(f', {there} from {cut!r}' for cut, there in resized)
     raise ValueError(
-      f'The function does not run at resolution {resolution}: '
+      f'The function does not run at resolution {sides}{places}: '
       f'{str(error).splitlines()[0]} If the shape of a param depends on it, '
       f'keep the resolution of the trace.'
     ) from error
