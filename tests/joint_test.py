@@ -11,7 +11,7 @@ import pytest
 from traces import counted
 
 import jaxprune as jp
-from jaxprune import cost, estimator, evolution, joint, models, plans
+from jaxprune import cost, estimator, evolution, joint, models, plans, tree
 from jaxprune.structure import canvas
 
 KEY = jax.random.key(0)
@@ -145,6 +145,8 @@ def test_json_that_is_no_vector_is_refused():
     joint.from_json('{"widths": 3}')
   with pytest.raises(ValueError, match='has format 9, this version'):
     joint.from_json('{"version": 9, "widths": {}, "depths": {}}')
+  old = '{"version": 1, "widths": {"a": 2}, "depths": {}, "side": 28}'
+  assert joint.from_json(old) == joint.PruningVector({'a': 2}, {}, 28)
 
 
 def test_restricted_spaces_leave_the_rest_whole():
@@ -309,6 +311,127 @@ def test_masked_is_what_is_built_in_all_dimensions_together():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   assert len(once) == 1
   assert len(by_side) <= len(SIDES)
+
+
+CUTS = {'stage2': '.*stage2_block1.*'}
+
+
+@functools.cache
+def cut():
+  """The space in which the second stage has a side of its own."""
+  graph = jp.trace(trained, variables(), IMAGES)
+  space = joint.space(graph, IMAGES, sides=SIDES, cuts=CUTS)
+  return graph, space, joint.coster(space)
+
+
+def test_stages_with_sides_of_their_own_are_what_is_built():
+  """Channels, depth and a side for each stage, the module run by stages."""
+  graph, space, price = cut()
+  x = jax.random.normal(KEY, (4, 8, 8, 1))
+  net, traces = counted(joint.supernet(space, on_canvas=True))
+  rng = np.random.default_rng(1)
+  pick = lambda ladder: int(rng.choice(ladder))
+  for side in ({'input': 8, 'stage2': 5}, {'input': 5, 'stage2': 7}):
+    vector = jax.tree.map(pick, space.ladders)._replace(side=side)
+    plan = joint.plan(space, vector)
+    assert plan == joint.plan(space, joint.from_json(joint.to_json(vector)))
+    small = tree.compact(jp.shrink(graph, plan, variables()))
+    module = MODEL.clone(
+      widths=models.widths(small['params']), drop=plan.dropped
+    )
+    images = canvas.resize(x, side['input'])
+
+    @jax.jit
+    def build(small, images, module=module, side=side):
+      run = functools.partial(
+        module.apply, small, train=True, mutable=['batch_stats']
+      )
+      h, first = run(images, stop=1)
+      h = canvas.bilinear(h, (side['stage2'],) * 2)
+      logits, last = run(h, start=1)
+      return logits, first, last
+
+    logits, first, last = build(small, images)
+    found, after = net(variables(), vector, x)
+    scale = np.abs(logits).max()
+    np.testing.assert_allclose(found / scale, logits / scale, atol=1e-5)
+    stats = jp.shrink(graph, plan, after)['batch_stats']
+    for name, old in small['batch_stats'].items():
+      own = last if name.startswith('stage2') else first
+      moved = own['batch_stats'][name]
+      assert jax.tree.structure(moved) == jax.tree.structure(old)
+      for a, b in zip(
+        jax.tree.leaves(stats[name]), jax.tree.leaves(moved), strict=True
+      ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # The cost is that of the plan, and of the trace of what it makes.
+    built = jp.trace(
+      jp.specialise(graph, plan), small,
+      jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32),
+    )  # fmt: skip
+    assert price(vector) == cost.macs(graph, plan) == cost.macs(built)
+  assert len(traces) == 1
+
+
+def test_a_side_for_each_stage_is_a_coordinate():
+  graph, space, price = cut()
+  assert joint.parts(space) == ('input', 'stage2')
+  assert space.sides == SIDES
+  assert joint.whole(space, price) == cost.macs(graph)
+  even = space.high._replace(side={'input': 7, 'stage2': 7})
+  assert price(even) == made()[1](space.high._replace(side=7))
+  assert joint.plan(space, even).resized == ()
+  assert joint.plan(space, even).resolution == (7, 7)
+  late = space.high._replace(side={'input': 8, 'stage2': 5})
+  plan = joint.plan(space, late)
+  assert plan.resolution is None
+  assert plan.resized == (('.*stage2_block1.*', (5, 5)),)
+  only = joint.restrict(space, widths=True)
+  assert only.low.side == {'input': 8, 'stage2': 8}
+  assert joint.coster(only)(only.high) == joint.whole(space, price)
+  rng = np.random.default_rng(0)
+  many = jax.tree.map(lambda ladder: rng.choice(ladder, 30), space.ladders)
+  exact = price(many)
+  one = lambda k: price(jax.tree.map(lambda x: int(x[k]), many))
+  assert exact.tolist() == [one(k) for k in range(30)]
+  traced = jax.jit(price)(jax.tree.map(jnp.asarray, many))
+  np.testing.assert_allclose(traced, exact, rtol=1e-5)
+  parameters = joint.coster(space, cost.parameters_polynomial)
+  assert parameters(late) == cost.parameters(graph)
+  ones = jax.tree.map(lambda _: 1.0, space.high)
+  vector = joint.project(space, price, 0.25, ones, tolerance=0.02)
+  total = joint.whole(space, price)
+  assert 0.245 * total <= price(vector) <= 0.25 * total
+  # With all widths spent, a side more of one stage, and narrower again.
+  small = space.high._replace(side={'input': 5, 'stage2': 5})
+  start = jax.tree.map(float, joint.to_unit(space, small))
+  vector = joint.project(space, price, 0.85, start)
+  assert 0.85 * 0.995 * total <= price(vector) <= 0.85 * total
+
+
+def test_spaces_that_cannot_be_cut_are_refused():
+  graph, space, _ = cut()
+  make = lambda cuts, sides=SIDES: joint.space(
+    graph, IMAGES, sides=sides, cuts=cuts
+  )
+  with pytest.raises(ValueError, match=r"names other than 'input' .* got .'in"):
+    make({'input': '.*stage2.*'})
+  with pytest.raises(ValueError, match=r'need the sides .* and sides \(\)'):
+    make(CUTS, sides=())
+  with pytest.raises(ValueError, match="cut 'stage9' matches no leaf"):
+    make({'late': 'stage9'})
+  with pytest.raises(ValueError, match=r'At the cut .*head.* no image cros'):
+    make({'late': '.*head.*'})
+  with pytest.raises(ValueError, match=r'sides of input, stage2 .* on_canva'):
+    joint.supernet(space)
+  with pytest.raises(ValueError, match='does not tell the cost of the parts'):
+    joint.coster(space, lambda graph: {})
+  shared = jp.trace(
+    lambda p, x: jnp.mean((x @ p['a']) @ p['b'] @ p['a'], (1, 2)),
+    {'a': jnp.ones((1, 1)), 'b': jnp.ones((1, 1))}, IMAGES,
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="'late' reads 'a', as one before it"):
+    joint.space(shared, IMAGES, sides=SIDES, cuts={'late': 'b'})
 
 
 def test_a_closed_block_keeps_its_statistics():

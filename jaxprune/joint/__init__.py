@@ -1,11 +1,12 @@
 """JointPruning: channels, depth and resolution as one vector of numbers.
 
 A :class:`PruningVector` says how many units each group keeps, how many blocks
-each stage, and at what side images come in; a :class:`Space` what each of them
-may be. From a vector follow masks for the supernet (:func:`masks`), its exact
-cost without a run (:func:`coster`), and one plan (:func:`plan`): the first
-units of each group, the first blocks of each stage. Losses of vectors move it,
-by :mod:`jaxprune.estimator`, and :func:`project` ends on the budget.
+each stage, and at what side images come in, or every part of the network works;
+a :class:`Space` what each of them may be. From a vector follow masks for the
+supernet (:func:`masks`), its exact cost without a run (:func:`coster`), and one
+plan (:func:`plan`): the first units of each group, the first blocks of each
+stage. Losses of vectors move it, by :mod:`jaxprune.estimator`, and
+:func:`project` ends on the budget.
 
   space = joint.space(graph, images, sides=(20, 24, 28))
   cost = joint.coster(space)
@@ -34,6 +35,7 @@ from jaxprune.joint.vectors import Space as Space
 from jaxprune.joint.vectors import from_json as from_json
 from jaxprune.joint.vectors import from_unit as from_unit
 from jaxprune.joint.vectors import masks as masks
+from jaxprune.joint.vectors import parts as parts
 from jaxprune.joint.vectors import plan as plan
 from jaxprune.joint.vectors import restrict as restrict
 from jaxprune.joint.vectors import rounded as rounded

@@ -1,7 +1,7 @@
 """What vectors cost, and the vectors that meet a budget."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,10 +13,11 @@ from jaxprune.joint.vectors import (
   PruningVector,
   Space,
   from_unit,
+  parts,
   rounded,
   unit_range,
 )
-from jaxprune.structure.graph import Graph
+from jaxprune.structure import stages as chain
 
 Penalty = Literal['hinge', 'two_sided', 'none']
 Coster = Callable[[PruningVector], Any]  # A vector, or many -> its cost.
@@ -24,7 +25,7 @@ Coster = Callable[[PruningVector], Any]  # A vector, or many -> its cost.
 
 def coster(
   space: Space,
-  measure: Callable[[Graph], Any] = costs.macs_polynomial,
+  measure: Callable[..., Any] = costs.macs_polynomial,
 ) -> Coster:
   """Returns the function from vectors to their cost, without a run.
 
@@ -32,11 +33,17 @@ def coster(
     space: the space.
     measure: graph -> a polynomial of :mod:`jaxprune.cost`, or a function of
       the values of its variables (a latency table's ``predict``); taken once at
-      every side.
+      every side. Of a space with cuts the polynomials alone, which are asked
+      with ``layers`` for what belongs to each part. What resizes features
+      counts like a pooling: not as multiply-adds.
 
   Returns:
     A function of a vector of numbers (exact), of NumPy arrays (one exact result
     each), or of traced arrays (float32, differentiable in widths and depths).
+
+  Raises:
+    ValueError: if the space has cuts, and the measure does not tell parts, or
+      what reads no leaf costs what depends on the side.
 
   Examples:
     >>> from jaxprune import joint
@@ -47,45 +54,99 @@ def coster(
     >>> joint.coster(joint.space(graph))(joint.PruningVector({'a': 4}, {}))
     20
   """
-  measured = []
-  for graph in space.graphs:
-    found = measure(graph)
-    measured.append(
-      found
-      if callable(found)
-      else lambda values, found=found: costs.evaluate(found, values)
-    )
+  by_part = [
+    [_function(found) for found in row] for row in _measured(space, measure)
+  ]
 
   def call(vector: PruningVector) -> Any:
     values = dict(vector.widths)
     for stage, names in space.stages.items():
       for i, block in enumerate(names):
         values[block] = _open(vector.depths[stage], i)
-    if len(measured) == 1:
-      return measured[0](values)
-    ladder = space.ladders.side
-    if isinstance(vector.side, jax.Array):
-      found = [jnp.asarray(m(values), jnp.float32) for m in measured]
-      # Indices of the sides, 0, 1, ..: costs between two are interpolated.
-      at = [
-        jnp.maximum(0, 1 - jnp.abs(_rung(vector.side, ladder) - k))
-        for k in range(len(found))
-      ]
-      return sum(a * f for a, f in zip(at, found, strict=True))
-    which = np.searchsorted(ladder, vector.side)
-    if not np.ndim(which):
-      return measured[int(which)](values)
-    total: Any = None
-    for k, one in enumerate(measured):
-      rows = which == k
-      if rows.any():
-        part = one({n: np.broadcast_to(v, rows.shape)[rows]
-                    for n, v in values.items()})  # fmt: skip
-        total = np.zeros(rows.shape, part.dtype) if total is None else total
-        total[rows] = part
-    return total
+    if len(space.graphs) == 1:
+      return sum(row[0](values) for row in by_part)
+    own = [vector.side[name] for name in parts(space)] or [vector.side]
+    ladder = np.array(space.sides)
+    return sum(
+      _at_side(row, values, side, ladder)
+      for row, side in zip(by_part, own, strict=True)
+    )
 
   return call
+
+
+def _measured(space: Space, measure: Callable[..., Any]) -> list[list[Any]]:
+  """What each part costs at each side; one part where there are no cuts."""
+  if not space.cuts:
+    return [[measure(graph) for graph in space.graphs]]
+  at = list(space.cuts.values())
+  leaves = dict(
+    zip(parts(space), chain.leaves_of(space.graph, at), strict=True)
+  )
+  try:
+    found = [measure(graph, layers=leaves) for graph in space.graphs]
+  except TypeError as error:
+    raise ValueError(
+      f'{getattr(measure, "__name__", measure)!r} does not tell the cost of '
+      f'the parts of a network ({error}): a space with cuts takes a polynomial '
+      f'of jaxprune.cost.'
+    ) from error
+  rows = [
+    [
+      {
+        tuple(v for v in term if v != name): n
+        for term, n in one.items()
+        if name in term
+      }
+      for one in found
+    ]
+    for name in leaves
+  ]
+  rest = [
+    {t: n for t, n in one.items() if not {*t} & {*leaves}} for one in found
+  ]
+  if any(one != rest[-1] for one in rest):
+    raise ValueError(
+      'An operation that reads no leaf costs what depends on the side, so that '
+      'it is in no part: leave `cuts` out.'
+    )
+  return [*rows[:-1], [one | rest[-1] for one in rows[-1]]]
+
+
+def _function(found: Any) -> Callable[[dict[str, Any]], Any]:
+  """What measures an evaluation: a polynomial's, or a table's own."""
+  if callable(found):
+    return found
+  return lambda values: costs.evaluate(found, values)
+
+
+def _at_side(
+  row: Sequence[Callable[[dict[str, Any]], Any]],
+  values: dict[str, Any],
+  side: Any,
+  ladder: np.ndarray,
+) -> Any:
+  """The cost of one part at a side, or at many."""
+  if isinstance(side, jax.Array):
+    found = [jnp.asarray(one(values), jnp.float32) for one in row]
+    # Indices of the sides, 0, 1, ..: costs between two are interpolated.
+    at = [
+      jnp.maximum(0, 1 - jnp.abs(_rung(side, ladder) - k))
+      for k in range(len(found))
+    ]
+    return sum(a * f for a, f in zip(at, found, strict=True))
+  which = np.searchsorted(ladder, side)
+  if not np.ndim(which):
+    return row[int(which)](values)
+  total: Any = None
+  for k, one in enumerate(row):
+    rows = which == k
+    if rows.any():
+      part = np.asarray(one({n: np.broadcast_to(v, rows.shape)[rows]
+                             for n, v in values.items()}))  # fmt: skip
+      total = np.zeros(rows.shape, part.dtype) if total is None else total
+      total[rows] = part
+  return total
 
 
 def _open(depth: Any, i: int) -> Any:
@@ -275,15 +336,11 @@ def uniform(
 
 def _fixed(space: Space, vector: PruningVector) -> Space:
   """The space in which widths alone vary, up to those of a vector's like."""
-  side = None if vector.side is None else np.array([vector.side])
+  alone = lambda x: jax.tree.map(lambda n: np.array([n]), x)
   ladders = space.ladders._replace(
-    depths={name: np.array([n]) for name, n in vector.depths.items()}, side=side
+    depths=alone(vector.depths), side=alone(vector.side)
   )
-  graphs = space.graphs
-  if side is not None:
-    which = space.sides.index(vector.side)
-    graphs = graphs[which : which + 1]
-  return dataclasses.replace(space, ladders=ladders, graphs=graphs)
+  return dataclasses.replace(space, ladders=ladders)
 
 
 def _narrowed(
@@ -311,8 +368,12 @@ def _raised(space: Space, vector: PruningVector) -> list[PruningVector]:
     for stage, depth in vector.depths.items()
     if depth < space.ladders.depths[stage][-1]
   ]
-  larger = [side for side in space.sides if side > vector.side]
-  return found + [vector._replace(side=side) for side in larger[:1]]
+  sides, structure = jax.tree.flatten(vector.side)
+  for k, side in enumerate(sides):
+    larger = [n for n in space.sides if n > side][:1]
+    raised = [[*sides[:k], n, *sides[k + 1 :]] for n in larger]
+    found += [vector._replace(side=structure.unflatten(x)) for x in raised]
+  return found
 
 
 def _nearest(

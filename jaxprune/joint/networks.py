@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import plans
-from jaxprune.joint.vectors import PruningVector, Space, masks
+from jaxprune.joint.vectors import PruningVector, Space, masks, parts
 from jaxprune.structure import canvas
 
 
@@ -21,15 +21,21 @@ def supernet(space: Space, *, on_canvas: bool = False) -> Callable[..., Any]:
       everything works on that corner alone: one compile for all sides, at the
       cost of the largest. Without it images come at the side of the vector
       (see :func:`jaxprune.structure.canvas.resize`), one compile for each.
+      A space with cuts has the first form alone.
 
   Returns:
     ``call(params, vector, *args)``; a pure function for jit, grad, and vmap
     over vectors, under which the weights stay one.
 
   Raises:
-    ValueError: when called, if the network has no canvas; it names the
-      operation.
+    ValueError: if the space has cuts, without a canvas; when called, if the
+      network has no canvas; it names the operation.
   """
+  if space.cuts and not on_canvas:
+    raise ValueError(
+      f'The sides of {", ".join(parts(space))} are those of a vector that may '
+      f'be traced: the supernet of a space with cuts needs on_canvas=True.'
+    )
   net = plans.supernet(space.graph)
 
   def call(params: Any, vector: PruningVector, *args: Any) -> Any:
@@ -54,9 +60,11 @@ def supernet(space: Space, *, on_canvas: bool = False) -> Callable[..., Any]:
       fitted[key] = canvas.on_canvas(
         net, [(given, units, blocks, at(s), *rest) for s in space.sides]
       )
-    side = jnp.asarray(vector.side, jnp.int32)
-    index = jnp.sum(side > jnp.asarray(space.sides, jnp.int32))
-    small = canvas.resize(images, side, space.sides[-1])
-    return fitted[key](index, params, *switches, small, *args)
+    own = [vector.side[name] for name in parts(space)] or [vector.side]
+    side = jnp.stack([jnp.asarray(one, jnp.int32) for one in own])
+    allowed = jnp.asarray(space.sides, jnp.int32)
+    indices = jnp.sum(side[:, None] > allowed[None], axis=1)
+    small = canvas.resize(images, side[0], space.sides[-1])
+    return fitted[key](indices, params, *switches, small, *args)
 
   return on_any

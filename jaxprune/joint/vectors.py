@@ -12,9 +12,12 @@ import numpy as np
 
 from jaxprune import plans, tree
 from jaxprune.structure import axes as ax
+from jaxprune.structure import stages as chain
 from jaxprune.structure.graph import Graph
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # Format 1 knew of one side alone.
+INPUT = 'input'  # The stage that images enter.
 
 
 class PruningVector(NamedTuple):
@@ -23,7 +26,10 @@ class PruningVector(NamedTuple):
   Attributes:
     widths: group -> units that stay.
     depths: stage -> blocks that stay, of those that can go.
-    side: of the images that come in; None where it is not searched.
+    side: of the images that come in; None where it is not searched. Of each
+      stage where stages have sides of their own: 'input' for the images, and
+      the name of a cut for what follows it, which works as at images of that
+      side.
   """
 
   widths: dict[str, Any]
@@ -40,12 +46,15 @@ class Space:
     ladders: a vector of int arrays, the values allowed, ascending.
     stages: stage -> its blocks in order; the first ones stay.
     graphs: of the network at each side; the one graph if none is searched.
+    cuts: where the side may change on the way: name -> regular expression over
+      leaves, in order.
   """
 
   graph: Graph
   ladders: PruningVector
   stages: dict[str, tuple[str, ...]]
   graphs: tuple[Graph, ...]
+  cuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def low(self) -> PruningVector:
@@ -60,8 +69,10 @@ class Space:
   @property
   def sides(self) -> tuple[int, ...]:
     """The sides that are allowed; none where they are not searched."""
-    ladder = self.ladders.side
-    return () if ladder is None else tuple(int(n) for n in ladder)
+    if self.ladders.side is None:
+      return ()
+    ladders = jax.tree.leaves(self.ladders.side)
+    return tuple(sorted({int(n) for ladder in ladders for n in ladder}))
 
 
 def space(
@@ -71,6 +82,7 @@ def space(
   round_to: int = 1,
   sides: Sequence[int] = (),
   stages: Mapping[str, Sequence[str]] | None = None,
+  cuts: Mapping[str, str] | None = None,
 ) -> Space:
   """Returns the vectors that a network can be pruned to.
 
@@ -86,11 +98,16 @@ def space(
     sides: square sides of images that are allowed, of which the largest is
       that of the images in ``args``.
     stages: stage -> names of blocks in order, in place of those found.
+    cuts: where the side may change on the way, in order: a name -> a regular
+      expression over leaves, as :func:`jaxprune.structure.cut` takes it, such
+      as ``{'stage2': '.*stage2_block1/.*'}``. Each part of the network then
+      has a side of its own, one of ``sides``; features are resized where two
+      differ. For functions of the params and images alone.
 
   Raises:
     ValueError: if ``round_to`` is below 1, a rule matches nothing or leaves
-      nothing, a block is unknown or in two stages, or the function is not the
-      same network at every side.
+      nothing, a block is unknown or in two stages, the function is not the
+      same network at every side, or it cannot be cut.
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -115,9 +132,14 @@ def space(
   for name, blocks in found.items():
     first = _least(name, least[name], len(blocks))
     depths[name] = np.arange(first, len(blocks) + 1)
+  cuts = dict(cuts or {})
+  if cuts:
+    graph = _in_parts(graph, cuts, sides)
   graphs = _at_sides(graph, args, sides) if len(sides) else (graph,)
-  side = np.array(sorted(sides)) if len(sides) else None
-  return Space(graph, PruningVector(widths, depths, side), found, graphs)
+  side: Any = np.array(sorted(sides)) if len(sides) else None
+  if cuts:
+    side = dict.fromkeys((INPUT, *cuts), side)
+  return Space(graph, PruningVector(widths, depths, side), found, graphs, cuts)
 
 
 def restrict(
@@ -143,6 +165,37 @@ def restrict(
   return dataclasses.replace(
     full, ladders=PruningVector(**ladders), graphs=graphs
   )
+
+
+def parts(space: Space) -> tuple[str, ...]:
+  """Returns the names of the parts that have sides of their own, in order."""
+  return (INPUT, *space.cuts) if space.cuts else ()
+
+
+def _in_parts(
+  graph: Graph, cuts: Mapping[str, str], sides: Sequence[int]
+) -> Graph:
+  """The graph of the same function with its cuts marked."""
+  taken = {INPUT, *graph.groups, *graph.blocks} & {*cuts}
+  if taken or not len(sides):
+    raise ValueError(
+      f'Cuts need the sides that are allowed, and names other than {INPUT!r} '
+      f'and those of groups and blocks, got {list(cuts)} and sides '
+      f'{tuple(sides)}.'
+    )
+  at = list(cuts.values())
+  seen: set[str] = set()
+  for name, own in zip((INPUT, *cuts), chain.leaves_of(graph, at), strict=True):
+    both = sorted(seen & own)
+    if both:
+      raise ValueError(
+        f'The part {name!r} reads {both[0]!r}, as one before it does: only '
+        f'parts with params of their own have sides of their own.'
+      )
+    seen |= own
+  found = graph.refit(chain.resized(graph, at), *graph.args)
+  assert found.fingerprint == graph.fingerprint
+  return found
 
 
 def _least(name: str, least: float | int, size: int) -> int:
@@ -320,11 +373,19 @@ def plan(space: Space, vector: PruningVector) -> plans.Plan:
     for stage, names in space.stages.items()
     for block in names[vector.depths[stage] :]
   ]
-  side = vector.side
-  whole = not space.sides or side == space.sides[-1]
-  resolution = None if whole else (side, side)
+  first = vector.side[INPUT] if space.cuts else vector.side
+  whole = not space.sides or first == space.graphs[-1].args[0].shape[1]
+  resolution = None if whole else (first, first)
+  resized = [
+    (cut, (vector.side[name], vector.side[name]))
+    for name, cut in space.cuts.items()
+  ]
   return plans.from_widths(
-    space.graph, vector.widths, dropped=dropped, resolution=resolution
+    space.graph,
+    vector.widths,
+    dropped=dropped,
+    resolution=resolution,
+    resized=resized,
   )
 
 
@@ -334,7 +395,7 @@ def to_json(vector: PruningVector) -> str:
   Examples:
     >>> print(to_json(PruningVector({'a': 3}, {}, 28)))
     {
-     "version": 1,
+     "version": 2,
      "widths": {
       "a": 3
      },
@@ -364,9 +425,9 @@ def from_json(text: str) -> PruningVector:
       'This is no pruning vector: a JSON object with "version", "widths", '
       '"depths" and "side" is.'
     )
-  if version != FORMAT:
+  if version not in READABLE:
     raise ValueError(
       f'The pruning vector has format {version}, this version of jaxprune '
-      f'reads format {FORMAT}.'
+      f'reads formats {" and ".join(map(str, READABLE))}.'
     )
   return vector
