@@ -1,6 +1,7 @@
 """The job of JointPruning: every phase, and what an interruption leaves."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -45,6 +46,19 @@ def test_every_method_and_a_second_run(tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_every_stage_has_a_side_of_its_own(tiny, tmp_path):
+  arguments = [*TINY, '--spatial=stage', '--canvas=yes', '--sides=5,7,8']
+  arguments += [f'--workdir={tmp_path}', '--methods=joint,resolution']
+  assert job.main([*arguments, '--start=shared']) == 0
+  for name in ('joint', 'resolution'):
+    result = json.loads((tmp_path / 'seed0' / f'{name}.json').read_text())
+    assert result['vector']['side'].keys() == {'input', 'stage2'}
+    assert 0.36 < result['macs'] <= 0.4
+  text = (tmp_path / 'results.md').read_text()
+  assert re.search(r'\| [578] [578] \|', text)
+
+
+@pytest.mark.slow
 def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   (config,), _ = job.parse([*TINY, f'--workdir={tmp_path}'])
   task = tasks.prepare(config)
@@ -85,6 +99,7 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
     ('--n=3', '--n is out of range: 3'),
     ('--methods=joint,luck', '--methods must be of joint,uniform'),
     ('--sides=4,big', '--sides must be ints'),
+    ('--spatial=stage', '--spatial=stage needs --canvas=yes'),
     ('--speed=3', 'Unknown command line flag'),
     pytest.param(
       '--macs=0.0001',

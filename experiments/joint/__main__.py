@@ -4,6 +4,7 @@
   python -m experiments.joint --macs=0.15 --methods=joint,uniform --seeds=1
   python -m experiments.joint --dataset=fashion_mnist --subset=10000 --side=14
   python -m experiments.joint --model=mobilenet_v1 --dataset=cifar10 --macs=0.25
+  python -m experiments.joint --spatial=stage --canvas=yes
   python -m experiments.joint --preset=smoke
 
 A supernet warms up over random vectors. Then each method looks for a network
@@ -52,6 +53,12 @@ _text('data_dir', None, 'A folder of sets that TFDS prepared.')
 _int('subset', 0, 'Training images, equally many of a class; 0: all.')
 _int('side', 0, 'Shrink all images to this side first; 0: as they are.')
 _list('sides', [], 'Sides allowed; without it 4 from half of the largest on.')
+_choice(
+  'spatial',
+  'input',
+  ['input', 'stage'],
+  'What has a side: the images, or every stage (needs --canvas=yes).',
+)
 _list('methods', list(METHODS), 'What to compare.')
 _float('macs', 0.25, 'Part of the multiply-adds that is kept, in (0, 1).')
 _int('steps', 600, 'Weight steps of a supernet.')
@@ -125,7 +132,10 @@ def table(results: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
       row.append(
         '' if same else str(evidence.paired(column('joint'), column(name)))
       )
-    rows.append([*row, f'{100 * macs:.1f}', depth, vector['side']])
+    side = vector['side']
+    if isinstance(side, dict):
+      side = ' '.join(map(str, side.values()))
+    rows.append([*row, f'{100 * macs:.1f}', depth, side])
   header = ['method', 'top-1, %']
   header += ['joint less it'] if 'joint' in names else []
   return evidence.table(
@@ -154,6 +164,8 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
     holds[name] = given[name] >= 1
   holds['n'] = given['n'] >= 2 and given['n'] % 2 == 0
   command.check(given, holds)
+  if given['spatial'] == 'stage' and given['canvas'] == 'no':
+    raise flags.BadInputError('--spatial=stage needs --canvas=yes.')
   if given['workdir'] is None:
     given['workdir'] = command.folder_of(given, 'joint', given['dataset'])
   configs = [Config(**given, seed=seed) for seed in range(first, first + seeds)]

@@ -15,6 +15,7 @@ from jaxprune import evolution, joint, plots
 METHODS = (
   'joint', 'uniform', 'channel', 'depth', 'resolution', 'random', 'evolution'
 )  # fmt: skip
+MOST = 256  # Settings of the sides of all stages that are looked at.
 ON_RANDOM = ('depth', 'resolution', 'random', 'evolution')  # Supernet.
 
 
@@ -22,7 +23,13 @@ def settings(task: Task, method: str) -> list[joint.PruningVector]:
   """Returns every setting of one dimension, widths narrowed to the budget."""
   space = task.space
   if method == 'resolution':
-    rows = [space.high._replace(side=side) for side in space.sides]
+    sides, structure = jax.tree.flatten(space.ladders.side)
+    products = list(itertools.product(*(map(int, x) for x in sides)))
+    if len(products) > MOST:
+      rng = np.random.default_rng(0)
+      chosen = rng.choice(len(products), MOST, replace=False)
+      products = [products[i] for i in np.sort(chosen)]
+    rows = [space.high._replace(side=structure.unflatten(x)) for x in products]
   else:
     ladders = space.ladders.depths
     rows = [
@@ -92,5 +99,5 @@ def _flat(unit: Mapping[str, Any]) -> dict[str, np.ndarray]:
     k: np.array(list(v.values())) for k, v in unit.items() if k != 'side'
   }
   if unit['side'] is not None:
-    found['side'] = np.array([unit['side']])
+    found['side'] = np.array(jax.tree.leaves(unit['side']))
   return {k: v for k, v in found.items() if v.size}

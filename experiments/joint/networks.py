@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jaxprune as jp
 from experiments import recipes, search, train
 from experiments.joint.supernets import parted
 from experiments.joint.tasks import Task
-from jaxprune import joint, models, plans, recovery
+from jaxprune import joint, models, plans, recovery, tree
 from jaxprune.structure import canvas
 
 
@@ -28,25 +28,25 @@ def finish(
   """
   config = task.config
   plan = joint.plan(task.space, vector)
-  shapes = jp.shrink(task.graph, plan, task.initial)
-  small = _without_none(shapes)
+  small = tree.compact(jp.shrink(task.graph, plan, task.initial))
   options = {'skippable': False} if hasattr(task.module, 'skippable') else {}
   module = task.module.clone(
     widths=models.widths(small['params']),
     **({'drop': plan.dropped} if hasattr(task.module, 'drop') else {}),
     **options,
   )
-  side = vector.side
-  resize = lambda x: x if side in (None, x.shape[1]) else canvas.resize(x, side)
+  apply = _apply(task, plan, module)
+  side = plan.resolution and plan.resolution[0]
+  resize = lambda x: x if side is None else canvas.resize(x, side)
   prepared = lambda x: resize(task.prepare(x))
   key = jax.random.key(config.seed)
   x = prepared(task.examples.images[: config.batch])
   variables = jax.jit(module.init)(key, x[:1])
   if params is not None and config.start == 'shared':
     whole = {**task.initial, 'params': params}
-    variables = _without_none(jp.shrink(task.graph, plan, whole))
+    variables = tree.compact(jp.shrink(task.graph, plan, whole))
     params = variables['params']
-    update = jax.jit(lambda stats, x: module.apply(
+    update = jax.jit(lambda stats, x: apply(
       {'params': params, 'batch_stats': stats}, x, train=True,
       mutable=['batch_stats'],
     )[1]['batch_stats'])  # fmt: skip
@@ -62,14 +62,14 @@ def finish(
     config.learning_rate, config.weight_decay, count * config.epochs
   )
   change = lambda key, images: resize(task.change(key, images))
-  step = train.make_step(module.apply, tx, task.prepare, change=change)
+  step = train.make_step(apply, tx, task.prepare, change=change)
   params, stats = parted(variables)
   state = search.fit(
     step, train.State(params, stats, tx.init(params)), task.examples, folder,
     seed=config.seed, epochs=config.epochs, batch=config.batch,
     save_every=config.save_every,
   )  # fmt: skip
-  evaluate = train.make_evaluate(module.apply, prepared)
+  evaluate = train.make_evaluate(apply, prepared)
   return {
     'accuracy': evaluate(train.variables(state), task.test),
     'macs': task.cost(vector) / joint.whole(task.space, task.cost),
@@ -80,13 +80,18 @@ def finish(
   }
 
 
-def _without_none(tree: Any) -> Any:
-  """A pytree of dicts without the branches that hold nothing."""
-  if not isinstance(tree, Mapping):
-    return tree
-  kept = {name: _without_none(child) for name, child in tree.items()}
-  return {
-    name: child
-    for name, child in kept.items()
-    if child is not None and not (isinstance(child, dict) and not child)
-  }
+def _apply(task: Task, plan: plans.Plan, module: Any) -> Callable[..., Any]:
+  """The network as Linen applies it; what is resized, from its trace."""
+  if not plan.resized:
+    return module.apply
+  trained = jp.specialise(task.trained, plan)
+  inferred = jp.specialise(task.graph, plan)
+
+  def apply(variables, x, train=False, **options):
+    del options  # It has no dropout, and its statistics alone change.
+    if not train:
+      return inferred(variables, x)
+    logits, stats = trained(variables, x)
+    return logits, tree.compact(stats)
+
+  return apply

@@ -49,6 +49,7 @@ class Config:
   subset: int
   side: int
   sides: tuple[int, ...]
+  spatial: str
   macs: float
   steps: int
   warmup: float
@@ -82,7 +83,8 @@ class Task(NamedTuple):
   prepare: Callable[[jax.Array], jax.Array]
   change: train.Augment
   graph: Any  # Of inference.
-  space: joint.Space  # Of the training form.
+  trained: Any  # Graph of the training form.
+  space: joint.Space  # Of that.
   cost: joint.Coster
   limit: float
 
@@ -116,8 +118,13 @@ def prepare(config: Config) -> Task:
   sides = config.sides or sorted(
     {int(side * part) for part in (0.5, 0.65, 0.8, 1)}
   )
+  cuts = {}
+  if config.spatial == 'stage':
+    numbers = range(2, module.num_stages + 1)
+    cuts = {f'stage{k}': f'.*stage{k}_block1/.*' for k in numbers}
   try:
-    space = joint.space(jp.trace(step, initial, spec), spec, sides=sides)
+    graph = jp.trace(step, initial, spec)
+    space = joint.space(graph, spec, sides=sides, cuts=cuts)
     cost = joint.coster(space)
     limit = joint.limit(space, cost, config.macs)
   except ValueError as error:
@@ -128,5 +135,5 @@ def prepare(config: Config) -> Task:
     splits.prepare,
     flags.AUGMENTATIONS.get(name, lambda key, images: images),
     jp.trace(lambda variables, x: module.apply(variables, x), initial, spec),
-    space, cost, limit,
+    graph, space, cost, limit,
   )  # fmt: skip
