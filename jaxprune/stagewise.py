@@ -47,8 +47,11 @@ def graphs(
   """Returns the graph of each stage, traced on what the one before gives.
 
   Args:
-    stages: functions ``stage(params, h) -> (h, new)``, such as
-      :func:`jaxprune.structure.cut` makes of the training form of a network.
+    stages: functions ``stage(params, h) -> (h, new)``: what
+      :func:`jaxprune.structure.cut` makes of the training form of a network, or
+      a model's own, ``new`` a pytree with leaves of the params (``lambda v, h:
+      net.apply(v, h, train=True, mutable=['batch_stats'], start=k, stop=k +
+      1)``).
     params: what all of them take, arrays or shapes.
     x: what the first begins from, an array or a shape.
 
@@ -219,7 +222,7 @@ def losses(
   for number, (graph, chosen) in enumerate(zip(stages, widths, strict=True)):
     feature = stop(h)
     h, found = graph.fn(taught, h)
-    new |= found if teacher is None else {}
+    new |= _handed_back(graph, found) if teacher is None else {}
     if small is None or source == 'full':
       small, axis = feature, None
     else:
@@ -279,6 +282,16 @@ def proxy(
   small = _sub_networks(graph, params, widths, h, None)
   error = functools.partial(_error, target=target, last=last, temperature=1.0)
   return jax.vmap(error)(small)
+
+
+def _handed_back(graph: Graph, found: Any) -> dict[str, Any]:
+  """Path -> value of the leaves that a stage computes anew.
+
+  A model hands back all its statistics, those of other stages as they were.
+  """
+  given, results = set(graph.program.inputs), graph.program.outputs[1:]
+  leaves = zip(tree.leaves(found).items(), results, strict=True)
+  return {path: x for (path, x), value in leaves if value not in given}
 
 
 def _sub_networks(

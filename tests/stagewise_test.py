@@ -109,6 +109,29 @@ def test_the_full_network_is_the_function(net, stages, space, variables):
     np.testing.assert_allclose(new[path], value, rtol=1e-4, atol=1e-6)
 
 
+def test_the_stages_of_a_model_are_those_that_are_cut(
+  net, stages, space, variables
+):
+  own = [
+    lambda v, h, k=k: net.apply(
+      v, h, train=True, mutable=['batch_stats'], start=k, stop=k + 1
+    )
+    for k in range(net.num_stages)
+  ]
+  theirs = stagewise.graphs(own, variables, X)
+  widths = stagewise.sample(jax.random.key(5), space, 1)
+  both = [
+    stagewise.losses(graphs, variables, X, Y, widths, task=task)
+    for graphs in (theirs, stages)
+  ]
+  (found, new), (wanted, cut_new) = both
+  np.testing.assert_allclose(found.stages, wanted.stages, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found.total, wanted.total, rtol=1e-4)
+  assert new.keys() == cut_new.keys()
+  for path, value in new.items():
+    np.testing.assert_allclose(value, cut_new[path], rtol=1e-4, atol=1e-6)
+
+
 def test_a_masked_stage_equals_the_sliced_one(stages, space, variables):
   widths = stagewise.sample(jax.random.key(3), space, 3)
   h = X
