@@ -472,8 +472,11 @@ def test_any_pytree(tree):
 
 def test_tied_leaves_have_one_mask():
   shared = network()['a']['kernel']
-  params, _ = train(chained(LINKS['gradual']()), {'e': shared, 'd': shared})
-  np.testing.assert_array_equal(params['e'], params['d'])
+  params, state = train(chained(LINKS['gradual']()), {'e': shared, 'd': shared})
+  masks = optax.tree.get(state, 'masks')
+  np.testing.assert_array_equal(masks['e'], masks['d'])
+  np.testing.assert_array_equal(params['e'] != 0, masks['d'])
+  np.testing.assert_allclose(params['e'], params['d'], rtol=1e-6)
   assert zeros(params) == [96, 96]
 
 
