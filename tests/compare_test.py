@@ -11,7 +11,7 @@ import pytest
 
 from experiments.compare import __main__ as compare
 from experiments.compare import choices, standings, thin
-from jaxprune import masks, models
+from jaxprune import lookahead, masks, models
 
 
 def test_a_thinned_stack_computes_and_learns_as_the_masked_one():
@@ -148,6 +148,25 @@ def test_every_score_scores_every_kernel(name):
   for layer, shape in {'hidden1': (4, 4), 'head': (4, 3)}.items():
     assert found[layer]['kernel'].shape == shape
     assert bool(jnp.all(jnp.isfinite(found[layer]['kernel'])))
+
+
+def test_the_scale_of_a_norm_scores_what_writes_it():
+  params = {
+    'conv': {'kernel': jnp.ones((3, 3, 2, 2))},
+    'bn': {'scale': jnp.array([-3.0, 0.5]), 'bias': jnp.zeros(2)},
+    'head': {'kernel': jnp.array([[1.0, -2.0], [4.0, 8.0]])},
+  }
+  norms = {'params/conv/kernel': ('params/bn/scale', 'stats/bn/var')}
+  paths = ['params/conv/kernel', 'params/head/kernel']
+  wiring = lookahead.chain({'params': params}, paths, norms=norms)
+  given = choices.Given(None, params, {}, wiring, (), jax.random.key(0), None)
+  found = choices.SCORES['bn_scale'](given)
+  expected = np.broadcast_to([3.0, 0.5], (3, 3, 2, 2))
+  np.testing.assert_array_equal(found['conv']['kernel'], expected)
+  np.testing.assert_array_equal(found['head']['kernel'], [[1, 2], [4, 8]])
+  bare = lookahead.chain({'params': params}, paths)
+  with pytest.raises(ValueError, match='this network has no norm; take'):
+    choices.check_norms(['bn_scale'], bare)
 
 
 @pytest.mark.parametrize(

@@ -508,6 +508,7 @@ def run(only_read: bool) -> Iterator[dict[str, Any]]:
     'score_batches': _BATCHES.value,
   }
   task = prepare()
+  choices.check_norms({contender.score for contender in asked}, task.wiring)
   dense = pretrain(task)
   for contender in (None, *asked):
     name, amount = 'dense', None

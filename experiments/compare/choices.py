@@ -6,7 +6,7 @@ here, and nowhere else.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +25,7 @@ from jaxprune import (
   schedules,
   scores,
   structure,
+  tree,
 )
 
 Batch = tuple[jax.Array, jax.Array]  # Prepared images and labels.
@@ -154,6 +155,31 @@ def _movement(given: Given) -> Any:
   return total
 
 
+def scales(wire: lookahead.Wire) -> lookahead.Norm | None:
+  """Returns the norm after a kernel whose scale is learned, if there is one."""
+  norms = wire.writes.norms if wire.writes else ()
+  return next((norm for norm in reversed(norms) if norm.scale), None)
+
+
+def _bn_scale(given: Given) -> Any:
+  """|gamma| of the norm that follows; |w| where none does, as in the head."""
+  vectors = tree.leaves(given.variables)
+
+  def score(path, w):
+    wire = given.wiring[f'params/{path}']
+    norm = scales(wire)
+    if norm is None:
+      return jnp.abs(w)
+    found = jnp.abs(jnp.ravel(vectors[norm.scale]))
+    if norm.entries is not None:
+      found = found[norm.entries]
+    axes = wire.writes.axes
+    shape = [n if i in axes else 1 for i, n in enumerate(w.shape)]
+    return jnp.broadcast_to(found.reshape(shape), w.shape)
+
+  return tree.map_with_path(score, scores.magnitude(given.params))
+
+
 def _with_data(fn: Callable[..., Any]) -> Score:
   return lambda given: fn(given.loss, given.params, given.batches)
 
@@ -168,6 +194,7 @@ OF_WEIGHTS: Mapping[str, Score] = {
   'lap_backward': _sequential('backward'),
   'lamp': lambda given: scores.lamp(given.params),
   'fpgm': lambda given: scores.fpgm(given.params),
+  'bn_scale': _bn_scale,
 }
 OF_DATA: Mapping[str, Score] = {
   'lap_act': _lap_act,
@@ -253,6 +280,17 @@ def check(score: str, distribution: str) -> None:
     raise ValueError(
       f'{score} may be below 0, and {distribution} divides by sums of squares: '
       f'take another distribution, such as global.'
+    )
+
+
+def check_norms(
+  asked: Iterable[str], wiring: Mapping[str, lookahead.Wire]
+) -> None:
+  """Raises if a score of norms is asked for of a network that has none."""
+  if 'bn_scale' in asked and not any(map(scales, wiring.values())):
+    raise ValueError(
+      'bn_scale is the scale of the norm after a kernel, and this network has '
+      'no norm; take a --model with batch norm, or magnitude.'
     )
 
 
