@@ -425,6 +425,25 @@ def after_a_layer(p, x):
   return attend(p, jnp.tanh(x @ p['a']))
 
 
+def inside(control):
+  """Attention inside of control flow, its scale computed outside."""
+
+  def fn(p, x):
+    q, k, v = (x @ p[name] for name in ('q', 'k', 'v'))
+    scale = 1 / jnp.sqrt(q.shape[1])
+    return control(lambda: jax.nn.softmax(q @ k.T * scale) @ v) @ p['o']
+
+  return fn
+
+
+def twice(attend):
+  """A loop that does not know how often it runs."""
+  step = lambda state: (state[0] + 1, state[1] + attend())
+  return lax.while_loop(
+    lambda state: state[0] < 2, step, (0, jnp.ones(X.shape))
+  )[1]
+
+
 def pooled(p, x):
   """A mean over 4 rows; what reads it has 16 inputs, whose root is 4."""
   return jnp.mean(jnp.tanh(x @ p['a']), 0, keepdims=True) @ p['b']
@@ -450,6 +469,21 @@ NEAR = {
     False,
   ),
   'a head of 8, as JAX scales it': (fused, attention(D), 'k', True),
+  'a head of 12 in a while loop': (inside(twice), attention(E), 'k', True),
+  'a head of 12 in a branch': (
+    inside(
+      lambda f: lax.cond(jnp.sum(X) > 0, f, lambda: 1 + jnp.zeros(X.shape))
+    ),
+    attention(E),
+    'k',
+    True,
+  ),
+  'a head of 12, computed again': (
+    inside(lambda f: jax.checkpoint(f)()),
+    attention(E),
+    'k',
+    True,
+  ),
   'a head of 12, not scaled': (
     lambda p, x: attend(p, x, lambda _: 1.0),
     attention(E),
