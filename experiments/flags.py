@@ -55,6 +55,7 @@ class Config:
   dtype: str
   remat: bool
   stream: bool
+  side: int
   seed: int
   pairs: int
   save_every: int
@@ -262,6 +263,12 @@ _bool(
   'Read the training split from its files step by step, for one too large for '
   'the device; the result is the same.',
 )
+_int(
+  'side',
+  0,
+  'With --stream: cut photos of many sizes to squares of this side, at random '
+  'in training, else from the middle. 0: take images as they are.',
+)
 _int('seed', 0, 'Decides the initial weights, the order and the shifts.')
 _int('pairs', 30, 'Rounds in which the networks are timed in turn; 0: none.')
 _int('save_every', 5, 'Epochs between two checkpoints.')
@@ -360,6 +367,7 @@ def _check(given: Mapping[str, Any]) -> None:
     'learning_rate': (lambda x: 0 < x < float('inf'), 'above 0'),
     'weight_decay': (lambda x: 0 <= x < float('inf'), 'at least 0'),
     'cutout': (lambda x: x >= 0, 'at least 0'),
+    'side': (lambda x: x >= 0, 'at least 0'),
     'mixup': (lambda x: 0 <= x < float('inf'), 'at least 0'),
     'label_smoothing': (lambda x: 0 <= x < 1, 'in [0, 1)'),
     'ema': (lambda x: 0 <= x < 1, 'in [0, 1)'),
@@ -379,6 +387,8 @@ def _check(given: Mapping[str, Any]) -> None:
     raise BadInputError(
       f'--remat: {given["model"]} has no blocks to compute again; leave it out.'
     )
+  if given['side'] and not given['stream']:
+    raise BadInputError('--side cuts photos as they stream; give --stream too.')
   found = len(jax.devices())
   if given['devices'] > found:
     raise BadInputError(
@@ -437,6 +447,14 @@ def loss(config: Config, teacher: train.Teacher | None = None) -> train.Loss:
   if teacher is None or not config.distill:
     return task
   return recipes.distilled(teacher, weight=config.distill, task=task)
+
+
+def crops(config: Config) -> tuple[Any, Any]:
+  """Returns how photos are cut in training and otherwise; None for not."""
+  if not config.side:
+    return None, None
+  cut = lambda fn: functools.partial(fn, side=config.side)
+  return cut(augment.random_resized_crop), cut(augment.center_crop)
 
 
 def augmentation(config: Config) -> train.Augment:

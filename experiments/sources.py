@@ -41,6 +41,8 @@ def read(config: flags.Config) -> Source:
   rest, held_rows = train.split_rows(count, config.validation, config.seed)
   epochs = max(config.epochs, config.tune_epochs, config.prune_epochs)
 
+  random, middle = flags.crops(config)
+
   def begin(step):
     return data.stream(
       *where,
@@ -49,11 +51,12 @@ def read(config: flags.Config) -> Source:
       epochs=epochs,
       start=step,
       rows=rest,
+      transform=random,
     )
 
   def whole(rows):
-    one = data.stream(*where, seed=0, batch=len(rows), epochs=1, rows=rows)
-    return next(one)
+    one = {'seed': 0, 'batch': len(rows), 'epochs': 1, 'rows': rows}
+    return next(data.stream(*where, **one, transform=middle))
 
   held = None
   if held_rows.size:

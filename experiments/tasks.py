@@ -41,7 +41,8 @@ def prepare(config: flags.Config) -> Task:
     BadInputError: if the flags do not fit the data or the network.
     DataError: if the data are missing or damaged.
   """
-  test = data.load(config.dataset, config.test_split, config.data_dir)
+  where = config.dataset, config.test_split, config.data_dir
+  test = data.load(*where, transform=flags.crops(config)[1])
   source = sources.read(config)
   if source.size < config.batch:
     raise flags.BadInputError(

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -228,7 +229,25 @@ def test_wrong_shape(root):
   text = error('sizes', 'train', root)
   assert text.startswith("Record 1 of sizes 'train' is uint8[")
   assert '12, 1], but an image of uint8[' in text
-  assert '`stream`' in text
+  assert 'A set of many sizes needs a transform' in text
+
+
+def test_a_set_of_many_sizes_is_read_through_a_transform(root):
+  cut = functools.partial(augment.center_crop, side=7)
+  found = data.load('sizes', 'train', root, transform=cut)
+  assert found.images.shape == (4, 7, 7, 1)
+  # Image 10 i has the label i mod 2.
+  values = found.images[:, 3, 3, 0] // 10
+  assert sorted(values) == [0, 1, 2, 3]
+  np.testing.assert_array_equal(values % 2, found.labels)
+  seeded = lambda image, rng: cut(image) + rng.integers(9, dtype=np.uint8)
+  first, again = (
+    data.load('sizes', 'train', root, transform=seeded).images for _ in 'ab'
+  )
+  np.testing.assert_array_equal(first, again)
+  assert len({int(x) for x in first[:, 0, 0, 0] - found.images[:, 0, 0, 0]}) > 1
+  with pytest.raises(data.DataError, match="record 0 of sizes 'train' with Ze"):
+    data.load('sizes', 'train', root, transform=lambda x, rng: 1 // 0)
 
 
 def test_no_image_classification_set(copy):

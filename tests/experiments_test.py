@@ -66,6 +66,7 @@ PLAIN = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     (['--epochs=0'], '--epochs must be at least 1, got 0.'),
     (['--epochs=two'], 'two'),
     (['--cutout=-1'], '--cutout must be at least 0, got -1.'),
+    (['--side=8'], '--side cuts photos as they stream; give --stream too.'),
     (['--mixup=-0.5'], '--mixup must be at least 0, got -0.5.'),
     (['--label_smoothing=1'], '--label_smoothing must be in [0, 1), got 1.0.'),
     (['--ema=1'], '--ema must be in [0, 1), got 1.0.'),
@@ -544,6 +545,20 @@ def test_a_streamed_split_is_the_one_in_memory():
   assert rows(streamed.held.images) == rows(held.held.images)
   assert rows(streamed.sample) == rows(held.sample)
   assert len(held.sample) == 256
+
+
+def test_photos_are_cut_to_squares_as_they_stream():
+  config = flags.parse([*SMALL, '--stream', '--side=5'])
+  task = tasks.prepare(config)
+  assert task.test.images.shape == (64, 5, 5, 1)
+  middle = augment.center_crop(data.load('digits', 'test').images[0], side=5)
+  np.testing.assert_array_equal(task.test.images[0], middle)
+  assert task.source.held.images.shape == (26, 5, 5, 1)
+  take = lambda step: next(task.source.examples.begin(step))[0]
+  first, again, later = take(0), take(0), take(3)
+  assert first.shape == (64, 5, 5, 1)
+  np.testing.assert_array_equal(first, again)
+  assert np.any(first != later)  # Other examples, and other parts of them.
 
 
 def test_the_sample_of_a_large_set_is_spread_over_it(monkeypatch):

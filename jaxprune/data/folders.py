@@ -5,10 +5,14 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxprune import digits
+
+Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class DataError(ValueError):
@@ -45,6 +49,31 @@ def check_label(target: int, classes: tuple, index: int, where: str) -> None:
       f'Record {index} of {where} has the label {target}, but the set has the '
       f'{len(classes)} labels 0 to {len(classes) - 1}.'
     )
+
+
+def transformed(
+  transform: Transform | None, image: Any, seeds: tuple[int, ...], where: str
+) -> Any:
+  """Returns an image as its transform makes it.
+
+  Args:
+    transform: (image, rng) -> image; None leaves it as it is.
+    image: as it was read.
+    seeds: of rng; the last is the number of the record.
+    where: the set and the split, for the error.
+
+  Raises:
+    DataError: if the transform raises; with the number of the record.
+  """
+  if transform is None:
+    return image
+  try:
+    return transform(image, np.random.default_rng(seeds))
+  except Exception as error:  # Whatever the user's function raises.
+    raise DataError(
+      f'The transform failed at record {seeds[-1]} of {where} with '
+      f'{type(error).__name__} ({first_line(error)}).'
+    ) from error
 
 
 def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:

@@ -27,7 +27,11 @@ class Dataset:
 
 
 def load(
-  name: str, split: str = 'train', data_dir: str | os.PathLike | None = None
+  name: str,
+  split: str = 'train',
+  data_dir: str | os.PathLike | None = None,
+  *,
+  transform: folders.Transform | None = None,
 ) -> Dataset:
   """Reads one split of an image classification set into memory.
 
@@ -42,21 +46,25 @@ def load(
     split: as in TFDS: ``'train'``, ``'test[:1000]'``, ``'train[10%:]'``.
     data_dir: the folder that holds the sets, or holds them in its ``tfds``;
       without it, the one that the variable ``JAXPRUNE_DATA`` names.
+    transform: (image, rng) -> uint8 image of one shape, for a set of many, such
+      as ``augment.center_crop``; rng is seeded by the number of the record.
 
   Returns:
     A :class:`Dataset`, in the order of the files.
 
   Raises:
     DataError: if the set, its folder or the split is missing, if a record is
-      damaged, of another shape than the first, or of an unknown label, or if a
-      file holds another number of records than dataset_info.json says.
+      damaged, of another shape than the first, or of an unknown label, if the
+      transform raises at one, or if a file holds another number of records than
+      dataset_info.json says.
   """
   builder = folders.open_builder(name, data_dir)
   source = folders.open_source(builder, split)
   label = f'{builder.name} {split!r}'
   image_key, label_key, classes = folders.features(builder)
   with folders.quiet():
-    shape = folders.read(source, builder, split, [0])[0][image_key].shape
+    first = folders.read(source, builder, split, [0])[0][image_key]
+  shape = folders.transformed(transform, first, (0,), label).shape
   images = np.empty((len(source), *shape), np.uint8)
   labels = np.empty(len(source), np.int32)
   for start in range(0, len(source), 1024):
@@ -65,11 +73,12 @@ def load(
       examples = folders.read(source, builder, split, indices)
     for i, example in zip(indices, examples, strict=True):
       image, target = example[image_key], int(example[label_key])
+      image = folders.transformed(transform, image, (i,), label)
       if image.shape != shape or image.dtype != np.uint8:
         raise DataError(
           f'Record {i} of {label} is {image.dtype}{list(image.shape)}, but an '
           f'image of uint8{list(shape)} is needed, as record 0 is. '
-          f'A set of many sizes is for `stream`, with a transform.'
+          f'A set of many sizes needs a transform, as of `stream`.'
         )
       folders.check_label(target, classes, i, label)
       images[i], labels[i] = image, target

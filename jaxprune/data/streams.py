@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,8 +26,7 @@ def stream(
   epochs: int,
   start: int = 0,
   rows: np.ndarray | None = None,
-  transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-  | None = None,
+  transform: folders.Transform | None = None,
   host: tuple[int, int] = (0, 1),
   threads: int = 4,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -87,15 +86,8 @@ def stream(
     first = folders.read(source, builder, split, [0])[0][image_key]
 
   def changed(image, epoch, i):
-    if not transform:
-      return image
-    try:
-      return transform(image, np.random.default_rng((seed, epoch, i)))
-    except Exception as error:  # Whatever the user's function raises.
-      raise DataError(
-        f'The transform failed at record {i} of {label} with '
-        f'{type(error).__name__} ({folders.first_line(error)}).'
-      ) from error
+    seeds = (seed, epoch, i)
+    return folders.transformed(transform, image, seeds, label)
 
   shape = changed(first, 0, 0).shape
 
