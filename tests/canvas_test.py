@@ -1,5 +1,7 @@
 """The canvas: every size in one compile, exactly, or a refusal by name."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,12 @@ SLOW = (
 )
 def test_every_size_is_exact(name):
   agree(FUNCTIONS[name], sides=(5, 7, 8) if 'max' in name else SIDES)
+
+
+@pytest.mark.parametrize('size', [3, 5])
+def test_same_padding_is_exact_where_all_sides_are_even(size):
+  """It pads one end alone there, at every one of them."""
+  agree(lambda x: convolve(x, 2, 'SAME', size=size), sides=(4, 6, 8))
 
 
 def test_by_hand():
@@ -226,36 +234,55 @@ def test_the_last_example_is_the_largest():
     on_canvas(convolve, [(image(8),), (image(4),)])
 
 
+_V1 = functools.partial(
+  models.mobilenet_v1, 0.25, num_classes=3, blocks=(1, 2, 1, 1, 1), dropout=0.0
+)
 NETWORKS = {
-  'resnet': (
-    models.ResNet((4, 6), (1, 2), 3, stem='small'), (7, 9, 10), True
+  'resnet': (models.ResNet((4, 6), (1, 2), 3, stem='small'), (1, 7, 9, 10)),
+  'bottlenecks': (
+    models.ResNet((8, 16), (1, 2), 3, bottleneck=True, stem_channels=4),
+    (19, 25, 32),
   ),
-  'mobilenet_v1': (
-    models.mobilenet_v1(
-      0.25, num_classes=3, blocks=(1, 2, 1, 1, 1), dropout=0.0,
-      tensorflow_padding=False, skippable=True,
+  'padded shortcuts': (
+    models.ResNet((4, 6), (1, 2), 3, stem='small', shortcut='pad'), (7, 10),
+  ),
+  'wide': (models.WideResNet(10, 1, 3), (9, 14)),
+  'mobilenet_v1': (_V1(tensorflow_padding=False, skippable=True), (21, 32)),
+  'as in TensorFlow': (_V1(tensorflow_padding=True), (21, 26, 32)),
+  'mobilenet_v2': (
+    models.mobilenet_v2(0.25, num_classes=3, dropout=0.0), (21, 32),
+  ),
+  'mobilenet_v3': (
+    models.mobilenet_v3_small(0.25, num_classes=3, dropout=0.0), (21, 32),
+  ),
+  'kernels of 5': (
+    models.mobilenet_v3_small(
+      0.25, num_classes=3, dropout=0.0, tensorflow_padding=True
     ),
-    (21, 32), False,
+    (33, 48),
   ),
-  'mobilenet_v2': (models.mobilenet_v2(0.25, num_classes=3, dropout=0.0),
-                   (21, 32), False),
-  'mobilenet_v3': (models.mobilenet_v3_small(0.25, num_classes=3, dropout=0.0),
-                   (21, 32), False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-  'name', ['resnet', *(pytest.param(n, marks=pytest.mark.slow)
-                       for n in list(NETWORKS)[1:])]
-)  # fmt: skip
-def test_networks_at_odd_sides(name):
-  """Stride 2, and batch statistics where the last map is not a single pixel."""
-  model, sides, train = NETWORKS[name]
-  x = jax.random.normal(KEY, (2, sides[-1], sides[-1], 1))
+  ('name', 'batch'),
+  [
+    ('resnet', 1),
+    *(pytest.param(n, 2, marks=pytest.mark.slow) for n in NETWORKS),
+  ],
+)
+def test_networks_at_odd_sides(name, batch):
+  """Strides of 2, down to single pixels, of which ResNets take statistics.
+
+  Those of a MobileNet would be over two numbers here: rounding, multiplied.
+  """
+  model, sides = NETWORKS[name]
+  train = not isinstance(model, models.MobileNet | models.MobileNetV1)
+  x = jax.random.normal(KEY, (batch, sides[-1], sides[-1], 1))
   variables = jax.jit(model.init)(KEY, x)
   mutable = ['batch_stats'] if train else False
   fn = lambda v, x: model.apply(v, x, train=train, mutable=mutable)
-  at = lambda side: jax.ShapeDtypeStruct((2, side, side, 1), jnp.float32)
+  at = lambda side: jax.ShapeDtypeStruct((batch, side, side, 1), jnp.float32)
   call = on_canvas(fn, [(variables, at(side)) for side in sides])
   run, traces = counted(
     lambda k, v, x, side: call(k, v, resize(x, side, sides[-1]))
