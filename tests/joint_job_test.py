@@ -60,24 +60,29 @@ def test_every_stage_has_a_side_of_its_own(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
-  (config,), _ = job.parse([*TINY, f'--workdir={tmp_path}'])
+  """In the middle of the warm-up, and between two vector steps."""
+  (config,), _ = job.parse(
+    [*TINY, f'--workdir={tmp_path}', '--warmup=0.5', '--steps=8', '--every=2']
+  )
   task = tasks.prepare(config)
   steps = supernets.make_steps(task)
   whole, records = supernets.train_supernet(
     task, steps, task.space, tmp_path / 'whole', moves=True
   )
-  seen = []
+  assert [record['step'] for record in records] == [5, 7]
+  for stop in (3, 4):  # From the start: step 3 of 4 at random; then step 6.
+    seen = []
 
-  def stops(*args):
-    seen.append(1)
-    if len(seen) == 6:
-      raise KeyboardInterrupt
-    return steps.weights(*args)
+    def stops(*args, seen=seen, stop=stop):
+      seen.append(1)
+      if len(seen) == stop:
+        raise KeyboardInterrupt
+      return steps.weights(*args)
 
-  with pytest.raises(KeyboardInterrupt):
-    supernets.train_supernet(
-      task, steps._replace(weights=stops), task.space, tmp_path / 'cut', True
-    )
+    with pytest.raises(KeyboardInterrupt):
+      supernets.train_supernet(
+        task, steps._replace(weights=stops), task.space, tmp_path / 'cut', True
+      )
   again, rest = supernets.train_supernet(
     task, steps, task.space, tmp_path / 'cut', True
   )

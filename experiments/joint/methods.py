@@ -16,7 +16,6 @@ METHODS = (
   'joint', 'uniform', 'channel', 'depth', 'resolution', 'random', 'evolution'
 )  # fmt: skip
 MOST = 256  # Settings of the sides of all stages that are looked at.
-ON_RANDOM = ('depth', 'resolution', 'random', 'evolution')  # Supernet.
 
 
 def settings(task: Task, method: str) -> list[joint.PruningVector]:
