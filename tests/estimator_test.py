@@ -259,6 +259,7 @@ def test_devices_share_the_work_and_agree():
   ):  # fmt: skip
     np.testing.assert_allclose(a, b, rtol=1e-4)
   assert set(seen) == {8 // count}
+  assert str(jax.make_jaxpr(sharded)(state, MEAN)).count('psum') == 1
 
 
 @pytest.mark.parametrize(
