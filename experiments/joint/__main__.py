@@ -21,7 +21,8 @@ that keeps ``--macs`` of its multiply-adds:
 - uniform: one fraction of every width.
 
 Every network found is trained from scratch equally long (or ``--start=shared``
-from the weights of its supernet). Stopped at any moment, the same command goes
+from the weights of its supernet; the uniform one from that of the random
+vectors). Stopped at any moment, the same command goes
 on: phases that ended are read, the one that ran continues from its checkpoint.
 """
 

@@ -50,7 +50,7 @@ def choose(
   """Returns the vector that a method finds, and the params of its supernet."""
   config, space, rng = task.config, task.space, np.random.default_rng(0)
   target = target_of(task)
-  if method == 'uniform':
+  if method == 'uniform' and config.start == 'scratch':
     return joint.uniform(space, task.cost, target), None
   if method in ('joint', 'channel'):
     own = space if method == 'joint' else joint.restrict(space, widths=True)
@@ -64,6 +64,8 @@ def choose(
   end, _ = train_supernet(
     task, steps, space, folder / 'random_net', moves=False
   )
+  if method == 'uniform':
+    return joint.uniform(space, task.cost, target), end.params
   size = min(4 * config.batch, len(task.held.labels))
   rows = np.sort(rng.choice(len(task.held.labels), size, replace=False))
   score = lambda vectors: steps.losses(end.params, vectors, task.held, rows)
