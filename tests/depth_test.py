@@ -307,18 +307,22 @@ def test_a_plan_resizes_features_on_the_way():
   assert plan.resized == (('b', (2, 3)),)
   small = plans.shrink(PARTS, plan, TWO)
   x = IMAGE[:, :4, 1:5]
-  h = canvas.bilinear(jnp.tanh(x @ TWO['a'][:, ::3]), (2, 3))
-  want = jnp.mean(jnp.tanh(h @ TWO['b'][::3]), (1, 2)) @ TWO['c']
-  call = plans.specialise(PARTS, plan)
+
+  @jax.jit
+  def by_hand(x):
+    h = canvas.bilinear(jnp.tanh(x @ TWO['a'][:, ::3]), (2, 3))
+    return jnp.mean(jnp.tanh(h @ TWO['b'][::3]), (1, 2)) @ TWO['c']
+
+  want, call = by_hand(x), jax.jit(plans.specialise(PARTS, plan))
   np.testing.assert_allclose(call(small, x), want, rtol=1e-5)
-  masked = plans.masked(PARTS, plan)(TWO, x)
+  masked = jax.jit(plans.masked(PARTS, plan))(TWO, x)
   np.testing.assert_allclose(masked, want, rtol=1e-5)
   # Another batch; and the cost is that of what was built.
   np.testing.assert_allclose(call(small, x[:1]), want[:1], rtol=1e-5)
   built = structure.trace(call, tree.compact(small), x)
   wanted = 2 * (16 * 3 * 2 + 6 * 2 * 5 + 5 * 2)
   assert cost.macs(PARTS, plan) == cost.macs(built) == wanted
-  found = proof.check(PARTS, plan, TWO, x)
+  found = proof.check(PARTS, plan, TWO, x, gradients=False)
   assert found.parameters is not None
 
 
