@@ -190,6 +190,25 @@ def test_many_costs_are_exact_and_traced_ones_close():
   assert all(float(s) > 0 for s in jax.tree.leaves(slopes))
 
 
+def test_milliseconds_of_a_table_are_a_cost():
+  """The part takes as many as it has units, the whole twice that."""
+  table = cost.Table(
+    names=('w0',), sizes=(({('w0',): 1},),), blocks=((),),
+    knots=np.array([[[1.0, 8.0]]]), ms=np.array([[1.0, 8.0]]),
+    wholes=np.array([[0.0, 10.0], [0.0, 20.0]]), checks=(),
+  )  # fmt: skip
+  space = joint.space(mlp((8,)))
+  price = joint.coster(
+    space, lambda graph: functools.partial(cost.predict, table)
+  )
+  assert price(joint.PruningVector({'w0': 4}, {})) == pytest.approx(8)
+  many = joint.PruningVector({'w0': np.array([1, 5])}, {})
+  np.testing.assert_allclose(price(many), [2, 10])
+  ones = joint.PruningVector({'w0': 1.0}, {})
+  assert joint.project(space, price, 0.5, ones).widths == {'w0': 4}
+  assert joint.project(space, price, 14, ones).widths == {'w0': 7}
+
+
 def test_the_penalty_by_hand():
   found = [joint.penalty(6.0, 3.0, k) for k in ('hinge', 'two_sided', 'none')]
   np.testing.assert_allclose(found, [np.log(2), np.log(2), 0], rtol=1e-6)
@@ -538,9 +557,18 @@ def test_all_three_dimensions_of_the_shipped_networks(name):
   ones = jax.tree.map(lambda _: 1.0, space.high)
   vector = joint.project(space, price, 0.25, ones)
   images = jax.ShapeDtypeStruct((2, *x.shape[1:]), jnp.float32)
-  net = joint.supernet(space, on_canvas=True)
-  out = jax.eval_shape(net, v, vector, images)
-  assert out.shape == (2, *graph.program.outputs[0].shape[1:])
+  cuts = {
+    f'stage{k}': f'.*stage{k}_block1/.*' for k in range(2, model.num_stages + 1)
+  }
+  in_parts = joint.space(graph, x, sides=sides, cuts=cuts)
+  ones = jax.tree.map(lambda _: 1.0, in_parts.high)
+  apart = joint.project(in_parts, joint.coster(in_parts), 0.25, ones)
+  for one, found in ((space, vector), (in_parts, apart)):
+    net = joint.supernet(one, on_canvas=True)
+    out = jax.eval_shape(net, v, found, images)
+    assert out.shape == (2, *graph.program.outputs[0].shape[1:])
+  plan = joint.plan(in_parts, apart)
+  assert cost.macs(graph, plan) == joint.coster(in_parts)(apart)
 
 
 # --- Searches that it has to beat --------------------------------------------
