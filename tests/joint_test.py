@@ -256,6 +256,8 @@ def test_a_real_network_meets_it_within_half_a_percent():
       assert 0.995 * target * whole <= price(vector) <= target * whole
   small = joint.uniform(space, price, 0.2, space.high._replace(side=16))
   assert small.side == 16
+  with pytest.raises(ValueError, match=r'and side 17 of `start`: .* and 16\.'):
+    joint.uniform(space, price, 0.2, space.high._replace(side=17))
 
 
 def test_a_range_without_the_target_names_the_nearest():
@@ -445,6 +447,17 @@ def test_spaces_that_cannot_be_cut_are_refused():
     joint.supernet(space)
   with pytest.raises(ValueError, match='does not tell the cost of the parts'):
     joint.coster(space, lambda graph: {})
+  params = {'a': jnp.ones((1, 2)), 'b': jnp.ones((2, 2))}
+
+  def attends(p, x):
+    x = (x @ p['a']) @ p['b']
+    return jnp.einsum('bhwc,bhwd->bcd', x, x)
+
+  pairs = joint.space(
+    jp.trace(attends, params, IMAGES), IMAGES, sides=SIDES, cuts={'late': 'b'}
+  )
+  with pytest.raises(ValueError, match='reads no leaf costs what depends on'):
+    joint.coster(pairs)
   shared = jp.trace(
     lambda p, x: jnp.mean((x @ p['a']) @ p['b'] @ p['a'], (1, 2)),
     {'a': jnp.ones((1, 1)), 'b': jnp.ones((1, 1))}, IMAGES,

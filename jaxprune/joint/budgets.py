@@ -323,9 +323,16 @@ def uniform(
     tolerance: as :func:`project`.
 
   Raises:
-    ValueError: as :func:`project`.
+    ValueError: as :func:`project`, or if the depths or the side are none that
+      the space allows.
   """
   start = space.high if start is None else start
+  near = rounded(space, _floats(start))
+  if (near.depths, near.side) != (start.depths, start.side):
+    raise ValueError(
+      f'The space does not allow the depths {start.depths} and side '
+      f'{start.side} of `start`: the nearest are {near.depths} and {near.side}.'
+    )
   asked = limit(space, cost, target)
   fixed = _fixed(space, start)
   _check_range(fixed, cost, asked, whole(space, cost))
