@@ -103,17 +103,31 @@ def test_nested_gates_multiply():
 def test_the_last_unit_cannot_close():
   values = say(theta_of({'a': [0.01, 0.03, 0.02]}))
   np.testing.assert_array_equal(values.open.units['a'], [0, 1, 0])
-  np.testing.assert_allclose(values.units['a'], [0, 0.03, 0])
+  # It is open for the network too: at the edge of the dead zone, not at zero.
+  np.testing.assert_allclose(values.units['a'], [0, 0.05, 0])
   # It gets the gradient of the task, and none of the cost.
   rho = lambda t: gates.remaining(say(t), STRUCTURE, lambda n: n['a'])
   slope = jax.grad(rho)(theta_of({'a': [0.01, 0.03, 0.02]}))
   assert float(slope.units['a'][1]) == 0
 
 
+@pytest.mark.parametrize(
+  ('function', 'factor'),
+  [(gates.scale(0.1), -0.1), (gates.binary(), 1), (gates.sharp(500.0), 1)],
+)
+def test_what_is_held_open_has_a_factor_and_learns(function, factor):
+  theta = gates.Gates({'a': jnp.array([-0.03, -0.01])})
+  shape = gates.Structure({'a': 2})
+  say = lambda t: gates.evaluate(t, shape, function).units['a']
+  np.testing.assert_allclose(say(theta), [0, factor], atol=1e-6, rtol=0.01)
+  slope = jax.grad(lambda t: say(t)[1])(theta)
+  assert float(slope.units['a'][1]) > 0
+
+
 def test_the_last_rival_cannot_close():
   values = say(theta_of({}, {'left': 0.01, 'right': 0.02, 'way': 0.0}))
   assert gates.closed(values.open.layers) == ('left', 'way')
-  assert float(values.layers['right']) == np.float32(0.02)
+  assert float(values.layers['right']) == np.float32(0.05)
 
 
 def test_masks_follow_closed_layers():
@@ -528,11 +542,11 @@ def test_a_term_of_a_sum_closes_to_nothing():
 # --- Training ----------------------------------------------------------------
 
 
-def trainer(graph, shape, strength=0.0, target=0.0, axis=None):
+def trainer(graph, shape, strength=0.0, target=0.0, axis=None, rate=0.1):
   """(tx, step): weights and gates in one chain; pruning at every pass."""
   tx = gates.partition(
     optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-2)),
-    optax.sgd(0.1, momentum=0.9),
+    optax.sgd(rate, momentum=0.9),
   )
   evaluate = functools.partial(cost.evaluate, cost.parameters_polynomial(graph))
 
@@ -574,7 +588,7 @@ def test_a_closed_unit_opens_again_where_the_task_needs_it(graph):
 
 def test_the_target_is_met_in_one_compile_and_resumes_bit_by_bit(graph):
   shape = structure_of(graph)
-  tx, step = trainer(graph, shape, strength=5.0, target=0.6)
+  tx, step = trainer(graph, shape, strength=5.0, target=0.6, rate=0.02)
   p = {'params': PARAMS, 'gates': gates.init(shape)}
   step = jax.jit(chex.assert_max_traces(step, n=1))
   x, y = batch_of(graph)

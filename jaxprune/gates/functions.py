@@ -29,8 +29,9 @@ def scale(dead_zone: float = 0.05) -> Function:
   """Returns the gate that is a scaling factor with a dead zone.
 
   g = theta where |theta| > dead_zone, else 0, with dg/dtheta = 1 everywhere: a
-  closed gate still learns, and may open again. The derivative of ``open`` is
-  that of |theta|.
+  closed gate still learns, and may open again. One that is held open has the
+  edge of the dead zone instead of 0. The derivative of ``open`` is that of
+  |theta|.
 
   Args:
     dead_zone: at least 0; static.
@@ -51,8 +52,9 @@ def scale(dead_zone: float = 0.05) -> Function:
     return (size > dead_zone).astype(theta.dtype) + lift(size)
 
   def value(theta, is_open):
-    hard = lax.stop_gradient(is_open)
-    return theta * hard + lift(theta) * (1 - hard)
+    edge = jnp.where(theta < 0, -dead_zone, dead_zone)
+    held = jnp.where(jnp.abs(theta) > dead_zone, theta, edge)
+    return lax.stop_gradient(held * is_open) + lift(theta)
 
   return Function(is_open, value)
 
@@ -73,7 +75,8 @@ def binary() -> Function:
   hard = lambda theta: (theta >= 0).astype(theta.dtype)
   soft = jax.nn.sigmoid
   return Function(
-    lambda theta: hard(theta) + lift(soft(theta)), lambda _, is_open: is_open
+    lambda theta: hard(theta) + lift(soft(theta)),
+    lambda theta, is_open: lax.stop_gradient(is_open) + lift(soft(theta)),
   )
 
 
@@ -81,7 +84,7 @@ def sharp(beta: float | jax.Array) -> Function:
   """Returns the gate sigmoid(beta theta), which hardens as beta grows.
 
   Open where theta >= 0, with the derivative of the sigmoid: finish with
-  :func:`binary`, which is its limit.
+  :func:`binary`, which is its limit. One that is held open is 1.
 
   Args:
     beta: inverse temperature, from 1 to 100 or so in the course of training;
@@ -94,7 +97,9 @@ def sharp(beta: float | jax.Array) -> Function:
   """
   soft = lambda theta: jax.nn.sigmoid(beta * theta)
   hard = lambda theta: (theta >= 0).astype(theta.dtype)
-  return Function(
-    lambda theta: hard(theta) + lift(soft(theta)),
-    lambda theta, _: soft(theta),
-  )
+
+  def value(theta, is_open):
+    held = (theta < 0) & (is_open > 0.5)
+    return jnp.where(held, 1 + lift(soft(theta)), soft(theta))
+
+  return Function(lambda theta: hard(theta) + lift(soft(theta)), value)
