@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import masks as masks_lib
 from jaxprune import soft, tree
 
 
@@ -69,13 +68,6 @@ def sr_ste(
      [-3.]]
   """
   state = soft.pdp_init(params, n_by_m=n_by_m, which=which)
-  grain = masks_lib.groups(*n_by_m, axis=axis)
-  live = tree.leaves(tree.prunable(params, which))
-  found = {path: grain.problem(w.shape, path) for path, w in live.items()}
-  wrong = [f'{path} ({text})' for path, text in found.items() if text]
-  if wrong:
-    raise ValueError(f'No groups of {n_by_m} in: {"; ".join(wrong)}.')
-  axis = -2 if axis is None else axis
   masks = soft.harden(params, state, n_by_m=n_by_m, axis=axis).masks
   return straight_through(params, masks, decay)
 

@@ -125,7 +125,7 @@ def pdp(
   state: PDPState,
   *,
   n_by_m: NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
   through: bool = False,
 ) -> tree.PyTree:
   """Returns the params with each weight multiplied by its soft mask.
@@ -145,7 +145,9 @@ def pdp(
       whole training compiles once.
     n_by_m: static (n, m) for a threshold in each group of m neighbours along
       ``axis``, in force as soon as the ramp is above 0.
-    axis: the axis of the groups; -2 is the input axis of Flax kernels.
+    axis: the axis of the groups, as for :func:`jaxprune.masks.groups`: by
+      default -2, the input axis, of kernels with two or four axes, and no
+      other layout.
     through: whether gradients flow through t to the two weights that set it.
 
   Returns:
@@ -154,7 +156,7 @@ def pdp(
     least one weight and keeps at least one.
 
   Raises:
-    ValueError: if m does not divide the axis of a leaf.
+    ValueError: if a leaf has no such groups.
 
   References:
     Cho, Adya and Naik (2023), arXiv:2305.11203, confirmed from two independent
@@ -172,7 +174,7 @@ def pdp(
   views = _views(params, state, n_by_m, axis)
   ts = _thresholds(views, state, n_by_m, axis, through)
   soften = lambda x, t, k: _soften(x, t, state.tau, state.c, k > 0)
-  soft = jax.tree.map(soften, views, ts, _counts(state))
+  soft = jax.tree.map(soften, views, ts, _counts(state, n_by_m))
   return tree.map_pruned(lambda w, x: x.reshape(w.shape), params, soft)
 
 
@@ -181,7 +183,7 @@ def mask(
   state: PDPState,
   *,
   n_by_m: NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
   through: bool = False,
 ) -> tree.PyTree:
   """Returns the masks by which :func:`pdp` multiplies the weights.
@@ -216,7 +218,7 @@ def mask(
     return jnp.where(k > 0, m, 1.0).reshape(w.shape)
 
   live = tree.restrict(params, state.pruned)
-  return jax.tree.map(one, live, views, ts, _counts(state))
+  return jax.tree.map(one, live, views, ts, _counts(state, n_by_m))
 
 
 def sides(
@@ -224,7 +226,7 @@ def sides(
   state: PDPState,
   *,
   n_by_m: NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
 ) -> tree.PyTree:
   """Returns which weights lie on the kept side of t, at the ramp in force.
 
@@ -248,7 +250,7 @@ def sides(
     [[False  True  True  True]]
   """
   views = jax.tree.map(jnp.abs, _views(params, state, n_by_m, axis))
-  ks = _counts(state)
+  ks = _counts(state, n_by_m)
   if n_by_m is None:
     keep = jax.tree.map(lambda x, k: jnp.uint32(x.size) - k, views, ks)
     masks = select.top_masks(views, keep)
@@ -264,7 +266,7 @@ def harden(
   state: PDPState,
   *,
   n_by_m: NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
 ) -> PDPState:
   """Returns the state with the masks of the full sparsity frozen into it.
 
@@ -296,7 +298,7 @@ def diagnose(
   state: PDPState,
   *,
   n_by_m: NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
   before: tree.PyTree | None = None,
 ) -> Diagnosis:
   """Returns the figures that tell why a soft mask works, or does not.
@@ -366,11 +368,13 @@ def _soften(
   return jnp.where(on, (_soft_mask(x, t, tau, c) * x).astype(w.dtype), w)
 
 
-def _counts(state: PDPState) -> tree.PyTree:
+def _counts(state: PDPState, n_by_m: NByM | None) -> tree.PyTree:
   """Returns how many weights of each leaf are to prune now, uint32[]."""
   ramp = state.ramp
 
   def count(n):
+    if n_by_m is not None:  # No group can lose a part of a weight.
+      return jnp.where(ramp > 0, n, 0)
     part = jnp.round(ramp * n.astype(jnp.float32)).astype(jnp.uint32)
     return jnp.where(ramp >= 1, n, part)  # float32 would blur a large count.
 
@@ -381,7 +385,7 @@ def _thresholds(
   views: tree.PyTree,
   state: PDPState,
   n_by_m: NByM | None,
-  axis: int,
+  axis: int | None,
   through: bool,
 ) -> tree.PyTree:
   """Returns t of every leaf, float32: a scalar, or one per group of m."""
@@ -392,7 +396,7 @@ def _thresholds(
   clip = lambda x, k: jnp.clip(
     jnp.uint32(x.size) - k, 1, max(x.size - 1, 1)
   ).astype(jnp.uint32)
-  keep = jax.tree.map(clip, scores, _counts(state))
+  keep = jax.tree.map(clip, scores, _counts(state, n_by_m))
   low, high = select.boundaries(scores, keep)
   if through:
     low, high = (jax.tree.map(_pick, scores, side) for side in (low, high))
@@ -411,7 +415,7 @@ def _pick(x: jax.Array, value: jax.Array) -> jax.Array:
   return flat[jnp.argmax(flat == value)]
 
 
-def _group_threshold(x: jax.Array, n: int, axis: int) -> jax.Array:
+def _group_threshold(x: jax.Array, n: int, axis: int | None) -> jax.Array:
   kept = _top_of_group(lax.stop_gradient(x), n, axis)
   inner = _inner(axis)
   least = lambda x: jnp.min(
@@ -421,37 +425,45 @@ def _group_threshold(x: jax.Array, n: int, axis: int) -> jax.Array:
   return _middle(least(x), most(x))
 
 
-def _top_of_group(x: jax.Array, n: int, axis: int) -> jax.Array:
+def _top_of_group(x: jax.Array, n: int, axis: int | None) -> jax.Array:
   """Marks the n largest along the inner axis, the lower index first."""
   inner = _inner(axis) % x.ndim
   return masks_lib.n_by_m(x, n, x.shape[inner], axis=inner)
 
 
-def _inner(axis: int) -> int:
+def _inner(axis: int | None) -> int:
   """Returns the axis within groups, of a view that split ``axis`` in two."""
+  axis = -2 if axis is None else axis
   return axis if axis < 0 else axis + 1
 
 
 def _views(
-  params: tree.PyTree, state: PDPState, n_by_m: NByM | None, axis: int
+  params: tree.PyTree,
+  state: PDPState,
+  n_by_m: NByM | None,
+  axis: int | None,
 ) -> tree.PyTree:
   """Returns the leaves to prune, split into groups of m where asked."""
   live = tree.restrict(params, state.pruned)
   if n_by_m is None:
     return live
-  _, m = _check_n_by_m(n_by_m)
+  n, m = _check_n_by_m(n_by_m)
+  grain = masks_lib.groups(n, m, axis=axis)
+  named = tree.leaves(live)
+  found = {path: grain.problem(w.shape, path) for path, w in named.items()}
+  wrong = [f'{path} ({text})' for path, text in found.items() if text]
+  if wrong:
+    raise ValueError(
+      f'No groups of {n_by_m} in: {"; ".join(wrong)}. Give another `axis`, or '
+      f'leave them out with `which`.'
+    )
 
-  def split(path, w):
-    if not -w.ndim <= axis < w.ndim or w.shape[axis] % m:
-      raise ValueError(
-        f'{m} must divide axis {axis} of {path!r}, got the shape {w.shape}. '
-        f'Choose another axis, or leave it out with `which`.'
-      )
-    at = axis % w.ndim
+  def split(w):
+    at = (-2 if axis is None else axis) % w.ndim
     groups = (w.shape[at] // m, m)
     return w.reshape(*w.shape[:at], *groups, *w.shape[at + 1 :])
 
-  return tree.map_with_path(split, live)
+  return jax.tree.map(split, live)
 
 
 def _check_n_by_m(n_by_m: NByM) -> NByM:
