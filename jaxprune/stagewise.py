@@ -336,14 +336,17 @@ def knapsack(
     One index a stage; of equal sums the cheaper.
 
   Raises:
-    ValueError: if even the cheapest cost more than the limit, or values are not
-      finite, or not as many as costs.
+    ValueError: if even the cheapest cost more than the limit, costs are not
+      whole, or values are not finite, or not as many as costs.
 
   Examples:
     >>> knapsack([[3.0, 1.0], [2.0, 0.0]], [[1, 2], [1, 3]], limit=4)
     (1, 0)
   """
   points: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+  for k, price in enumerate(costs):
+    if not np.array_equal(price, np.floor(price)):
+      raise ValueError(f'The costs of stage {k} must be whole, got {price}.')
   least = sum(int(np.min(c)) for c in costs)
   if least > limit:
     raise ValueError(

@@ -283,8 +283,12 @@ def test_the_knapsack_is_the_best_of_all(stages, limit):
   assert best == min(value for value, _ in found)
 
 
-def test_the_knapsack_refuses_what_is_not_finite():
+def test_the_knapsack_refuses_what_it_cannot_sum():
   with pytest.raises(ValueError, match='Stage 1 needs a finite value'):
     stagewise.knapsack([[1.0], [np.nan]], [[1], [1]], 5)
+  with pytest.raises(
+    ValueError, match=r'of stage 0 must be whole, got \[1.5\]'
+  ):
+    stagewise.knapsack([[1.0], [1.0]], [[1.5], [1]], 5)
   with pytest.raises(ValueError, match='together cost 2, above the limit of 1'):
     stagewise.knapsack([[1.0], [1.0]], [[1], [1]], 1)
