@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import counts, select, tree
+from jaxprune import counts, placement, select, tree
 from jaxprune import masks as masks_lib
 
 NByM = tuple[int, int]  # Keep n of every m.
@@ -175,7 +175,7 @@ def pdp(
   ts = _thresholds(views, state, n_by_m, axis, through)
   soften = lambda x, t, k: _soften(x, t, state.tau, state.c, k > 0)
   soft = jax.tree.map(soften, views, ts, _counts(state, n_by_m))
-  return tree.map_pruned(lambda w, x: x.reshape(w.shape), params, soft)
+  return tree.map_pruned(_back, params, soft)
 
 
 def mask(
@@ -215,7 +215,7 @@ def mask(
 
   def one(w, x, t, k):
     m = _soft_mask(x.astype(jnp.float32), t, state.tau, state.c)
-    return jnp.where(k > 0, m, 1.0).reshape(w.shape)
+    return _back(w, jnp.where(k > 0, m, 1.0))
 
   live = tree.restrict(params, state.pruned)
   return jax.tree.map(one, live, views, ts, _counts(state, n_by_m))
@@ -258,7 +258,7 @@ def sides(
     draw = lambda x, k: _top_of_group(x, n_by_m[0], axis) | (k == 0)
     masks = jax.tree.map(draw, views, ks)
   live = tree.restrict(params, state.pruned)
-  return jax.tree.map(lambda w, mask: mask.reshape(w.shape), live, masks)
+  return jax.tree.map(_back, live, masks)
 
 
 def harden(
@@ -411,8 +411,7 @@ def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _pick(x: jax.Array, value: jax.Array) -> jax.Array:
   """Returns the value as an entry of x, so that gradients reach it."""
-  flat = x.ravel()
-  return flat[jnp.argmax(flat == value)]
+  return jnp.max(jnp.where(x == value, x, -jnp.inf))
 
 
 def _group_threshold(x: jax.Array, n: int, axis: int | None) -> jax.Array:
@@ -461,9 +460,16 @@ def _views(
   def split(w):
     at = (-2 if axis is None else axis) % w.ndim
     groups = (w.shape[at] // m, m)
+    if groups[0] % placement.parts(w)[at]:
+      w = placement.whole(w)  # A group would lie on two devices.
     return w.reshape(*w.shape[:at], *groups, *w.shape[at + 1 :])
 
   return jax.tree.map(split, live)
+
+
+def _back(w: jax.Array, view: jax.Array) -> jax.Array:
+  """Returns a view of groups in the shape of its leaf, and placed as it is."""
+  return placement.like(view.reshape(w.shape), w)
 
 
 def _check_n_by_m(n_by_m: NByM) -> NByM:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import soft, soft_channels, transforms, tree
+from jaxprune import placement, soft, soft_channels, transforms, tree
 
 
 def ramp(
@@ -161,7 +161,7 @@ def track_pdp(
   ramp: optax.Schedule,
   end: int | None = None,
   n_by_m: soft.NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
   channels: soft_channels.Channels | None = None,
   pruned: Mapping[str, int] | None = None,
   which: tree.Which = None,
@@ -248,7 +248,7 @@ def track_pdp(
     masks = None
     if end is not None:
       like = params if channels is None else channels.reduce(params)
-      full = lambda x: jnp.ones(x.shape, bool)
+      full = lambda x: placement.like(jnp.ones(x.shape, bool), x)
       masks = jax.tree.map(full, tree.restrict(like, state.pruned))
     return TrackPDPState(step, start, state, masks, jnp.zeros([], bool))
 
@@ -313,7 +313,7 @@ def with_pdp(
   apply_fn: Callable[..., Any],
   *,
   n_by_m: soft.NByM | None = None,
-  axis: int = -2,
+  axis: int | None = None,
   channels: soft_channels.Channels | None = None,
   through: bool = False,
 ) -> Callable[..., Any]:

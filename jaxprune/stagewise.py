@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import cost, plans, recovery, tree
+from jaxprune import cost, placement, plans, recovery, tree
 from jaxprune.structure import Graph, trace
 from jaxprune.structure.stages import Stage
 
@@ -302,9 +302,14 @@ def _sub_networks(
   axis: int | None,
 ) -> jax.Array:
   """What sub-networks of a stage make of one feature, or each of its own."""
-  call = plans.supernet(graph)
+  call, units = plans.supernet(graph), prefix(graph, widths)
   run = lambda units, h: call(params, units, {}, h)[0]
-  return jax.vmap(run, (0, axis))(prefix(graph, widths), h)
+  if max(placement.parts(h)) == 1:
+    return jax.vmap(run, (0, axis))(units, h)
+  # A batch that explicit axes of a mesh split cannot be merged with another.
+  if axis is None:
+    return jax.lax.map(lambda units: run(units, h), units)
+  return jax.lax.map(lambda both: run(*both), (units, h))
 
 
 def _error(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
 import jaxprune as jp
@@ -119,6 +120,32 @@ def test_groups_that_a_rule_leaves_out_stay_open():
   hard = soft_channels.harden(params, state, channels)
   soft_channels.pdp(params, hard, channels)
   assert list(seen) == ['hidden']
+
+
+def test_groups_that_a_mesh_splits_close_as_on_one_device():
+  params = {k: v['kernel'] for k, v in weights().items() if k != 'steps'}
+  mlp = lambda p, x: jax.nn.relu(x @ p['a']) @ p['b']
+  graph = jp.trace(mlp, params, jnp.ones((2, 4)))
+  everything = lambda *_: True
+  channels = soft_channels.Channels(
+    reduce=lambda p: graph.reduce(tree.prunable(p, everything)),
+    scale=lambda p, units: structure.scale(graph, p, units),
+  )
+
+  def close(params):
+    state = full(soft_channels.init(params, channels, 0.5))
+    hard = soft_channels.harden(params, state, channels)
+    most = graph.reduce(params, norm='max')
+    gated = soft_channels.pdp(params, state, channels)
+    return gated, soft_channels.pdp(params, hard, channels), most
+
+  mesh = jax.make_mesh((2,), ('x',), axis_types=(AxisType.Explicit,))
+  split = {'a': PartitionSpec(None, 'x'), 'b': PartitionSpec('x', None)}
+  with jax.set_mesh(mesh):
+    place = lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec))
+    got = jax.jit(close)(jax.tree.map(place, params, split))
+  for a, b in zip(*map(jax.tree.leaves, (got, close(params))), strict=True):
+    np.testing.assert_allclose(a, b, 1e-5)
 
 
 def test_kernel_channels_mask_filters_and_warn_about_norms():

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from marks import slow
 
 from jaxprune import soft, tree
 
@@ -326,6 +328,38 @@ def test_an_ensemble_under_vmap_is_its_members():
   ]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
   jax.tree.map(close, got, jax.tree.map(stack, *want))
+
+
+@pytest.mark.parametrize('kind', [slow(AxisType.Auto), AxisType.Explicit])
+@pytest.mark.parametrize('n_by_m', [None, (2, 4)])
+def test_a_mesh_agrees_with_one_device(kind, n_by_m):
+  params = {'kernel': jax.random.normal(jax.random.key(0), (8, 16))}
+  sparsity = None if n_by_m else 0.7
+  state = full(soft.pdp_init(params, sparsity, n_by_m=n_by_m, tau=0.1))
+
+  @jax.jit
+  def work(params, state):
+    gate = lambda p: soft.pdp(p, state, n_by_m=n_by_m, through=True)
+    gated, pull = jax.vjp(gate, params)
+    hard = soft.harden(params, state, n_by_m=n_by_m)
+    found = soft.diagnose(params, state, n_by_m=n_by_m, before=hard.masks)
+    return gated, pull(gated)[0], soft.pdp(params, hard), found
+
+  want = work(params, state)
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(kind,))
+  # Groups of 4 lie on two devices each.
+  place = NamedSharding(mesh, PartitionSpec('x', None))
+  split = jax.device_put(params, place)
+  with jax.set_mesh(mesh):
+    got = work(
+      split, jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    )
+    drawn = soft.pdp_init(split, sparsity, n_by_m=n_by_m)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+  for gated in got[:3]:
+    assert gated['kernel'].sharding.is_equivalent_to(place, 2)
+  assert int(drawn.pruned['kernel']) == int(state.pruned['kernel'])
 
 
 @pytest.mark.parametrize('how', ['pmap', 'scan'])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
 from jaxprune import soft, soft_channels, soft_training
@@ -137,6 +138,50 @@ def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
     soft_training.end_warm_up(state)
   with pytest.raises(ValueError, match='end_warm_up needs an optimizer state'):
     soft_training.end_warm_up(optax.sgd(0.1).init(params))
+
+
+def test_weight_decay_acts_on_the_raw_weights():
+  params = {'kernel': jnp.array([[0.01, -0.02, 3.0, -4.0]])}
+  tx = optax.chain(
+    optax.adamw(0.1, weight_decay=0.5),
+    soft_training.track_pdp(0.5, begin=0, ramp=lambda _: 1.0),
+  )
+  state = tx.init(params)
+  loss = soft_training.with_pdp(lambda p: jnp.sum(jnp.square(p['kernel'])))
+  grads = jax.grad(loss)(params, state)
+  # Below t = 1.51 masks and gradients are zero; the pull is all there is.
+  np.testing.assert_array_equal(grads['kernel'][0, :2], 0)
+  updates, _ = tx.update(grads, state, params)
+  np.testing.assert_allclose(
+    updates['kernel'][0, :2], -0.1 * 0.5 * params['kernel'][0, :2], 1e-5
+  )
+
+
+def test_a_mesh_with_explicit_axes_trains_as_one_device():
+  params = {'kernel': jax.random.normal(jax.random.key(0), (4, 6))}
+  tx = soft_training.track_pdp(0.5, begin=0, end=2, ramp=ramp, tau=0.1)
+  gated = soft_training.with_pdp(lambda params: params['kernel'])
+
+  @jax.jit
+  def step(params, state):
+    loss = lambda p: jnp.sum(jnp.square(gated(p, state) - 1.0))
+    grads = jax.grad(loss)(params)
+    updates = jax.tree.map(lambda g: -0.1 * g, grads)
+    updates, state = tx.update(updates, state, params)
+    return optax.apply_updates(params, updates), state
+
+  mesh = jax.make_mesh((2,), ('x',), axis_types=(AxisType.Explicit,))
+  split = NamedSharding(mesh, PartitionSpec(None, 'x'))
+  wide, state = jax.device_put(params, split), tx.init(params)
+  with jax.set_mesh(mesh):
+    wide_state = tx.init(wide)
+  for _ in range(2):
+    params, state = step(params, state)
+    with jax.set_mesh(mesh):
+      wide, wide_state = step(wide, wide_state)
+  assert int((params['kernel'] == 0).sum()) == 12
+  np.testing.assert_allclose(wide['kernel'], params['kernel'], 1e-5, 1e-6)
+  assert wide['kernel'].sharding.is_equivalent_to(split, 2)
 
 
 @pytest.mark.parametrize(

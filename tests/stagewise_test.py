@@ -9,6 +9,9 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from marks import slow
 
 import jaxprune as jp
 from jaxprune import models, plans, stagewise, tree
@@ -199,18 +202,26 @@ def test_one_compile_serves_every_sample(stages, space, variables):
   assert len(found) > 1
 
 
-def test_a_batch_split_over_devices_gives_the_same(stages, space, variables):
+@pytest.mark.parametrize('how', ['explicit', slow('auto'), slow('pmap')])
+def test_several_devices_give_the_same(stages, space, variables, how):
   widths = stagewise.sample(jax.random.key(0), space, 1)
 
-  @jax.jit
-  def total(x, y):
+  def total(variables, x, y):
     return stagewise.losses(stages, variables, x, y, widths, task=task)[0].total
 
-  mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ('data',))
-  spec = jax.sharding.PartitionSpec('data')
-  split = jax.sharding.NamedSharding(mesh, spec)
-  found = total(jax.device_put(X, split), jax.device_put(Y, split))
-  np.testing.assert_allclose(found, total(X, Y), rtol=1e-5)
+  want = jax.jit(total)(variables, X, Y)
+  if how == 'pmap':
+    every = lambda x: jnp.stack([x] * 4)
+    found = jax.pmap(total, in_axes=(None, 0, 0))(variables, every(X), every(Y))
+  else:
+    kind = AxisType.Auto if how == 'auto' else AxisType.Explicit
+    mesh = jax.make_mesh((4,), ('data',), axis_types=(kind,))
+    split, every = (NamedSharding(mesh, P(*a)) for a in (('data',), ()))
+    with jax.set_mesh(mesh):
+      found = jax.jit(total)(
+        jax.device_put(variables, every), *jax.device_put((X, Y), split)
+      )
+  np.testing.assert_allclose(found, np.broadcast_to(want, found.shape), 1e-5)
 
 
 def test_samples_are_choices_and_the_tiny_is_first(space):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import tree
+from jaxprune import placement, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.blocks import Block, Blocks, blocks, dead
@@ -339,9 +339,11 @@ def _reduce_leaf(
   count = count * (score.size // score.shape[axis])
   empty = jnp.zeros(size, jnp.float32)
   if norm == 'max':
-    return empty.at[units].max(jnp.max(score, others), mode='drop')
+    most = placement.whole(jnp.max(score, others))
+    return empty.at[units].max(most, mode='drop')
   powers = score * score if norm == 'l2' else score
-  total = empty.at[units].add(jnp.sum(powers, others), mode='drop')
+  sums = placement.whole(jnp.sum(powers, others))
+  total = empty.at[units].add(sums, mode='drop')
   if norm == 'l2':
     # The slope of the root at 0 is infinite, and would be NaN times 0.
     is_zero = total == 0
