@@ -176,8 +176,9 @@ def track_pdp(
     tx = optax.chain(optax.adam(1e-3), track_pdp(0.9, begin=500, ramp=ramp))
     loss = lambda p, s, batch: task(with_pdp(model.apply)(p, s, batch))
 
-  Budgets are drawn from the params after ``begin`` updates, masks from those
-  after ``end`` updates; from then on params are exactly zero where pruned.
+  Budgets are drawn from the params after ``begin`` updates (or ``end``, if the
+  warm-up still goes on then), masks from those after ``end`` updates; from then
+  on params are exactly zero where pruned.
 
   Args:
     sparsity: static, as for :func:`jaxprune.soft.pdp_init`.
@@ -257,8 +258,11 @@ def track_pdp(
       raise ValueError('track_pdp needs `params`; pass it to update.')
     step = jnp.asarray(optax.safe_increment(state.step))
     after = optax.apply_updates(params, updates)
+    due = step == state.begin
+    if end is not None:  # A warm-up that is not over ends with one cut.
+      due |= (step == end) & (step < state.begin)
     goal = lax.cond(
-      step == state.begin,
+      due,
       lambda: budgets(after, step).pruned,
       lambda: state.pdp.pruned,
     )

@@ -140,6 +140,21 @@ def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
     soft_training.end_warm_up(optax.sgd(0.1).init(params))
 
 
+def test_a_warm_up_that_never_ends_is_cut_at_the_end():
+  params = {'a': jnp.full((1, 4), 1.0), 'c': jnp.full((1, 4), 2.5)}
+  grow = {'a': jnp.ones((1, 4)), 'c': jnp.zeros((1, 4))}
+  tx = soft_training.track_pdp(
+    0.5, begin=None, end=2, ramp=ramp, which=lambda *_: True
+  )
+  state = tx.init(params)
+  for _ in range(3):
+    updates, state = tx.update(grow, state, params)
+    params = optax.apply_updates(params, updates)
+  # At first 'a' was the smaller; after two updates it is 'c', 2.5 against 3.
+  np.testing.assert_array_equal(params['a'], np.full((1, 4), 4.0))
+  np.testing.assert_array_equal(params['c'], np.zeros((1, 4)))
+
+
 def test_weight_decay_acts_on_the_raw_weights():
   params = {'kernel': jnp.array([[0.01, -0.02, 3.0, -4.0]])}
   tx = optax.chain(
