@@ -1,5 +1,7 @@
 """The comparison of PDP with its baselines, on a problem of a moment."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from experiments import command, flags
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, phases
@@ -100,6 +103,56 @@ def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
   table = pdp.summarise(book)
   assert '| PDP | rate ' in table
   assert 'CPU-minutes' in table
+
+
+@pytest.mark.parametrize(
+  ('flag', 'text'),
+  [
+    ('--methods=PDQ', '--methods must be of PDP; GMP, got PDQ.'),
+    ('--targets=1.5', "--targets must be like 0.5, got '1.5'."),
+    ('--targets=0.5,1:4', "--targets must be like 0.5, got '1:4'."),
+    ('--seeds=0', '--seeds must be at least 1, got 0.'),
+    ('--epochs=0', '--epochs must be at least 1, got 0.'),
+    ('--task=mnits', "No task is called 'mnits'; there are toy."),
+  ],
+)
+def test_a_wrong_flag_is_named_before_anything_runs(
+  toy, flag, text, monkeypatch, tmp_path
+):
+  given = contest(toy, {name: QUICK[name] for name in ('PDP', 'GMP')})
+  monkeypatch.setattr(pdp, 'TASKS', {'toy': lambda *_: given})
+  command.parse(pdp._F, ['--task=toy', f'--workdir={tmp_path}', flag])
+  with pytest.raises(flags.BadInputError, match=re.escape(text)):
+    pdp.main()
+  assert not any(tmp_path.iterdir())
+
+
+def test_groups_are_targets_of_groups(toy):
+  given = contest(toy, {'PDP': QUICK['PDP']})._replace(targets=('2:4', '1:4'))
+  command.parse(pdp._F, ['--targets=1:4', '--seeds=3'])
+  assert pdp.narrowed(given)[1:4] == (('1:4',), '0.5', 3)
+  for target in ('4:4', '0.5'):
+    command.parse(pdp._F, [f'--targets={target}'])
+    with pytest.raises(flags.BadInputError, match=f'2:4,1:4, got {target!r}'):
+      pdp.narrowed(given)
+
+
+def test_runs_of_another_length_are_not_mixed(
+  toy, monkeypatch, tmp_path, capsys
+):
+  lengths = []
+  given = contest(toy, {})
+  monkeypatch.setattr(
+    pdp, 'TASKS', {'toy': lambda _, epochs: lengths.append(epochs) or given}
+  )
+  monkeypatch.setattr(
+    pdp, 'compete', lambda _, book, __: book.add(trial=1, seconds=60.0)
+  )
+  for given_flags in ([], ['--epochs=7']):
+    command.parse(pdp._F, [f'--workdir={tmp_path}', '--task=toy', *given_flags])
+    pdp.main()
+    assert '1.0 CPU-minutes' in capsys.readouterr().out
+  assert lengths == [None, 7]
 
 
 def test_the_sources_of_texts_are_stored_and_printed_with_the_runs(

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -556,20 +557,54 @@ def _line(found: Mapping[str, Any]) -> str:
   )
 
 
+def narrowed(contest: Contest) -> Contest:
+  """Returns a contest with the targets and the seeds of the flags.
+
+  Args:
+    contest: with its own.
+
+  Raises:
+    BadInputError: if it has no such targets or methods.
+  """
+  first = contest.targets[0]
+  for target in _TARGETS.value:
+    if ':' in first:
+      found = re.fullmatch(r'(\d+):(\d+)', target)
+      fits = found and 0 < int(found[1]) < int(found[2])
+    else:
+      fits = re.fullmatch(r'0\.\d*[1-9]\d*', target)
+    if not fits:
+      raise BadInputError(
+        f'--targets must be like {",".join(contest.targets)}, got {target!r}.'
+      )
+  known = contest.methods(first)
+  unknown = [name for name in _METHODS.value if name not in known]
+  if unknown:
+    raise BadInputError(
+      f'--methods must be of {"; ".join(known)}, got {"; ".join(unknown)}.'
+    )
+  seeds = contest.seeds if _SEEDS.value is None else _SEEDS.value
+  targets = tuple(_TARGETS.value) or contest.targets
+  return contest._replace(seeds=seeds, targets=targets)
+
+
 def main() -> None:
   """Runs one contest, or prints it."""
   if _TASK.value not in TASKS:
     raise BadInputError(
       f'No task is called {_TASK.value!r}; there are {", ".join(TASKS)}.'
     )
-  book = Book(pathlib.Path(_WORKDIR.value) / f'{_TASK.value}.jsonl')
+  for flag in (_SEEDS, _EPOCHS):
+    if flag.value is not None and flag.value < 1:
+      raise BadInputError(
+        f'--{flag.name} must be at least 1, got {flag.value}.'
+      )
+  # Runs of another length are not those that are there.
+  length = '' if _EPOCHS.value is None else f'-{_EPOCHS.value}-epochs'
+  book = Book(pathlib.Path(_WORKDIR.value, f'{_TASK.value}{length}.jsonl'))
   if not _TABLE.value:
     contest = TASKS[_TASK.value](_DATA_DIR.value, _EPOCHS.value)
-    if _TARGETS.value:
-      contest = contest._replace(targets=tuple(_TARGETS.value))
-    if _SEEDS.value is not None:
-      contest = contest._replace(seeds=_SEEDS.value)
-    compete(contest, book, _METHODS.value)
+    compete(narrowed(contest), book, _METHODS.value)
   print(summarise(book))
 
 
