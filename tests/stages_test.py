@@ -113,6 +113,23 @@ def test_stages_at_sides_of_their_own(net, variables):
     flat(variables, X)
 
 
+def test_what_leads_to_the_cut_alone_falls_behind_it():
+  """A depthwise convolution of shifted slices, whose padding reads no leaf."""
+  net = models.mobilenet_v1(
+    0.25, num_classes=3, blocks=(1, 1), channels=(8, 8), strides=(1, 2),
+    stem='small', dropout=0.0,
+  )  # fmt: skip
+  variables = jax.jit(net.init)(jax.random.key(0), X)
+  graph = jp.trace(net.apply, variables, X)
+  first, second = stages.cut(graph, ['.*stage2_block1.*'])
+  h, _ = first(variables, X)
+  wanted = net.apply(variables, X, stop=1)
+  np.testing.assert_allclose(h, wanted, rtol=1e-5, atol=1e-6)
+  logits, _ = second(variables, h)
+  wanted = net.apply(variables, X)
+  np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_each_leaf_is_of_the_stage_that_reads_it(net, variables):
   graph = jp.trace(net.apply, variables, X)
   found = stages.leaves_of(graph, AT)

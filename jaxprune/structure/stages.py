@@ -1,8 +1,8 @@
 """Stages: a traced function as a chain of functions, cut where one says.
 
 A cut is named by leaves: it falls before the first operation on data that reads
-one of them. What flows across it must be one array, the feature that the next
-stage begins from.
+one of them, and before its padding. What flows across it must be one array, the
+feature that the next stage begins from.
 """
 
 import re
@@ -233,6 +233,8 @@ def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
         f'leaves are: {", ".join(graph.leaves)}.'
       )
     start = min(matching)
+    while start and _leads(graph.program.equations[start - 1]):
+      start -= 1
     if start <= (starts[-1] if starts else 0):
       raise ValueError(
         f'The cut {pattern!r} falls at or before the one before it: give cuts '
@@ -240,6 +242,13 @@ def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
       )
     starts.append(start)
   return starts
+
+
+def _leads(eqn: Equation) -> bool:
+  """Whether an equation belongs to what follows: it pads or slices the data,
+  or computes of leaves alone."""
+  has_data = any(value.has_data for value in eqn.outputs)
+  return not has_data or eqn.primitive.name in ('pad', 'slice')
 
 
 def _crossing(
