@@ -12,7 +12,7 @@ import jaxprune as jp
 from experiments import command, flags
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
-from experiments.pdp import channel_contenders, contenders, phases
+from experiments.pdp import channel_contenders, contenders, contests, phases
 from jaxprune import models, text, tree
 
 RATES = (0.05, 0.1)
@@ -28,7 +28,7 @@ def problem(net, **options):
   sgd = lambda rate, decay: optax.chain(
     optax.add_decayed_weights(1e-4 * decay), optax.sgd(rate, momentum=0.9)
   )
-  return pdp.make_problem(
+  return contests.make_problem(
     'toy', net, splits, epochs=5, batch=8, tx=sgd, **options
   )
 
@@ -83,7 +83,7 @@ def test_a_run_is_a_function_of_its_seed(toy):
 
 
 def contest(problem, methods):
-  return pdp.Contest(problem, ('0.5',), '0.5', 2, lambda target: methods)
+  return contests.Contest(problem, ('0.5',), '0.5', 2, lambda target: methods)
 
 
 def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_the_sources_of_texts_are_stored_and_printed_with_the_runs(
     texts, np.int32(labels), ('python', 'numpy'), 'docs', 'python 3, numpy 2'
   )
   train = part(('red red', 'red', 'blue'), [0, 0, 1])
-  facts = pdp.sources(
+  facts = contests.sources(
     train, part(('red', 'blue', 'blue', 'blue'), [0, 1, 1, 1])
   )
   given = contest(toy, {'GMP': QUICK['GMP']})._replace(
@@ -226,7 +226,7 @@ def test_channels_are_removed_for_real(name):
   params = variables.pop('params')
   toy = problem(
     net,
-    apply=pdp.apply_with_statistics(net),
+    apply=contests.apply_with_statistics(net),
     start=lambda seed: (params, variables, None),
     fused=False,
   )
