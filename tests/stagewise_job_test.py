@@ -3,10 +3,13 @@
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import workdir
 from experiments.stagewise import __main__ as job
+from experiments.stagewise import supernets, tasks
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,11 @@ def test_the_table_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'ablation', [[], ['--teacher=before', '--source=chain', '--stages=2']]
+  'ablation',
+  [
+    [],
+    ['--teacher=before', '--source=chain', '--stages=2', '--search=evolution'],
+  ],
 )
 def test_every_phase_runs_and_is_read_again(ablation, tmp_path, capsys):
   arguments = ['--preset=smoke', '--steps=4', '--save_every=2', *ablation]
@@ -81,3 +88,36 @@ def test_every_phase_runs_and_is_read_again(ablation, tmp_path, capsys):
   assert (folder / 'proxy.svg').read_text().startswith('<svg')
   assert job.main(arguments) == 0  # Reads what is there.
   assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
+
+
+class GoneError(Exception):
+  """Stands for a machine that went away."""
+
+
+@pytest.mark.slow
+def test_a_supernet_that_was_stopped_ends_as_one_that_was_not(
+  tmp_path, monkeypatch
+):
+  (config,), _ = job.parse(
+    ['--preset=smoke', '--steps=5', '--save_every=2', f'--workdir={tmp_path}']
+  )
+  task = tasks.prepare(config)
+  whole = supernets.supernet(task, 'stagewise', tmp_path / 'whole')
+  make_step = supernets.make_step
+
+  def fragile(*args):
+    tx, step = make_step(*args)
+
+    def call(state, examples, rows, number):
+      if number == 3:
+        raise GoneError
+      return step(state, examples, rows, number)
+
+    return tx, call
+
+  monkeypatch.setattr(supernets, 'make_step', fragile)
+  with pytest.raises(GoneError):
+    supernets.supernet(task, 'stagewise', tmp_path / 'stopped')
+  monkeypatch.setattr(supernets, 'make_step', make_step)
+  again = supernets.supernet(task, 'stagewise', tmp_path / 'stopped')
+  jax.tree.map(np.testing.assert_array_equal, again, whole)

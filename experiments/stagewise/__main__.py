@@ -12,9 +12,9 @@ a random sub-network of the whole learns from the labels. Then
   from scratch, and what each supernet said of them is compared with what they
   reach: Kendall's tau, and the gap in accuracy;
 - found: each way chooses a network on the budget, trained from scratch as long:
-  *stage-wise* by the exact knapsack over its stages, *evolution* by the search
-  of MetaPruning on the single-path supernet, *uniform* by one fraction of every
-  width.
+  *stage-wise* by the exact knapsack over its stages (``--search=evolution``: by
+  a search that asks the same proxies), *evolution* by the search of MetaPruning
+  on the single-path supernet, *uniform* by one fraction of every width.
 
 Ablations: ``--notiny`` (no narrowest sub-network in every step), ``--teacher=
 before`` (the full network is trained first and then fixed: v1 of the paper),
@@ -35,8 +35,8 @@ from absl import flags as absl_flags
 from experiments import command, evidence, workdir
 from experiments.stagewise.choosing import (
   TOLERANCE,
-  by_evolution,
-  by_knapsack,
+  by_single_path,
+  by_stages,
   make_judge,
 )
 from experiments.stagewise.supernets import speed, supernet
@@ -67,6 +67,7 @@ _int('nets', 12, 'Sub-networks of equal cost for the proxy; 0: none.')
 _bool('tiny', True, 'Whether the narrowest learn in every step.')
 _choice('teacher', 'now', ['now', 'before'], 'Which full network teaches.')
 _choice('source', 'full', ['full', 'chain'], 'What a stage begins from.')
+_choice('search', 'knapsack', ['knapsack', 'evolution'], 'Over the stages.')
 _int('stages', 0, 'Use so many stages at most; 0: all.')
 _int('batch', 64, 'Examples of a step.')
 _int('judges', 512, 'Held-out images that the proxies are measured on.')
@@ -100,9 +101,9 @@ def run(config: Config, methods: Sequence[str]) -> dict[str, Any]:
       both = {kind: net(kind) for kind in ('stagewise', 'single')}
       return proxy_against_truth(task(), judge(), both, folder)
     if name == 'stagewise':
-      vector = by_knapsack(task(), judge(), net('stagewise'))
+      vector = by_stages(task(), judge(), net('stagewise'))
     elif name == 'evolution':
-      vector = by_evolution(task(), judge(), net('single'))
+      vector = by_single_path(task(), judge(), net('single'))
     else:
       vector = joint.uniform(
         task().vectors, task().cost, task().limit, tolerance=TOLERANCE

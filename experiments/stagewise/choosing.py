@@ -85,6 +85,22 @@ def draw(task: Task, rng: np.random.Generator) -> Any:
   return found
 
 
+def by_stages(task: Task, judge: Judge, variables: Any) -> PruningVector:
+  """Returns the network on the budget whose stages are nearest the full one.
+
+  The sum of the stages' proxies is what ``--search`` makes least.
+  """
+  if task.config.search == 'knapsack':
+    return by_knapsack(task, judge, variables)
+  proxies = lambda widths: judge.proxies(variables, widths).sum(0)
+  return by_evolution(task, proxies)
+
+
+def by_single_path(task: Task, judge: Judge, variables: Any) -> PruningVector:
+  """Returns the network of the search of MetaPruning on a single-path net."""
+  return by_evolution(task, lambda w: judge.accuracies(variables, w)[1])
+
+
 def by_knapsack(task: Task, judge: Judge, variables: Any) -> PruningVector:
   """Returns the network of least summed proxies on the budget.
 
@@ -108,22 +124,23 @@ def by_knapsack(task: Task, judge: Judge, variables: Any) -> PruningVector:
   )
 
 
-def by_evolution(task: Task, judge: Judge, variables: Any) -> PruningVector:
-  """Returns the network of the search of MetaPruning on a single-path net.
+def by_evolution(
+  task: Task, losses: Callable[[Any], np.ndarray]
+) -> PruningVector:
+  """Returns the network of least loss that evolution finds on the budget.
 
   Ten generations, a tenth of the candidates each.
+
+  Args:
+    task: the task.
+    losses: widths [n] of each stage -> float [n].
   """
   each = max(2, task.config.candidates // 10)
-
-  def score(vectors):
-    _, losses = judge.accuracies(variables, stack(task, vectors))
-    return losses.tolist()
-
   found = evolution.search(
     task.vectors,
     task.cost,
     task.limit,
-    score,
+    lambda vectors: losses(stack(task, vectors)).tolist(),
     np.random.default_rng([task.config.seed, 2]),
     population=each,
     generations=10,

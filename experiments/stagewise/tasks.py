@@ -55,6 +55,7 @@ class Config:
   tiny: bool
   teacher: str
   source: Literal['full', 'chain']
+  search: str
   stages: int
   batch: int
   judges: int
