@@ -630,6 +630,8 @@ def test_slimming_is_the_sum_of_the_scales():
   assert float(gates.slimming(PARAMS)) == pytest.approx(
     sum(float(jnp.sum(jnp.abs(PARAMS[n]['scale']))) for n in ('norm1', 'norm2'))
   )
+  scale = {'scale': jnp.array([1.0, -2.0]), 'bias': jnp.ones(2)}
+  assert gates.slimming({'BatchNorm_0': scale}) == 3  # As Linen calls it.
   with pytest.raises(ValueError, match='No leaf matches'):
     gates.slimming({'dense': {'kernel': jnp.ones(2)}})
 

@@ -123,9 +123,7 @@ def penalty(
   return strength * jnp.maximum(rho - target, 0)
 
 
-def slimming(
-  params: tree.PyTree, rule: str = r'.*norm[^/]*/scale'
-) -> jax.Array:
+def slimming(params: tree.PyTree, rule: str = r'(.*/)?scale') -> jax.Array:
   """Returns the sum of |w| over the scales of normalisations.
 
   The penalty of network slimming, a baseline: train with a small multiple of
@@ -133,7 +131,8 @@ def slimming(
 
   Args:
     params: a pytree of arrays.
-    rule: regular expression that matches the paths of the scales.
+    rule: regular expression that matches the paths of the scales; by default
+      those of all leaves named ``scale``.
 
   Raises:
     ValueError: if no path matches.
