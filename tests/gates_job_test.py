@@ -64,6 +64,36 @@ def test_a_closed_layer_leaves_the_network_and_its_count(task):
   np.testing.assert_allclose(small.fn(small.variables, x), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_closed_branches_leave_sums_and_concatenations():
+  net = gated.NETS['inception']
+  task = gated.Task(
+    net.make(3), net.bypassed, net.rivals, shape=(8, 8, 1), target=0.5,
+    rates=(0.1,), strengths=(4.0,),
+  )  # fmt: skip
+  arm = gated.ARMS['all'](task, gated.trace(task, {}))
+  zero = jnp.zeros(())
+  off = {'sum1': zero, 'sum5': zero, 'second/branch2 branch': zero}
+  theta = arm.gates.units['stem'].at[1].set(0.0).at[2].set(0.3)
+  learned_gates = arm.gates._replace(
+    layers=arm.gates.layers | off,
+    units=arm.gates.units | {'stem': theta},
+  )
+  init = task.module.init(jax.random.key(0), jnp.zeros((1, *task.shape)))
+  stats = {'batch_stats': jax.tree.map(lambda s: s + 0.3, init['batch_stats'])}
+  learned = {'params': init['params'], 'gates': learned_gates}
+  small = arm.finish(learned, stats, {})  # Holds the cost to its expectation.
+  assert set(small.report['closed']['layers']) == set(off)
+  assert 'sum5' not in small.variables['params']
+  x = jax.random.normal(jax.random.key(1), (4, *task.shape))
+  params, factors, _ = arm.view(learned, 0.0, 0.0)
+  wanted = gated.forward(
+    task, task.module, {'params': params, **stats}, x, factors, False
+  )
+  found = jax.jit(small.fn)(small.variables, x)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_arms_fit_the_network(task):
   found = gated.arms_of(task, gated.trace(task, {}))
   assert found == ['all', 'student', 'units', 'layers', 'dense']
