@@ -155,10 +155,22 @@ def _movement(given: Given) -> Any:
   return total
 
 
-def scales(wire: lookahead.Wire) -> lookahead.Norm | None:
-  """Returns the norm after a kernel whose scale is learned, if there is one."""
-  norms = wire.writes.norms if wire.writes else ()
-  return next((norm for norm in reversed(norms) if norm.scale), None)
+class Scale(NamedTuple):
+  """The learned scale of the norm after a kernel."""
+
+  path: str
+  entries: Any  # Of the scale, for each of the side's; None: all in order.
+  axes: tuple[int, ...]  # Of the kernel.
+
+
+def scale_after(wire: lookahead.Wire) -> Scale | None:
+  """Returns the scale of the norm after a kernel, if there is one."""
+  if wire.writes is None:
+    return None
+  for norm in reversed(wire.writes.norms):
+    if norm.scale is not None:
+      return Scale(norm.scale, norm.entries, wire.writes.axes)
+  return None
 
 
 def _bn_scale(given: Given) -> Any:
@@ -166,16 +178,14 @@ def _bn_scale(given: Given) -> Any:
   vectors = tree.leaves(given.variables)
 
   def score(path, w):
-    wire = given.wiring[f'params/{path}']
-    norm = scales(wire)
-    if norm is None:
+    found = scale_after(given.wiring[f'params/{path}'])
+    if found is None:
       return jnp.abs(w)
-    found = jnp.abs(jnp.ravel(vectors[norm.scale]))
-    if norm.entries is not None:
-      found = found[norm.entries]
-    axes = wire.writes.axes
-    shape = [n if i in axes else 1 for i, n in enumerate(w.shape)]
-    return jnp.broadcast_to(found.reshape(shape), w.shape)
+    gamma = jnp.abs(jnp.ravel(vectors[found.path]))
+    if found.entries is not None:
+      gamma = gamma[found.entries]
+    shape = [n if i in found.axes else 1 for i, n in enumerate(w.shape)]
+    return jnp.broadcast_to(gamma.reshape(shape), w.shape)
 
   return tree.map_with_path(score, scores.magnitude(given.params))
 
@@ -287,7 +297,7 @@ def check_norms(
   asked: Iterable[str], wiring: Mapping[str, lookahead.Wire]
 ) -> None:
   """Raises if a score of norms is asked for of a network that has none."""
-  if 'bn_scale' in asked and not any(map(scales, wiring.values())):
+  if 'bn_scale' in asked and not any(map(scale_after, wiring.values())):
     raise ValueError(
       'bn_scale is the scale of the norm after a kernel, and this network has '
       'no norm; take a --model with batch norm, or magnitude.'
