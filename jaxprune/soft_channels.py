@@ -199,7 +199,8 @@ def kernel_channels(
   """Returns channels that are filters, masked on their own kernels.
 
   u_j = ||W[..., j]||_2, the published channel form of PDP. It warns where the
-  params hold the scale of a norm as long as a kernel is wide.
+  params hold what looks like the scale of a norm (a vector called scale, gamma
+  or weight) as long as a kernel is wide.
 
   Args:
     params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
@@ -223,7 +224,8 @@ def kernel_channels(
   kernels = tree.leaves(tree.prunable(params, which))
   widths = {w.shape[axis]: path for path, w in kernels.items()}
   for path, leaf in tree.leaves(params).items():
-    if path.endswith('scale') and leaf.shape[-1:] and leaf.size in widths:
+    is_scale = path.endswith(('scale', 'gamma', 'weight'))
+    if is_scale and len(leaf.shape) == 1 and leaf.size in widths:
       warnings.warn(
         f'{path!r} looks like the norm behind {widths[leaf.size]!r}: in '
         f'training it divides a mask on that kernel out again, and its bias '

@@ -1,5 +1,7 @@
 """PDP over channels: seen behind a norm in training, and removable for real."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -158,8 +160,12 @@ def test_kernel_channels_mask_filters_and_warn_about_norms():
   total = lambda p: soft_channels.pdp(p, full(state), channels)['conv/kernel']
   grad = jax.grad(lambda p: total(p).sum())(params)['conv/kernel']
   assert np.isfinite(grad).all()  # A filter of zeros has a norm of zero.
-  with pytest.warns(UserWarning, match="'norm/scale' looks like the norm"):
-    soft_channels.kernel_channels({**params, 'norm/scale': jnp.ones(2)})
+  for norm in ('norm/scale', 'norm/weight'):  # Of Flax, of Equinox.
+    with pytest.warns(UserWarning, match=f'{norm!r} looks like the norm'):
+      soft_channels.kernel_channels({**params, norm: jnp.ones(2)})
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    soft_channels.kernel_channels({**params, 'norm/scale': jnp.ones(3)})
 
 
 # Over the groups of a traced network.
