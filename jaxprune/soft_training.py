@@ -323,6 +323,9 @@ def with_pdp(
 ) -> Callable[..., Any]:
   """Returns ``(params, opt_state, *args) -> apply_fn(pdp(params), *args)``.
 
+  Flax wraps every array of an ``nnx.Optimizer``: give it ``nnx.as_pure`` of the
+  params and of ``optimizer.opt_state``.
+
   Args:
     apply_fn: a function whose first argument is the params.
     n_by_m: as for :func:`jaxprune.soft.pdp`; what :func:`track_pdp` was given.

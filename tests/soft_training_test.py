@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
@@ -248,6 +249,29 @@ def test_several_devices_train_as_one(groups):
     theirs = jax.tree.map(lambda a, device=device: a[device], wide)
     close = lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6)
     jax.tree.map(close, theirs, params)
+
+
+def test_an_nnx_optimizer_trains_softly_then_hard():
+  layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+  tx = soft_training.track_pdp(0.5, begin=1, end=3, ramp=ramp, tau=0.1)
+  optimizer = nnx.Optimizer(
+    layer, optax.chain(optax.sgd(0.1), tx), wrt=nnx.Param
+  )
+  graph, _ = nnx.split(layer, nnx.Param)
+  gated = soft_training.with_pdp(lambda p, x: nnx.merge(graph, p)(x))
+
+  @nnx.jit
+  def step(layer, optimizer, x):
+    state = nnx.as_pure(optimizer.opt_state)
+    error = lambda p: gated(nnx.as_pure(p), state, x) - 1.0
+    loss = lambda p: jnp.mean(jnp.square(error(p)))
+    optimizer.update(layer, jax.grad(loss)(nnx.state(layer, nnx.Param)))
+
+  zeros = []
+  for _ in range(4):
+    step(layer, optimizer, jnp.ones((2, 4)))
+    zeros.append(int((layer.kernel[...] == 0).sum()))
+  assert zeros == [0, 0, 12, 12]
 
 
 def test_the_forward_pass_is_dense_in_warm_up():
