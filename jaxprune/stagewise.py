@@ -220,7 +220,7 @@ def losses(
   taught = params if teacher is None else teacher
   h, new, per_stage, small = x, {}, [], None
   for number, (graph, chosen) in enumerate(zip(stages, widths, strict=True)):
-    feature = stop(h)
+    feature = h
     h, found = graph.fn(taught, h)
     new |= _handed_back(graph, found) if teacher is None else {}
     if small is None or source == 'full':
