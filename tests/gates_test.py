@@ -615,9 +615,13 @@ def test_pmap_and_sharding_train_alike(graph):
   tx, step = trainer(graph, shape, strength=1.0)
   state = tx.init(p)
   alone = jax.jit(step)(p, state, x, y)
-  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
-  split = NamedSharding(mesh, PartitionSpec('data'))
-  sharded = jax.jit(step)(p, state, *jax.device_put((x, y), split))
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Explicit,))
+  split, every = (
+    NamedSharding(mesh, PartitionSpec(*a)) for a in (('data',), ())
+  )
+  with jax.set_mesh(mesh):
+    everywhere = jax.device_put((p, state), every)
+    sharded = jax.jit(step)(*everywhere, *jax.device_put((x, y), split))
   chex.assert_trees_all_close(sharded, alone, rtol=1e-4, atol=1e-6)
   _, step = trainer(graph, shape, strength=1.0, axis='data')
   parts = [z.reshape(4, 2, -1) for z in (x, y)]
