@@ -9,7 +9,15 @@ from flax import nnx
 
 import jaxprune as jp
 from experiments import equinox_digits, nnx_digits
-from jaxprune import cost, masks, plans, transforms, tree
+from jaxprune import (
+  cost,
+  masks,
+  plans,
+  soft_channels,
+  structure,
+  transforms,
+  tree,
+)
 
 FIRST, SECOND = WIDTHS = (4, 6)
 PIXELS = 4 * 4  # Of the last feature map, which the head reads flat.
@@ -60,6 +68,30 @@ def test_the_small_function_computes_what_the_masked_network_does(case):
   np.testing.assert_allclose(
     small(cut, images[64:128]),
     result.graph.fn(params, images[64:128]),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def test_channels_that_pdp_closes_are_removed_for_real(case):
+  result, params, images = case
+  graph = result.graph
+  channels = soft_channels.Channels(
+    reduce=lambda p: graph.reduce(tree.prunable(p)),
+    scale=lambda p, units: structure.scale(graph, p, units),
+  )
+  state = soft_channels.init(params, channels, {'.*': 0.5})
+  full = state._replace(ramp=jnp.float32(1))
+  closed = soft_channels.harden(params, state, channels)
+  soft, hard = (soft_channels.pdp(params, s, channels) for s in (full, closed))
+  assert type(soft) is type(hard) is type(params)
+  plan = plans.from_masks(graph, closed.masks)
+  assert plans.widths(graph, plan)['conv2'] == (SECOND, SECOND // 2)
+  full_out = graph.fn(hard, images[:32])
+  assert np.abs(full_out - graph.fn(soft, images[:32])).max() > 1e-3
+  np.testing.assert_allclose(
+    jp.specialise(graph, plan)(jp.shrink(graph, plan, hard), images[:32]),
+    full_out,
     rtol=1e-4,
     atol=1e-5,
   )
