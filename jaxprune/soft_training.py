@@ -90,6 +90,9 @@ def is_warm(
     upper: upper bound of the accuracy, in the same unit.
     patience: epochs in a row, at least 1.
 
+  Raises:
+    ValueError: if ``patience`` is below 1.
+
   References:
     Cho, Adya and Naik (2023), arXiv:2305.11203; the rule is quoted at second
     hand, its role as the end of warm-up is inferred.
@@ -98,6 +101,8 @@ def is_warm(
     >>> is_warm([0.2, 0.6, 0.7], patience=2)
     True
   """
+  if patience < 1:
+    raise ValueError(f'`patience` must be at least 1, got {patience}.')
   recent = accuracies[-patience:]
   return len(recent) == patience and min(recent) > upper / 2
 

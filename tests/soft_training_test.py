@@ -315,5 +315,7 @@ def test_errors():
     soft_training.with_pdp(apply)(params, optax.sgd(0.1).init(params), x)
   with pytest.raises(ValueError, match='must be at least 1, got 0'):
     soft_training.ramp_schedule(0)
+  with pytest.raises(ValueError, match='`patience` must be at least 1, got 0'):
+    soft_training.is_warm([], patience=0)
   with pytest.raises(ValueError, match="be 'epoch' or 'step', got 'day'"):
     soft_training.ramp_schedule(1, by='day')
