@@ -77,14 +77,14 @@ def bisection(
 
 def _count(tests: Sequence[jax.Array], splits: Sequence[keys.Split]) -> Limbs:
   """Counts what is true of each whole leaf; one all-reduce for like leaves."""
-  counts = list(jnp.stack(counts_lib.true(tests), axis=1))
   together: dict[tuple[str, ...], list[int]] = {}
   for i, split in enumerate(splits):
     together.setdefault(split.names, []).append(i)
+  counts: dict[int, jax.Array] = {}
   for names, members in together.items():
+    found = jnp.stack(counts_lib.true([tests[i] for i in members]), axis=1)
     if names:
-      sums = lax.psum(jnp.stack([counts[i] for i in members]), names)
-      for i, count in zip(members, sums, strict=True):
-        counts[i] = count
-  high, low = jnp.stack(counts, axis=1)
+      found = lax.psum(found, names)
+    counts.update(zip(members, found, strict=True))
+  high, low = jnp.stack([counts[i] for i in range(len(tests))], axis=1)
   return counts_lib.carry(high, low)
