@@ -13,7 +13,7 @@ from experiments import command, flags
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, contests, phases
-from jaxprune import models, text, tree
+from jaxprune import data, models, text, tree
 
 RATES = (0.05, 0.1)
 
@@ -125,6 +125,24 @@ def test_a_wrong_flag_is_named_before_anything_runs(
   with pytest.raises(flags.BadInputError, match=re.escape(text)):
     pdp.main()
   assert not any(tmp_path.iterdir())
+
+
+def test_the_runs_for_a_gpu_are_ready(monkeypatch):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5_064, 32, 32, 3), np.uint8)
+  labels = np.arange(5_064, dtype=np.int32) % 10
+  some = data.Dataset(images, labels, tuple('0123456789'), 'cifar10', '1')
+  monkeypatch.setattr(data, 'load', lambda *_: some)
+  given = contests.mobilenet(None, None)
+  assert (given.targets, given.tune, given.seeds) == (('0.866',), '0.866', 3)
+  assert {'PDP', 'GMP', 'one-shot'} < given.methods('0.866').keys()
+  problem = given.problem
+  params, stats, _ = jax.eval_shape(lambda: problem.start(0))
+  x = jax.ShapeDtypeStruct((8, 32, 32, 3), np.float32)
+  apply = lambda p, s, x: problem.apply(p, s, x, True)
+  logits, after = jax.eval_shape(apply, params, stats, x)
+  assert logits.shape == (8, 10)
+  assert jax.tree.structure(after) == jax.tree.structure(stats)
 
 
 def test_groups_are_targets_of_groups(toy):
