@@ -152,8 +152,9 @@ def pdp(
 
   Returns:
     Like ``params``, of the same dtypes; masks are computed in float32. Where
-    nothing is to prune the very bits of ``params``. The softest mask prunes at
-    least one weight and keeps at least one.
+    nothing is to prune the very bits of ``params``, but for subnormal numbers,
+    which XLA may flush. The softest mask prunes at least one weight and keeps
+    at least one.
 
   Raises:
     ValueError: if a leaf has no such groups.
@@ -365,7 +366,23 @@ def _soften(
   w: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array, on: jax.Array
 ) -> jax.Array:
   x = w.astype(jnp.float32)
-  return jnp.where(on, (_soft_mask(x, t, tau, c) * x).astype(w.dtype), w)
+  z = (x * x - t * t) / _temperature(t, tau, c)
+  return _gated(x, jnp.where(on, z, jnp.inf)).astype(w.dtype)
+
+
+@jax.custom_jvp
+def _gated(x: jax.Array, z: jax.Array) -> jax.Array:
+  """Returns sigmoid(z) x; at z = inf the very bits of x."""
+  # XLA computes a division once. A product or a select it would fuse into every
+  # tap of a depthwise convolution that reads the kernel, once for each pixel.
+  return x / (1 + jnp.exp(-z))
+
+
+@_gated.defjvp
+def _gated_jvp(primals, tangents):
+  (x, z), (dx, dz) = primals, tangents
+  m = jax.nn.sigmoid(z)
+  return _gated(x, z), m * dx + x * m * (1 - m) * dz
 
 
 def _counts(state: PDPState, n_by_m: NByM | None) -> tree.PyTree:
