@@ -16,6 +16,8 @@ import numpy as np
 Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
 Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
 
+_ROW = 4096
+
 
 def kept(size: int, sparsity: float | jax.Array) -> Keep:
   """Returns how many of ``size`` weights a sparsity keeps, exactly.
@@ -101,15 +103,18 @@ def scale(
   mantissa = mantissa.astype(jnp.uint32)
   # n m in limbs of 16 bits; none of the sums of halves overflows.
   low, high = limbs * (mantissa & 0xFFFF), limbs * (mantissa >> 16)
-  product = jnp.zeros(16, jnp.uint32)
-  product = product.at[:3].add(low & 0xFFFF).at[1:4].add(low >> 16)
-  product = product.at[1:4].add(high & 0xFFFF).at[2:5].add(high >> 16)
-  for i in range(5):
-    product = product.at[i + 1].add(product[i] >> 16)
-    product = product.at[i].set(product[i] & 0xFFFF)
+  at = lambda i, x: jnp.pad(x, (i, 3 - i))
+  halves = at(0, low & 0xFFFF) + at(1, low >> 16)
+  halves += at(1, high & 0xFFFF) + at(2, high >> 16)
+  product, over = [], jnp.uint32(0)
+  for limb in halves:
+    over += limb
+    product.append(over & 0xFFFF)
+    over >>= 16
   # fraction = mantissa 2**-shift, with 23 <= shift <= 149.
   shift = 150 - exponent
-  product = jnp.pad(product, (2, 4))  # From 32 bits before the point.
+  # From 32 bits before the point.
+  product = jnp.pad(jnp.stack(product), (2, 14))
   limb, bit = shift // 16, (shift % 16).astype(jnp.uint32)
   window = jax.lax.dynamic_slice(product, (limb,), (6,))
   parts = ((window[:5] >> bit) | (window[1:] << (16 - bit))) & 0xFFFF
@@ -182,17 +187,39 @@ def leading(shape: tuple[int, ...]) -> int:
   return lead
 
 
+def _at_once(test: jax.Array) -> jax.Array:
+  """Returns counts that sum to what is true; uint32, of rank 1."""
+  lead = leading(test.shape)
+  tail = tuple(range(lead, test.ndim))
+  return jnp.sum(test, axis=tail, dtype=jnp.uint32).ravel()
+
+
+def _by_rows(test: jax.Array) -> jax.Array:
+  """The same where a reduction would write the array as uint32 first."""
+  flat = test.ravel()
+  whole = flat.size // _ROW
+
+  def add(i, count):
+    row = jax.lax.dynamic_slice(flat, (i * _ROW,), (_ROW,))
+    # A sum in float32 is vectorised, and exact below 2**24.
+    return count + jnp.sum(row.astype(jnp.float32)).astype(jnp.uint32)
+
+  rest = jnp.sum(flat[whole * _ROW :], dtype=jnp.uint32)
+  return jax.lax.fori_loop(0, whole, add, rest)[None]
+
+
 def true(tests: Sequence[jax.Array]) -> Limbs:
   """Counts what is true of each of some arrays of any size.
 
   Returns:
     Limbs, uint32 of shape [arrays].
   """
-  counts = []
-  for test in tests:
-    lead = leading(test.shape)
-    tail = tuple(range(lead, test.ndim))
-    counts.append(jnp.sum(test, axis=tail, dtype=jnp.uint32).ravel())
+  counts = [
+    jax.lax.platform_dependent(test, cpu=_by_rows, default=_at_once)
+    if _ROW < test.size < 1 << 31
+    else _at_once(test)
+    for test in tests
+  ]
   longest = max((x.size for x in counts), default=1)
   # All in one array: a kernel for each would have to be compiled.
   table = jnp.stack([jnp.pad(x, (0, longest - x.size)) for x in counts])
