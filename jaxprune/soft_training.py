@@ -183,7 +183,8 @@ def track_pdp(
 
   Budgets are drawn from the params after ``begin`` updates (or ``end``, if the
   warm-up still goes on then), masks from those after ``end`` updates; from then
-  on params are exactly zero where pruned.
+  on params are exactly zero where pruned. Whether the temperature fits,
+  :func:`warn_about` says of :func:`jaxprune.soft.diagnose`.
 
   Args:
     sparsity: static, as for :func:`jaxprune.soft.pdp_init`.
