@@ -46,6 +46,7 @@ class Diagnosis(NamedTuple):
   steepness: tree.PyTree  # t^2 / (tau + c t^2).
   gain: tree.PyTree  # d(m w)/dw at w = t: 1/2 + steepness / 2.
   moved: tree.PyTree  # Share of weights on the other side than before.
+  density: tree.PyTree  # Share of weights that the full ramp keeps.
 
 
 def pdp_init(
@@ -63,7 +64,10 @@ def pdp_init(
   One sparsity for all leaves draws one global magnitude threshold and gives
   each leaf the share of its weights below it; from then on weights compete
   within their leaf. The shares are kept as counts, whose sum is exactly
-  round(sparsity * size).
+  round(sparsity * size). After a short warm-up the threshold follows the scales
+  of the initial weights: at a high sparsity it can close a whole leaf, which
+  :func:`jaxprune.soft_training.warn_about` tells; ``pruned`` then gives shares
+  that leave some of each, such as those of ``distributions.erk``.
 
   Args:
     params: the weights after warm-up.
@@ -338,12 +342,14 @@ def diagnose(
   else:
     now = sides(params, state, n_by_m=n_by_m, axis=axis)
     moved = jax.tree.map(lambda a, b: jnp.mean(a != b), now, before)
+  density = lambda x, n: (jnp.uint32(x.size) - n).astype(jnp.float32) / x.size
   return Diagnosis(
     threshold=jax.tree.map(jnp.mean, ts),
     hardness=jax.tree.map(hardness, views, ts),
     steepness=steep,
     gain=jax.tree.map(lambda x: 0.5 + 0.5 * x, steep),
     moved=moved,
+    density=jax.tree.map(density, views, state.pruned),
   )
 
 

@@ -108,8 +108,9 @@ def is_warm(
 
 
 def warn_about(diagnosis: soft.Diagnosis) -> None:
-  """Warns if the temperature makes PDP plain hard-mask training, or worse.
+  """Warns if a leaf closes, or if the temperature makes masks hard, or worse.
 
+  Where the full ramp keeps no weight of a leaf, nothing passes it any more.
   Where the mean of 4 m (1 - m) is below 0.001 the masks are hard and frozen;
   where t^2 / (tau + c t^2) exceeds 50 the gradient at t is more than 25 times
   the dense one. Call it once, at the end of warm-up, with
@@ -120,7 +121,7 @@ def warn_about(diagnosis: soft.Diagnosis) -> None:
 
   Examples:
     >>> calm = {'kernel': jnp.float32(0.1)}
-    >>> warn_about(soft.Diagnosis(calm, calm, calm, calm, calm))
+    >>> warn_about(soft.Diagnosis(calm, calm, calm, calm, calm, calm))
   """
   hard = tree.leaves(diagnosis.hardness)
   steep = tree.leaves(diagnosis.steepness)
@@ -136,6 +137,16 @@ def warn_about(diagnosis: soft.Diagnosis) -> None:
     parts.append(
       f't^2 / temperature exceeds 50, so that gradients near t grow more than '
       f'25-fold, in {", ".join(rough)}'
+    )
+  closed = [
+    path for path, x in tree.leaves(diagnosis.density).items() if x == 0
+  ]
+  if closed:
+    warnings.warn(
+      f'PDP will keep no weight of {", ".join(closed)}. Warm up for longer, or '
+      'give counts that keep some of each leaf, pdp_init(..., pruned=...), as '
+      'distributions.erk does.',
+      stacklevel=2,
     )
   if parts:
     warnings.warn(

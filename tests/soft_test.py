@@ -266,6 +266,7 @@ def test_diagnosis_by_hand():
     'steepness': 2.0,
     'gain': 1.5,
     'moved': 0.5,
+    'density': 0.5,
   }
   for name, value in want.items():
     got = getattr(found, name)['kernel']

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
-from jaxprune import soft, soft_channels, soft_training
+from jaxprune import soft, soft_channels, soft_training, tree
 
 
 def problem():
@@ -302,6 +302,23 @@ def test_warning_names_what_is_wrong():
   with pytest.warns(UserWarning, match=r'25-fold, in kernel \(62\)'):
     soft_training.warn_about(full(tau=0.1))
   soft_training.warn_about(full(tau=0, c=0.25))
+
+
+def test_warning_names_a_leaf_that_closes():
+  params = {
+    'wide': {'kernel': jnp.array([[0.1, 0.2, 0.3]])},
+    'narrow': {'kernel': jnp.array([[1.0, 2.0, 3.0]])},
+  }
+  find = lambda *args, **kw: soft.diagnose(
+    params, soft.pdp_init(params, *args, tau=0.0, c=0.25, **kw)
+  )
+  closing = find(0.5)
+  assert tree.leaves(closing.density) == {'wide/kernel': 0, 'narrow/kernel': 1}
+  with pytest.warns(UserWarning, match='no weight of wide/kernel.*pruned='):
+    soft_training.warn_about(closing)
+  open_ = find(pruned={'wide/kernel': 2, 'narrow/kernel': 1})
+  np.testing.assert_allclose(open_.density['wide']['kernel'], 1 / 3)
+  soft_training.warn_about(open_)
 
 
 def test_errors():

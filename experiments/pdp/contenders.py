@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.pdp.phases import Method
-from jaxprune import masks, reparam, select, soft, tree
+from jaxprune import distributions, masks, reparam, select, soft, tree
 
 COLD = 0.01  # The relative temperature at which soft masks harden.
 
@@ -42,6 +42,20 @@ def pdp(
 ) -> Method:
   """PDP with a temperature relative to t^2, cooled before masks harden."""
   return _pdp(grid(rates, c=(0.25, 0.1), end=(0.6,)), which, n_by_m)
+
+
+def pdp_spread(rates: Sequence[float], which: tree.Which) -> Method:
+  """PDP with the shares of ERK, which leave some weights of every leaf."""
+
+  def begin(params, extra, hyper, sparsity):
+    del extra
+    live = tree.leaves(tree.prunable(params, which))
+    kept = distributions.erk({k: x.shape for k, x in live.items()}, sparsity)
+    shares = {path: x.size - kept[path] for path, x in live.items()}
+    options = {'tau': jnp.float32(0), 'c': hyper['c']}
+    return soft.pdp_init(params, pruned=shares, which=which, **options)
+
+  return pdp(rates, which)._replace(begin=_first(begin))
 
 
 def pdp_published(
