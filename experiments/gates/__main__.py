@@ -21,7 +21,7 @@ Weights and gates train together and there is no fine-tuning: what may remain
 falls along a cubic to the budget, the penalty pushes while more is open, and
 after the last step the gates are folded into the weights and what is closed is
 cut out. Two settings are tried for each arm on held-out images and a seed of
-its own; the better one runs on every seed. Stopped at any moment, the same
+its own; the better one within the budget runs on every seed. Stopped at any moment, the same
 command goes on: runs that ended are read, the one that ran continues from its
 checkpoint. ``--speed`` times a training step with all gates against one
 without, in turn.
@@ -348,6 +348,7 @@ def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
 
   def run(seed, trial, setting):
     what = {'arm': name, 'seed': seed, 'trial': trial}
+    what['setting'] = list(setting)
     for row in read(file):
       if all(row[k] == v for k, v in what.items()):
         return row
@@ -358,7 +359,6 @@ def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
     split = job.splits.test if trial is None else job.splits.held
     row = {
       **what,
-      'setting': setting,
       'accuracy': 100 * evaluate(state, split),
       'parameters': jp.tree.size(small.variables['params']),
       **small.report,
@@ -384,11 +384,32 @@ def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
     return row
 
   trials = [run(TUNING_SEED, i, s) for i, s in enumerate(arm.settings)]
-  limit = 1.01 * job.task.target * cost.parameters(job.graph)
-  fits = [row for row in trials if row['parameters'] <= limit]
-  best = max(fits or trials, key=lambda row: row['accuracy'])
+  best = choose(trials, job.task.target * cost.parameters(job.graph))
   for seed in seeds:
     run(seed, None, tuple(best['setting']))
+
+
+def choose(
+  trials: Sequence[Mapping[str, Any]], budget: float
+) -> Mapping[str, Any]:
+  """Returns the best trial within 1 % of a budget, or else the smallest.
+
+  Args:
+    trials: their 'accuracy' and 'parameters'.
+    budget: of parameters.
+
+  Examples:
+    >>> rows = [
+    ...   {'accuracy': 95, 'parameters': 110},
+    ...   {'accuracy': 96, 'parameters': 140},
+    ... ]
+    >>> choose(rows, 140)['accuracy'], choose(rows, 100)['accuracy']
+    (96, 95)
+  """
+  fits = [row for row in trials if row['parameters'] <= 1.01 * budget]
+  if fits:
+    return max(fits, key=lambda row: row['accuracy'])
+  return min(trials, key=lambda row: (row['parameters'], -row['accuracy']))
 
 
 def speed(job: Job, pairs: int) -> str:
