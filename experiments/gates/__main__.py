@@ -21,10 +21,10 @@ Weights and gates train together and there is no fine-tuning: what may remain
 falls along a cubic to the budget, the penalty pushes while more is open, and
 after the last step the gates are folded into the weights and what is closed is
 cut out. Two settings are tried for each arm on held-out images and a seed of
-its own; the better one within the budget runs on every seed. Stopped at any moment, the same
-command goes on: runs that ended are read, the one that ran continues from its
-checkpoint. ``--speed`` times a training step with all gates against one
-without, in turn.
+its own; the better one within the budget, or else the smaller network, runs on
+every seed. Stopped at any moment, the same command goes on: runs that ended are
+read, the one that ran continues from its checkpoint. ``--speed`` times a
+training step with all gates against one without, in turn.
 """
 
 import dataclasses
