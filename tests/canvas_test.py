@@ -134,6 +134,32 @@ def test_sizes_under_vmap_and_gradients_stop_at_the_border():
   assert not np.any(grad[:, :, 5:])
 
 
+@pytest.mark.parametrize(
+  'after',
+  [
+    lambda h: jax.nn.softmax(h, axis=-1),
+    lambda h: h / jnp.linalg.norm(h, axis=-1, keepdims=True),
+    lambda h: jnp.log(h * h) + jnp.abs(h) ** 0.5,
+  ],
+)
+def test_gradients_are_those_of_the_image_where_zeros_have_none(after):
+  """What is around it is 0 after the convolution, as it is before."""
+  kernel = jax.random.normal(KEY, (3, 3, 3, 2))
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+
+  def fn(kernel, x):
+    h = lax.conv_general_dilated(
+      x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers
+    )
+    return jnp.sum(after(h)[..., 0])
+
+  call = on_canvas(fn, [(kernel, image(side)) for side in (4, 8)])
+  found = jax.jit(jax.grad(call, argnums=1))(0, kernel, corner(image(4), 4))
+  wanted = jax.jit(jax.grad(fn))(kernel, image(4))
+  scale = np.abs(wanted).max()
+  np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-5)
+
+
 def test_resizing_is_that_of_jax():
   x = image(8)
   run, traces = counted(lambda side: resize(x, side, 8))

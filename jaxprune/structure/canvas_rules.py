@@ -91,11 +91,24 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
   return register
 
 
+# What is harmless for operations that have no derivative at 0, or none beyond
+# an interval: there 0 times infinity would be the gradient of what is around.
+_SINGULAR: dict[str, tuple[Any, ...]] = {
+  **dict.fromkeys(('sqrt', 'rsqrt', 'cbrt', 'log', 'log2'), (1,)),
+  **dict.fromkeys(('log1p', 'asin', 'acos', 'atanh', 'erf_inv'), (0,)),
+  'acosh': (2,), 'lgamma': (1,), 'digamma': (1,), 'pow': (1, None),
+  'div': (None, 1), 'rem': (None, 1), 'atan2': (None, 1),
+}  # fmt: skip
+
+
 def elementwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
   """The rule of what works entry by entry."""
   if not same_params(row, 'sharding'):
     refuse('whose parameters depend on the size')
-  return [None] * len(inputs)
+  eqn = row[-1]
+  inverse = eqn.primitive.name == 'integer_pow' and eqn.params['y'] < 0
+  none = (1,) if inverse else (None,) * len(inputs)
+  return list(_SINGULAR.get(eqn.primitive.name, none))
 
 
 def pointwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
@@ -135,7 +148,9 @@ def _fill(neutral: Any) -> Rule:
   def rule(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
     if not same_params(row, 'out_sharding'):
       refuse('whose parameters depend on the size')
-    return [neutral] * len(inputs)
+    # Along other axes alone, what is around the image stays there, and finite.
+    along = set(row[-1].params['axes']) & set(varying(inputs[0]))
+    return [neutral if along else None] * len(inputs)
 
   return rule
 
