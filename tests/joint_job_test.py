@@ -59,6 +59,34 @@ def test_every_stage_has_a_side_of_its_own(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_any_number_of_vectors_is_one_program(tiny, tmp_path, monkeypatch):
+  """A search at random scores thousands, evolution now more and now fewer."""
+  arguments = [*TINY, '--canvas=yes', f'--workdir={tmp_path}']
+  (config,), _ = job.parse(arguments)
+  task = tasks.prepare(config)
+  calls = []
+  net = joint.supernet(task.space, on_canvas=True)
+
+  def counting(*args):
+    calls.append(1)
+    return net(*args)
+
+  monkeypatch.setattr(supernets.joint, 'supernet', lambda *_, **__: counting)
+  steps = supernets.make_steps(task)
+  rng = np.random.default_rng(0)
+  pick = lambda ladder: int(rng.choice(ladder))
+  vectors = [jax.tree.map(pick, task.space.ladders) for _ in range(7)]
+  score = lambda vectors: steps.losses(
+    task.initial['params'], vectors, task.held, np.arange(8)
+  )
+  found = score(vectors)
+  np.testing.assert_allclose(score(vectors[::-1])[::-1], found, rtol=1e-5)
+  np.testing.assert_allclose(score(vectors[3:4]), found[3], rtol=1e-5)
+  assert len(set(np.round(found, 4))) > 3
+  assert len(calls) == 1  # Two vectors at a time, of --n=2.
+
+
+@pytest.mark.slow
 def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   """In the middle of the warm-up, and between two vector steps."""
   (config,), _ = job.parse(

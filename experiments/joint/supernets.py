@@ -77,8 +77,14 @@ def make_steps(task: Task) -> Steps:
 
   def losses(params, vectors, examples, rows):
     if on_canvas:
-      stacked = jax.tree.map(lambda *xs: np.array(xs), *vectors)
-      return np.asarray(many(params, stacked, examples, rows))
+      found = []
+      for start in range(0, len(vectors), config.n):
+        # Always n of them, the last of them again: one program for any number.
+        some = vectors[start : start + config.n]
+        some = [*some, *some[-1:] * (config.n - len(some))]
+        stacked = jax.tree.map(lambda *xs: np.array(xs), *some)
+        found.append(np.asarray(many(params, stacked, examples, rows)))
+      return np.concatenate(found)[: len(vectors)]
     return np.array(
       [float(one(params, v, examples, rows, v.side)) for v in vectors]
     )
