@@ -239,6 +239,20 @@ def test_the_budget_is_met_and_never_passed(target):
     assert joint.rounded(space, jax.tree.map(float, vector)) == vector
 
 
+def test_a_vector_far_outside_of_the_ranges_meets_it():
+  space = joint.space(mlp((30, 20)))
+  price = joint.coster(space)
+  whole = joint.whole(space, price)
+  for far in (1.5, 30.0, -30.0, np.inf, -np.inf):
+    vector = joint.project(
+      space, price, 0.3, joint.PruningVector({'w0': far, 'w1': 0.5}, {})
+    )
+    assert 0.995 * 0.3 * whole <= price(vector) <= 0.3 * whole
+  lost = joint.PruningVector({'w0': np.nan, 'w1': 0.5}, {})
+  with pytest.raises(ValueError, match='1 of the 2 coordinates are nan: some'):
+    joint.project(space, price, 0.3, lost)
+
+
 def test_a_real_network_meets_it_within_half_a_percent():
   model = models.resnet20(shortcut='projection')
   x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

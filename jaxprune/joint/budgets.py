@@ -284,13 +284,20 @@ def project(
 
   Raises:
     ValueError: if the ranges exclude the target, or no network within the
-      tolerance was found; with the nearest reachable cost.
+      tolerance was found, with the nearest reachable cost; or if a coordinate
+      is not a number.
   """
   flat, structure = jax.tree.flatten(jax.tree.map(float, unit))
   u, low, high = (
     np.array(jax.tree.leaves(x), float)
     for x in (structure.unflatten(flat), *map(_floats, unit_range(space)))
   )
+  if np.isnan(u).any():
+    raise ValueError(
+      f'{np.isnan(u).sum()} of the {u.size} coordinates are nan: some loss '
+      f'that moved the vector was no number.'
+    )
+  u = np.clip(u, low, high)
   direction = _slope(space, cost, _rounded_unit(space, structure, u))
   direction = np.maximum(direction / (direction.max() or 1.0), 0.05)
   ray = lambda t: np.clip(u - t * direction, low, high)
