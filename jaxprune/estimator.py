@@ -105,7 +105,8 @@ def estimate(
     matter; along the gradient only in expectation of the direction.
 
   The gradient by log s is 1/n sum_i b_i (e_i^2 - 1), with b_i the same of the
-  losses, or of the means of the pairs.
+  losses, or of the means of the pairs. A loss that is not finite counts as the
+  largest of those that are; where none is, both gradients are 0.
 
   Args:
     noise: from :func:`directions`.
@@ -126,7 +127,7 @@ def estimate(
     4.0
   """
   n = losses.shape[0]
-  losses = losses.astype(jnp.float32)
+  losses = _finite(losses.astype(jnp.float32))
   centred, size = _centre(losses, baseline, exact=not antithetic)
   paired = losses
   half = lambda e: e
@@ -158,6 +159,13 @@ def estimate(
   variance = sum(jax.tree.leaves(deviations), zero)
   power = sum((jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)), zero)
   return Estimate(gradient, spread, variance, power / (variance + 1e-30))
+
+
+def _finite(losses: jax.Array) -> jax.Array:
+  """Losses, the largest in place of what is infinite or no number."""
+  finite = jnp.isfinite(losses)
+  largest = jnp.max(jnp.where(finite, losses, -jnp.inf))
+  return jnp.where(finite, losses, jnp.where(jnp.any(finite), largest, 0.0))
 
 
 def _centre(

@@ -45,6 +45,24 @@ def test_the_gradient_by_hand():
   np.testing.assert_allclose(one(baseline='mean').spread, 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize('baseline', ['none', 'mean', 'standard'])
+def test_a_loss_that_is_no_number_counts_as_the_largest(baseline):
+  e = est.estimator(n=4, sigma=0.3, baseline=baseline, learn_sigma=0.1)
+  state = e.init(MEAN, KEY)
+  for lost in (jnp.nan, jnp.inf, -jnp.inf):
+    found = e.tell(state, MEAN, jnp.array([1.0, lost, 4.0, 2.0]))
+    wanted = e.tell(state, MEAN, jnp.array([1.0, 4.0, 4.0, 2.0]))
+    for a, b in zip(
+      jax.tree.leaves((found[0], found[1].sigma)),
+      jax.tree.leaves((wanted[0], wanted[1].sigma)), strict=True,
+    ):  # fmt: skip
+      np.testing.assert_array_equal(a, b)
+    assert not np.isfinite(found[1].losses[1])  # It is told all the same.
+  gradient, after = e.tell(state, MEAN, jnp.full(4, jnp.nan))
+  jax.tree.map(np.testing.assert_array_equal, after.sigma, state.sigma)
+  assert not any(np.any(g) for g in jax.tree.leaves(gradient))
+
+
 FORMS = {
   'plain': {'antithetic': False, 'baseline': 'none'},
   'baseline': {'antithetic': False, 'baseline': 'mean'},
