@@ -125,6 +125,15 @@ def test_a_search_that_stops_goes_on_to_the_same_end(tiny, tmp_path):
   assert max(jax.tree.leaves(moved)) > 0.01
 
 
+@pytest.mark.slow
+def test_a_supernet_that_diverges_ends_in_one_line(tiny, tmp_path, capsys):
+  arguments = [*TINY, f'--workdir={tmp_path}', '--methods=joint']
+  assert job.main([*arguments, '--learning_rate=1e30']) == 2
+  error = capsys.readouterr().err
+  assert 'error: The supernet of joint has the loss nan after 4 st' in error
+  assert error.count('\n') == 1
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import recipes, train
+from experiments import flags, recipes, train
 from experiments.joint.tasks import Task
 from jaxprune import checkpoint, data, estimator, joint, report
 from jaxprune.structure import canvas
@@ -119,6 +119,9 @@ def train_supernet(
 
   Returns:
     (the end, a record for every vector step).
+
+  Raises:
+    BadInputError: if the loss is no number any more.
   """
   config = task.config
   begin = int(config.warmup * config.steps) if moves else config.steps
@@ -203,6 +206,11 @@ def train_supernet(
           'unit': jax.tree.map(float, unit)._asdict(),
         })  # fmt: skip
       if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if not np.isfinite(loss):
+          raise flags.BadInputError(
+            f'The supernet of {folder.name} has the loss {loss} after '
+            f'{step + 1} steps: lower --learning_rate.'
+          )
         keeper.save(step + 1, state)
   return state, report.read_metrics(log) if moves else []
 
