@@ -143,10 +143,29 @@ def test_a_vector_is_one_plan():
 def test_json_that_is_no_vector_is_refused():
   with pytest.raises(ValueError, match='This is no pruning vector'):
     joint.from_json('{"widths": 3}')
+  with pytest.raises(ValueError, match='This is no pruning vector'):
+    joint.from_json('{"version": 2, "widths": {"a": "3"}, "depths": {}}')
   with pytest.raises(ValueError, match='has format 9, this version'):
     joint.from_json('{"version": 9, "widths": {}, "depths": {}}')
   old = '{"version": 1, "widths": {"a": 2}, "depths": {}, "side": 28}'
   assert joint.from_json(old) == joint.PruningVector({'a': 2}, {}, 28)
+
+
+def test_a_vector_of_another_space_is_refused_by_name():
+  space, price = made()
+  other = joint.PruningVector({'stem': 3, 'neck': 2}, space.high.depths, 8)
+  uses = (
+    price, functools.partial(joint.plan, space),
+    functools.partial(joint.masks, space),
+    functools.partial(joint.rounded, space),
+  )  # fmt: skip
+  for use in uses:
+    with pytest.raises(ValueError, match=r"it lacks 'widths/st.* no 'widths/n"):
+      use(other)
+    with pytest.raises(ValueError, match=r"it lacks 'side', and .* no other\."):
+      use(space.high._replace(side=None))
+  with pytest.raises(ValueError, match=r"lacks nothing, .* no 'side'\."):
+    joint.plan(joint.space(space.graph), space.high)
 
 
 def test_restricted_spaces_leave_the_rest_whole():

@@ -12,6 +12,7 @@ from jaxprune import cost as costs
 from jaxprune.joint.vectors import (
   PruningVector,
   Space,
+  check,
   from_unit,
   parts,
   rounded,
@@ -40,6 +41,7 @@ def coster(
   Returns:
     A function of a vector of numbers (exact), of NumPy arrays (one exact result
     each), or of traced arrays (float32, differentiable in widths and depths).
+    It raises a ValueError for a vector of another space.
 
   Raises:
     ValueError: if the space has cuts, and the measure does not tell parts, or
@@ -59,6 +61,7 @@ def coster(
   ]
 
   def call(vector: PruningVector) -> Any:
+    check(space, vector)
     values = dict(vector.widths)
     for stage, names in space.stages.items():
       for i, block in enumerate(names):

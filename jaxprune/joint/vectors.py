@@ -310,6 +310,18 @@ def unit_range(space: Space) -> tuple[PruningVector, PruningVector]:
   return to_unit(space, space.low), to_unit(space, space.high)
 
 
+def check(space: Space, vector: PruningVector) -> None:
+  """Raises ValueError unless a vector has the coordinates of the space."""
+  own, given = ([*tree.leaves(x)] for x in (space.ladders, vector))
+  if own != given:
+    lacks = ', '.join(repr(name) for name in own if name not in given)
+    more = ', '.join(repr(name) for name in given if name not in own)
+    raise ValueError(
+      f'The vector is not of this space: it lacks {lacks or "nothing"}, and '
+      f'the space has no {more or "other"}.'
+    )
+
+
 def rounded(space: Space, vector: PruningVector) -> PruningVector:
   """Returns the nearest allowed value of every coordinate.
 
@@ -319,7 +331,11 @@ def rounded(space: Space, vector: PruningVector) -> PruningVector:
 
   Returns:
     Python ints, int64 or int32 arrays of the same shapes.
+
+  Raises:
+    ValueError: if the vector has other coordinates than the space.
   """
+  check(space, vector)
 
   def nearest(x: Any, ladder: np.ndarray) -> Any:
     middles = (ladder[1:] + ladder[:-1]) / 2
@@ -345,7 +361,11 @@ def masks(
   Returns:
     (group -> bool[size], block -> bool[]), as the supernet takes them; what
     cannot change is left out.
+
+  Raises:
+    ValueError: as :func:`rounded`.
   """
+  check(space, vector)
   units = {
     name: jnp.arange(space.graph.groups[name].size) < vector.widths[name]
     for name, ladder in space.ladders.widths.items()
@@ -366,6 +386,9 @@ def plan(space: Space, vector: PruningVector) -> plans.Plan:
   Args:
     space: the space.
     vector: numbers; each is rounded to an allowed value.
+
+  Raises:
+    ValueError: as :func:`rounded`.
   """
   vector = rounded(space, jax.tree.map(float, vector))
   dropped = [
@@ -418,6 +441,7 @@ def from_json(text: str) -> PruningVector:
     version = data.pop('version')
     vector = PruningVector(**data)
     sound = isinstance(vector.widths, dict) and isinstance(vector.depths, dict)
+    sound &= all(isinstance(x, int | float) for x in jax.tree.leaves(vector))
   except (ValueError, KeyError, TypeError, AttributeError):
     sound, version, vector = False, FORMAT, PruningVector({}, {})
   if not sound:
