@@ -567,6 +567,56 @@ def test_a_whole_search_compiles_once():
   ) < float(price(space.high))
 
 
+def test_devices_share_the_vectors_of_a_real_step():
+  """One network on a canvas, its weights the same on every device."""
+  params = {'a': jnp.ones((3, 3, 1, 4)) / 9, 'b': jnp.arange(4.0)[:, None]}
+
+  def fn(p, x):
+    h = jax.lax.conv_general_dilated(
+      x, p['a'], (2, 2), ((1, 1), (1, 1)),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+    return jnp.mean(jax.nn.relu(h), (1, 2)) @ p['b']
+
+  graph = jp.trace(fn, params, IMAGES)
+  space = joint.space(graph, IMAGES, sides=SIDES)
+  price, net = joint.coster(space), joint.supernet(space, on_canvas=True)
+  x = jax.random.normal(KEY, (2, 8, 8, 1))
+  e = estimator.estimator(n=8, sigma=0.3)
+  unit = joint.to_unit(space, space.high)
+  state = e.init(unit, KEY)
+
+  def step(params, state, unit, wrap):
+    loss = jax.vmap(lambda v: jnp.mean(net(params, v, x) ** 2))
+    total = joint.objective(space, loss, price, 0.3 * price(space.high))
+    return e.update(wrap(total), state, unit)[0]
+
+  alone = jax.jit(functools.partial(step, wrap=lambda loss: loss))
+  wanted = alone(params, state, unit)
+  over = functools.partial(
+    step, wrap=functools.partial(estimator.spread, axis_name='devices')
+  )
+  none = jax.sharding.PartitionSpec()
+  mesh = jax.make_mesh(
+    (jax.device_count(),),
+    ('devices',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+  sharded = jax.shard_map(
+    over, mesh=mesh, in_specs=(none, none, none), out_specs=none
+  )
+  found = jax.jit(sharded)(params, state, unit)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4)
+  jax.tree.map(close, found, wanted)
+  copies = jax.tree.map(
+    lambda x: jnp.broadcast_to(x[None], (jax.device_count(), *x.shape)),
+    (params, state, unit),
+  )
+  many = jax.pmap(over, axis_name='devices')(*copies)
+  jax.tree.map(lambda a, b: close(a[-1], b), many, wanted)
+  assert any(np.any(g) for g in jax.tree.leaves(wanted))
+
+
 SHIPPED = {
   'resnet56': (
     models.resnet56(channels=(2, 2, 2)), (16, 32),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from traces import counted
 
 from jaxprune import plans, structure, tree
@@ -185,6 +186,41 @@ def test_the_numbers_that_follow_from_widths_follow_the_masks():
   call = jax.jit(plans.supernet(graph))
   np.testing.assert_allclose(
     call(params, {'a': mask}, {}, x), want, rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize('form', ['specialise', 'masked', 'supernet'])
+def test_devices_of_a_shard_map_share_a_batch(form):
+  """Params are the same on all of them, images and constants are not."""
+  params = {'a': normal(3, 4), 'b': normal(4, 2)}
+  scale = np.linspace(0, 1, 4, dtype=np.float32)
+
+  def fn(p, x):
+    h = jax.nn.softmax(jax.nn.relu(x @ p['a']) * scale[None], axis=0)
+    return lax.scan(lambda h, _: (jnp.sin(h), None), h, length=2)[0] @ p['b']
+
+  x, mask = normal(8, 3), np.array([True, True, False, True])
+  graph = structure.trace(fn, params, x[:4])
+  plan = plans.from_masks(graph, {'a': mask})
+  small = plans.shrink(graph, plan, params) if form == 'specialise' else params
+  call = {
+    'specialise': plans.specialise(graph, plan),
+    'masked': plans.masked(graph, plan),
+    'supernet': lambda p, x: plans.supernet(graph)(p, {'a': mask}, {}, x),
+  }[form]
+  loss = lambda p, x: jnp.sum(call(p, x) ** 2)
+  mesh = jax.make_mesh(
+    (2,), ('devices',), devices=jax.devices()[:2],
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )  # fmt: skip
+  shared = jax.shard_map(
+    jax.grad(loss), mesh=mesh, in_specs=(P(), P('devices')), out_specs=P()
+  )
+  wanted = jax.grad(lambda p: loss(p, x[:4]) + loss(p, x[4:]))(small)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    jax.jit(shared)(small, x),
+    wanted,
   )
 
 

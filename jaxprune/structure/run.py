@@ -7,12 +7,15 @@ are traced values, with weights as they are.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
@@ -330,11 +333,49 @@ def mixed(eqn: Equation) -> Iterator[tuple[int, dict[int, Axis]]]:
 
 def bind(primitive: Any, values: Sequence[Any], params: Any) -> Any:
   """Applies a primitive, as every JAX version wants it."""
+  values, params = _varying_alike(values, params)
   prepared = primitive.get_bind_params(dict(params))
   if isinstance(prepared, tuple):
     functions, params = prepared
     return primitive.bind(*functions, *values, **params)
   return primitive.bind(*values, **prepared)
+
+
+def _varying_alike(
+  values: Sequence[Any], params: Any
+) -> tuple[Sequence[Any], Any]:
+  """Values that differ over the same axes of a ``shard_map``, as jnp has it."""
+  axes = [_varying(jax.typeof(value)) for value in values]
+  every = frozenset().union(*axes)
+  if not every:
+    return values, params
+  values = [
+    lax.pcast(value, tuple(sorted(every - own)), to='varying')
+    for value, own in zip(values, axes, strict=True)
+  ]
+  if 'call_jaxpr' in params:
+    # Literals vary over no axis; under vmap they are arrays, and refused.
+    body = jax.make_jaxpr(functools.partial(_evaluate, params['call_jaxpr']))
+    params = {**params, 'call_jaxpr': body(*values)}
+  return values, params
+
+
+def _evaluate(closed: Any, *values: Any) -> list[Any]:
+  """The outputs of a jaxpr, bound as everything here is."""
+  env = dict(zip(closed.jaxpr.invars, values, strict=True))
+  env |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+  read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+  for eqn in closed.jaxpr.eqns:
+    outs = bind(eqn.primitive, [read(v) for v in eqn.invars], eqn.params)
+    outs = outs if eqn.primitive.multiple_results else [outs]
+    env |= dict(zip(eqn.outvars, outs, strict=True))
+  return [read(v) for v in closed.jaxpr.outvars]
+
+
+def _varying(aval: Any) -> frozenset[str]:
+  """The axes that a value differs over; JAX before 0.10 calls them vma."""
+  kind = getattr(aval, 'mat', None)
+  return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
 
 
 _NEUTRAL: dict[str, Callable[[Any], Any]] = {
