@@ -214,9 +214,10 @@ def true(tests: Sequence[jax.Array]) -> Limbs:
   Returns:
     Limbs, uint32 of shape [arrays].
   """
+  alone = jax.device_count() == 1  # Rows of an array on several are a gather.
   counts = [
     jax.lax.platform_dependent(test, cpu=_by_rows, default=_at_once)
-    if _ROW < test.size < 1 << 31
+    if alone and _ROW < test.size < 1 << 31
     else _at_once(test)
     for test in tests
   ]

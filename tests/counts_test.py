@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxprune import counts
@@ -73,6 +74,15 @@ def test_true_counts_what_a_float_cannot(monkeypatch):
   many = jnp.ones((2, 300, 300), bool)
   found = counts.true([test, many, few])
   assert [x.tolist() for x in found] == [[0, 2, 0], [209, 48_928, 1]]
+
+
+@pytest.mark.parametrize('size', [0, 1, 4096, 4097, 8191, 8192, 8193])
+def test_rows_on_one_device_count_as_numpy_does(monkeypatch, size):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  tests = np.random.default_rng(size).random((2, size, 1)) < 0.3
+  high, low = jax.vmap(lambda test: counts.true([test]))(jnp.asarray(tests))
+  assert (high == 0).all()
+  np.testing.assert_array_equal(low, tests.sum(1))
 
 
 def test_a_sparsity_out_of_range_is_refused():

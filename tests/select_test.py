@@ -118,7 +118,7 @@ def test_vmap_and_grad(method):
 def test_named_sharding_needs_no_gather(axis_type):
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
   sharding = NamedSharding(mesh, P('x', 'y'))
-  x = tied((40, 30))
+  x = tied((128, 66))  # More than a row of the count on one device.
   with jax.set_mesh(mesh):
     fn = jax.jit(lambda x: select.top_mask(x, 555, method='bisection'))
     placed = jax.device_put(x, sharding)
