@@ -218,6 +218,8 @@ def test_errors():
     select.boundaries({'a': jnp.ones(3), 'b': jnp.ones(3)}, 2)
   with pytest.raises(TypeError, match=r"Scores of 'a' must be floating, got i"):
     select.top_masks({'a': jnp.arange(3)}, 1)
+  with pytest.raises(TypeError, match=r"'a' must have 16 .* float8_e4m3fn; c"):
+    select.top_masks({'a': jnp.ones(3, jnp.float8_e4m3fn)}, 1)
   with pytest.raises(
     ValueError, match=r"`keep` of 'a' must be between 0 and 3"
   ):

@@ -46,7 +46,7 @@ def top_mask(
     bool, the shape of ``x``, with exactly ``keep`` true entries.
 
   Raises:
-    TypeError: if ``x`` is not floating.
+    TypeError: if ``x`` is not floating, or narrower than 16 bits.
     ValueError: if ``method`` is unknown, if a static ``keep`` is out of range,
       or if histograms are asked for with ``spec`` or for 2**31 entries and
       more.
@@ -81,7 +81,7 @@ def top_masks(
     pytree of bool like ``scores``.
 
   Raises:
-    TypeError: if a leaf is not floating.
+    TypeError: if a leaf is not floating, or narrower than 16 bits.
     ValueError: as :func:`top_mask`, or if ``keep`` does not match ``scores``.
 
   Examples:
@@ -108,7 +108,7 @@ def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
     Scalar of the dtype of ``x``; without a gradient.
 
   Raises:
-    TypeError: if ``x`` is not floating.
+    TypeError: as :func:`top_mask`.
     ValueError: if a static ``k`` is out of range.
 
   Examples:
@@ -192,9 +192,12 @@ def _arguments(scores: Any, keep: Any, specs: Any):
   named = tree_lib.leaves(scores)
   treedef = jax.tree.structure(scores)
   for path, x in named.items():
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(f'Scores of {path!r} must be floating, got {dtype}.')
+    if dtype.itemsize < 2:
       raise TypeError(
-        f'Scores of {path!r} must be floating, got {jnp.result_type(x)}.'
+        f'Scores of {path!r} must have 16 bits or more, got {dtype}; cast them.'
       )
   xs = [lax.stop_gradient(jnp.asarray(x)) for x in named.values()]
   xs = [x.astype(jnp.result_type(*xs)) for x in xs]  # Keys of one width.
