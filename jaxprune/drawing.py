@@ -209,6 +209,7 @@ def draw(
   recipe: Recipe, scores: tree_lib.PyTree, old: tree_lib.PyTree, levels: Any
 ) -> tree_lib.PyTree:
   """Returns masks of the best entries at the given sparsities."""
+  _check_scores(scores, old)
   scores = tree_lib.restrict(scores, old)
   scores = jax.tree.map(placement.like, scores, old)
   flat, previous = tree_lib.leaves(scores), tree_lib.leaves(old)
@@ -251,6 +252,22 @@ def draw(
   if not recipe.regrow:  # A sparsity that falls leaves masks as they are.
     drawn = {path: mask & previous[path] for path, mask in drawn.items()}
   return tree_lib.map_with_path(lambda path, _: drawn[path], scores)
+
+
+def _check_scores(scores: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
+  """Raises if a leaf that has a mask has no floats of its shape as scores."""
+  given, problems = tree_lib.leaves(scores), []
+  for path, mask in tree_lib.leaves(masks).items():
+    x = given.get(path)
+    kind = 'none' if x is None else f'{jnp.result_type(x)}{list(np.shape(x))}'
+    fits = x is not None and np.shape(x) == mask.shape
+    if not fits or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      problems.append(f'{path} needs floats{list(mask.shape)}, got {kind}')
+  if problems:
+    raise ValueError(
+      f'Scores do not fit the leaves to prune: {"; ".join(problems)}. Score '
+      'them all, or choose with `which` those that have scores.'
+    )
 
 
 def _dead_last(x: jax.Array, alive: jax.Array) -> jax.Array:

@@ -113,8 +113,8 @@ def sparsify(
   Raises:
     ValueError: if an argument is out of range, if a rule matches nothing, if
       nothing is left to prune, if a leaf does not fit its granularity (all such
-      leaves are named), or if ``update`` is called without params or without
-      scores.
+      leaves are named), or if ``update`` is called without params, or
+      without scores or with some that do not fit their leaves.
 
   References:
     Zhu and Gupta, 2017, arXiv:1710.01878 (gradual pruning); the projection by

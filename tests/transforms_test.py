@@ -530,6 +530,22 @@ LINK = transforms.sparsify(scores.magnitude, 0.5)
       'scores are needed at each step',
     ),
     (
+      lambda: transforms.sparsify(None, 0.5).update(
+        weights(),
+        LINK.init(weights()),
+        weights(),
+        scores={'conv': {'kernel': jnp.ones((3, 3, 4, 8), int)}},
+      ),
+      r'conv/kernel needs floats\[3, 3, 4, 8\], got int32\[3, 3, 4, 8\]; '
+      r'head/kernel needs floats\[16, 10\], got none',
+    ),
+    (
+      lambda: transforms.sparsify(lambda w: w.T, 0.5).update(
+        *(w := jnp.ones((2, 3)), transforms.sparsify(jnp.abs, 0.5).init(w), w)
+      ),
+      r'needs floats\[2, 3\], got float32\[3, 2\]',
+    ),
+    (
       lambda: transforms.soft_shrinkage(
         scores.magnitude, schedules.cubic(0.5, begin=0, end=9), end=8
       ),
