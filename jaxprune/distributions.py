@@ -306,6 +306,8 @@ def survival(x: jax.Array) -> jax.Array:
     >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
     [0.2 1.  0. ]
   """
+  if not x.size:  # There is no largest.
+    return x.astype(jnp.float32)
   flat = placement.whole(x).astype(jnp.float32).ravel()
   order = jnp.argsort(-flat, stable=True)
   peak = flat[order[0]]

@@ -208,6 +208,11 @@ def test_lamp_golden():
     np.testing.assert_array_equal(got[k], rows[k] >= cut)
 
 
+def test_a_leaf_without_entries_has_none_that_survive():
+  found = distributions.survival(jnp.zeros((0, 4), jnp.bfloat16))
+  assert (found.shape, found.dtype) == ((0, 4), jnp.float32)
+
+
 @pytest.mark.parametrize(
   'pooled', [distributions.lamp, distributions.normalised]
 )
