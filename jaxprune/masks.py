@@ -15,9 +15,12 @@ import numpy as np
 import optax
 from jax import core
 
+from jaxprune import counts as counts_lib
 from jaxprune import placement, select
 from jaxprune import tree as tree_lib
 from jaxprune.counts import kept
+
+_WIDE = 1 << 31  # From so many entries on an int32 may not hold a count.
 
 
 def top(
@@ -367,9 +370,11 @@ def count(masks: tree_lib.PyTree) -> dict[str, tuple[int, int]]:
   """
   rows = {}
   for path, mask in tree_lib.leaves(masks).items():
-    # At most 2**31 at a time: a device counts in 32 bits.
-    parts = mask if mask.size >= 1 << 31 else [mask]
-    rows[path] = (sum(int(jnp.sum(part)) for part in parts), mask.size)
+    if mask.size < _WIDE:
+      rows[path] = (int(jnp.sum(mask)), mask.size)
+    else:
+      high, low = counts_lib.true([mask])
+      rows[path] = ((int(high[0]) << 16) + int(low[0]), mask.size)
   return rows
 
 

@@ -116,6 +116,21 @@ def test_count_sparsity_and_pack():
   assert back['b'] == optax.MaskedNode()
 
 
+@pytest.mark.parametrize('shape', [(23,), (2, 11), (0, 12, 3)])
+def test_a_mask_that_an_int32_cannot_count_is_counted(monkeypatch, shape):
+  mask = jnp.asarray(np.random.default_rng(0).random(shape) < 0.5)
+  expected = {'w': (int(mask.sum()), mask.size)}
+
+  def overflow(*args, **kw):
+    assert kw.get('dtype') == jnp.uint32
+    return total(*args, **kw)
+
+  total = jnp.sum
+  monkeypatch.setattr(masks, '_WIDE', 0)
+  monkeypatch.setattr(masks.jnp, 'sum', overflow)
+  assert masks.count({'w': mask}) == expected
+
+
 def test_errors():
   with pytest.raises(
     ValueError, match=r'sparsity must be in \[0, 1\], got 1.5'
