@@ -396,6 +396,7 @@ def grasp(
 
   def flow(params, chosen, batch):
     weights, grads = chosen
+    grads = jax.tree.map(lambda w, g: g.astype(w.dtype), weights, grads)
     return _product(gradient, params, weights, batch)(grads)
 
   product = _mean(flow, params, (chosen, grads), batches)

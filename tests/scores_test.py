@@ -180,6 +180,15 @@ def test_grasp_agrees_with_float64():
   np.testing.assert_allclose(column(got), w * (h @ g), 1e-4, 1e-6)
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_grasp_of_half_precision(dtype):
+  w = {'kernel': jnp.array([[3.0, -1.0]], dtype)}
+  square = lambda p, x: jnp.sum(x * p['kernel'] ** 2)  # g = 2wx, H = 2x
+  got = scores.grasp(square, w, [jnp.array([[1.0, 2.0]], dtype)])['kernel']
+  assert got.dtype == jnp.float32
+  assert got.tolist() == [[36, 16]]
+
+
 def test_movement_accumulates():
   params, batches, x, y, w, p = regression()
   got = None
