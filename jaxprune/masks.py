@@ -107,7 +107,7 @@ def n_by_m(
     >>> n_by_m(jnp.array([3.0, 1.0, 2.0, 4.0]), 2, 4, axis=0).tolist()
     [True, False, False, True]
   """
-  if m < 1 or (isinstance(n, int) and not 0 <= n <= m):
+  if m < 1 or (isinstance(n, int | np.integer) and not 0 <= n <= m):
     raise ValueError(f'N:M needs 0 <= n <= m and m >= 1, got n={n}, m={m}.')
   axis = _axis(axis, score.ndim)
   if score.shape[axis] % m:

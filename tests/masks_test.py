@@ -144,7 +144,7 @@ def test_errors():
   with pytest.raises(ValueError, match='m >= 1, got n=0, m=0'):
     masks.n_by_m(jnp.ones((4, 2)), 0, 0)
   with pytest.raises(ValueError, match='got n=5, m=4'):
-    masks.n_by_m(jnp.ones((4, 2)), 5, 4)
+    masks.n_by_m(jnp.ones((4, 2)), np.int64(5), 4)
   with pytest.raises(ValueError, match='has no axis 3'):
     masks.n_by_m(jnp.ones((4, 2)), 2, 4, axis=3)
   with pytest.raises(ValueError, match='N:M needs 1 <= n <= m, got n=0'):
