@@ -129,6 +129,21 @@ def test_named_sharding_needs_no_gather(axis_type):
   assert 'all-gather' not in compiled.as_text()
 
 
+def test_one_device_may_be_a_mesh_with_explicit_axes(monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  explicit = (AxisType.Explicit,) * 2
+  mesh = jax.make_mesh((1, 1), ('x', 'y'), explicit, devices=jax.devices()[:1])
+  x = {'a': tied((70, 80)), 'b': tied((8,), seed=1)}
+  flat = np.concatenate([np.ravel(x) for x in x.values()])
+  with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, P('x', 'y'))
+    placed = {**x, 'a': jax.device_put(x['a'], sharding)}
+    masks = jax.jit(lambda x: select.top_masks(x, 999))(placed)
+  assert masks['a'].sharding.spec == P('x', 'y')
+  got = np.concatenate([np.ravel(mask) for mask in masks.values()])
+  np.testing.assert_array_equal(got, sorted_mask(flat, 999))
+
+
 @pytest.mark.parametrize(
   'spec', [P('x', 'y'), P('y'), P(None, ('x', 'y')), P()]
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import placement
 from jaxprune.counts import Limbs
 from jaxprune.select import keys
 
@@ -24,6 +25,7 @@ def histogram(
   One small program serves any number of leaves: a loop over leaves, in it a
   loop over rows of keys, which are made from the scores when they are read.
   """
+  xs = [placement.whole(x) for x in xs]  # One device may be a mesh as well.
   heights = [-(-x.size // _ROW) for x in xs]
   ends = np.cumsum(heights)
   starts = ends - heights
