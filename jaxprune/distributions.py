@@ -473,7 +473,8 @@ def counts(
     distribution: from shapes and a static sparsity to counts of weights.
     shapes: path -> shape of a leaf that is pruned.
     units: path -> how many units the leaf has: its size, or the number of its
-      blocks or channels, of which as large a part is kept as of the weights.
+      blocks or channels, of which as large a part is kept as of the weights,
+      to half a unit of each leaf; :func:`uniform` meets the sum of units.
     sparsity: s in [0, 1]; static, or traced float32.
     levels: static sparsities that a traced one stands for wherever it equals
       their float32.
