@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 
 from experiments.benchmark import analysis, depthwise, shrinking, soft_steps
 from jaxprune import plans, structure
@@ -74,7 +75,9 @@ def test_both_forms_of_depthwise_maps_are_one_function(backward):
   assert not uses(shifted)
 
 
-@pytest.mark.parametrize('row', soft_steps.ROWS)
+@pytest.mark.parametrize(
+  'row', [r if r == 'pdp_mlp' else slow(r) for r in soft_steps.ROWS]
+)
 def test_a_step_with_pdp_is_a_step(row):
   def run():
     ours, dense, args = soft_steps.pair(row, 0.8)

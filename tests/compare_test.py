@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 
 from experiments.compare import __main__ as compare
 from experiments.compare import choices, standings, thin
@@ -142,7 +143,13 @@ def found_scores(name):
   return choices.SCORES[name](given)
 
 
-@pytest.mark.parametrize('name', list(choices.SCORES))
+@pytest.mark.parametrize(
+  'name',
+  [
+    n if n in ('magnitude', 'lap', 'lap_act', 'obd', 'snip') else slow(n)
+    for n in choices.SCORES
+  ],
+)
 def test_every_score_scores_every_kernel(name):
   found = found_scores(name)
   for layer, shape in {'hidden1': (4, 4), 'head': (4, 3)}.items():

@@ -148,7 +148,10 @@ def test_wrapper_keeps_exact_zeros(wrapper):
   assert float(optax.tree.get(state, 'mask_sparsity')) == 0.75
 
 
-@pytest.mark.parametrize('link', LINKS)
+@pytest.mark.parametrize(
+  'link',
+  [n if n in ('global', 'packed', 'n_by_m') else slow(n) for n in LINKS],
+)
 @pytest.mark.parametrize('wrapper', ['multi_steps'])
 def test_link_through_wrapper(link, wrapper):
   params, _ = train(WRAPPERS[wrapper](LINKS[link]()), start(link, network()))
@@ -228,7 +231,9 @@ def test_members_that_draw_together_draw_only_when_it_is_due():
   assert state.step.shape == ()
 
 
-@pytest.mark.parametrize('link', ['gradual', 'n_by_m', 'soft', 'packed'])
+@pytest.mark.parametrize(
+  'link', ['gradual', 'packed', slow('n_by_m'), slow('soft')]
+)
 def test_scan_equals_a_loop(link):
   tx = chained(LINKS[link]())
   first = start(link, network())
@@ -457,7 +462,7 @@ def pytrees():
 
 
 @pytest.mark.parametrize(
-  'tree', [slow(t) if t in ('list', 'haiku') else t for t in pytrees()]
+  'tree', [t if t in ('tuple', 'nnx') else slow(t) for t in pytrees()]
 )
 def test_any_pytree(tree):
   first = pytrees()[tree]

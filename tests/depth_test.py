@@ -219,6 +219,7 @@ def test_a_check_sees_a_branch_that_is_not_closed(monkeypatch):
     proof.check(graph, plan, params, normal(5, 4))
 
 
+@pytest.mark.slow
 def test_the_optimizer_goes_on_warm_after_a_block_is_dropped():
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
   params = PARAMS['params']

@@ -260,7 +260,7 @@ def test_an_epoch_is_the_same_in_parts_and_fused(toy):
 
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('parallel', ['jit', 'pmap'])
-@pytest.mark.parametrize('devices', [2, 4])
+@pytest.mark.parametrize('devices', [slow(2), 4])
 def test_several_devices_train_as_one(toy, parallel, devices, fused):
   _, _, examples, setup = toy
   step, state = setup()
@@ -409,7 +409,9 @@ def test_what_cannot_be_split_over_devices_is_refused(toy):
     train.make_runner(step, seed=0, batch=10, devices=4)
 
 
-@pytest.mark.parametrize('name', list(flags.UNSTRUCTURED))
+@pytest.mark.parametrize(
+  'name', [n if n == 'pdp' else slow(n) for n in flags.UNSTRUCTURED]
+)
 def test_a_method_ends_at_the_asked_number_of_zeros(toy, name):
   _, _, examples, setup = toy
   method = flags.UNSTRUCTURED[name](0.7, 8)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 
 from jaxprune import lookahead as la
 from jaxprune import tree
@@ -268,7 +269,7 @@ def golden_masks(params, rate, order, rounds):
 
 @pytest.mark.parametrize(
   ('order', 'rounds'),
-  [('all', 1), ('forward', 1), ('backward', 1), ('forward', 3)],
+  [('all', 1), slow('forward', 1), slow('backward', 1), ('forward', 3)],
 )
 def test_sequential_masks_agree_with_float64(order, rounds):
   params = mlp()

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax.errors import InvalidRngError
 from jax import lax
+from marks import slow
 from traces import counted
 
 from jaxprune import models, tree
@@ -131,10 +132,16 @@ PUBLISHED = [
   ('bert_base', {}, 128, 109_483_778, 11_174_217_216),  # HF
   ('bert_large', {}, 128, 335_143_938, 39_461_062_656),  # HF
 ]
+# Of these the quick tests count all; the others have the same families.
+COUNTED = (
+  *('resnet18', 'resnet20', 'vgg11', 'mobilenet_v1', 'mobilenet_v2'),
+  *('mobilenet_v3_small', 'conv6', 'lenet_300_100', 'mlp_500', 'LeNet5'),
+)
 
 
 @pytest.mark.parametrize(
-  ('name', 'options', 'side', 'params', 'ops'), PUBLISHED
+  ('name', 'options', 'side', 'params', 'ops'),
+  [case if case[0] in COUNTED else slow(*case) for case in PUBLISHED],
 )
 def test_counts_are_the_published_ones(name, options, side, params, ops):
   if name.startswith('mobilenet'):
@@ -390,7 +397,7 @@ up = lambda n: -(-n // 2)
 down = lambda n: n // 2
 
 
-@pytest.mark.parametrize('side', [32, 33, 35])
+@pytest.mark.parametrize('side', [slow(32), 33, slow(35)])
 @pytest.mark.parametrize(
   ('name', 'half', 'first', 'strides'),
   [
@@ -502,7 +509,9 @@ BYPASSED = {
 }
 
 
-@pytest.mark.parametrize('name', BYPASSED)
+@pytest.mark.parametrize(
+  'name', [n if n in ('resnet', 'mobilenet_v2') else slow(n) for n in BYPASSED]
+)
 def test_a_skipped_block_is_left_out(name):
   model, variables, x = family(name)
   block = BYPASSED[name]

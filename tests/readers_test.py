@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from marks import slow
 
 from jaxprune import structure
 
@@ -156,7 +157,9 @@ def free(name, x):
 
 
 @pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize(
+  'name', [n if i < 2 else slow(n) for i, n in enumerate(NETS)]
+)
 def test_scaled_readers_are_a_gate_on_the_activation(name, train):
   fn, params, x, groups = NETS[name]
   plain = lambda p, x: fn(p, x, free, train)

@@ -129,7 +129,7 @@ def test_gradient_through_the_threshold_reaches_two_weights():
   )
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [jnp.float32, slow(jnp.bfloat16)])
 def test_nothing_to_prune_is_the_identity_bit_for_bit(dtype):
   params = weights(dtype=dtype)
   warm_up = soft.pdp_init(params, 0.9)
@@ -332,7 +332,7 @@ def test_an_ensemble_under_vmap_is_its_members():
 
 
 @pytest.mark.parametrize('kind', [slow(AxisType.Auto), AxisType.Explicit])
-@pytest.mark.parametrize('n_by_m', [None, (2, 4)])
+@pytest.mark.parametrize('n_by_m', [slow(None), (2, 4)])
 def test_a_mesh_agrees_with_one_device(kind, n_by_m):
   params = {'kernel': jax.random.normal(jax.random.key(0), (8, 16))}
   sparsity = None if n_by_m else 0.7

@@ -173,6 +173,7 @@ def test_weight_decay_acts_on_the_raw_weights():
   )
 
 
+@pytest.mark.slow
 def test_a_mesh_with_explicit_axes_trains_as_one_device():
   params = {'kernel': jax.random.normal(jax.random.key(0), (4, 6))}
   tx = soft_training.track_pdp(0.5, begin=0, end=2, ramp=ramp, tau=0.1)

@@ -88,6 +88,7 @@ def test_stages_at_one_side_are_the_function(net, variables):
   assert list(again.blocks) == list(graph.blocks)
 
 
+@pytest.mark.slow
 def test_stages_at_sides_of_their_own(net, variables):
   """What the module does, stage by stage, with its features resized."""
   net = net.clone(head='pool')
@@ -113,6 +114,7 @@ def test_stages_at_sides_of_their_own(net, variables):
     flat(variables, X)
 
 
+@pytest.mark.slow
 def test_what_leads_to_the_cut_alone_falls_behind_it():
   """A depthwise convolution of shifted slices, whose padding reads no leaf."""
   net = models.mobilenet_v1(

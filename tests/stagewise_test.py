@@ -93,6 +93,7 @@ def test_the_gradient_of_a_stage_stays_in_it(gradients, variables):
   )
 
 
+@pytest.mark.slow
 def test_at_full_width_nothing_is_left_to_learn(stages, space, variables):
   found, new = stagewise.losses(stages, variables, X, Y, full(space), task=task)
   np.testing.assert_allclose(found.stages, 0, atol=1e-9)

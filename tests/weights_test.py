@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from marks import slow
 
 from jaxprune import data, models, tree, weights
 from jaxprune.models import mobilenet
@@ -96,7 +97,9 @@ def shapes_of(name):
   return shapes(NETWORKS[name][0], *x.shape, dtype=dtype)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+  'name', [n if n in ('resnet', 'vgg') else slow(n) for n in NETWORKS]
+)
 def test_converted_weights_give_the_golden_logits(name):
   arrays, x, logits = golden(name)
   variables = convert(name, arrays)
@@ -274,10 +277,10 @@ def layers_of(build, *args):
 @pytest.mark.parametrize(
   ('build', 'names'),
   [
-    (models.mobilenet_v1, weights.timm_mobilenet_v1),
-    (models.mobilenet_v2, weights.timm_mobilenet_v2),
+    slow(models.mobilenet_v1, weights.timm_mobilenet_v1),
+    slow(models.mobilenet_v2, weights.timm_mobilenet_v2),
     (models.mobilenet_v3_small, weights.timm_mobilenet_v3),
-    (models.mobilenet_v3_large, weights.timm_mobilenet_v3),
+    slow(models.mobilenet_v3_large, weights.timm_mobilenet_v3),
   ],
 )
 def test_names_of_timm_do_not_depend_on_widths(build, names):
