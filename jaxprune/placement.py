@@ -8,7 +8,7 @@ the compiler decides, and the functions here return what they are given.
 import math
 
 import jax
-from jax import core
+from jax import core, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -68,3 +68,33 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
   if not isinstance(other, core.Tracer):  # It knows its devices.
     return jax.device_put(x, other.sharding)
   return jax.sharding.reshard(x, placed)
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+  """Returns the axes of a ``shard_map`` over which an array differs.
+
+  Args:
+    x: any array, traced or not.
+
+  Examples:
+    >>> varying(jax.numpy.ones(2))
+    frozenset()
+  """
+  aval = jax.typeof(x)
+  kind = getattr(aval, 'manual_axis_type', None)  # JAX 0.8 names it `vma`.
+  return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
+
+
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  """Lets an array vary over these axes of a ``shard_map`` too.
+
+  Args:
+    x: any array, traced or not.
+    axes: names of axes.
+
+  Examples:
+    >>> vary(jax.numpy.ones(2), frozenset()).tolist()
+    [1.0, 1.0]
+  """
+  missing = tuple(sorted(axes - varying(x)))
+  return lax.pcast(x, missing, to='varying') if missing else x

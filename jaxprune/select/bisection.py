@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import counts as counts_lib
+from jaxprune import placement
 from jaxprune.counts import Limbs
 from jaxprune.select import keys
 
@@ -39,7 +40,7 @@ def bisection(
     reach = total(count(lambda i: ranks[i] >= trial[group[i]]))
     return jnp.where(counts_lib.at_least(reach, keep), trial, key)
 
-  key = keys.vary(jnp.zeros(keep[0].shape, uint), axes)
+  key = placement.vary(jnp.zeros(keep[0].shape, uint), axes)
   key = lax.fori_loop(0, width, refine, key)
   equal = [ranks[i] == key[group[i]] for i in leaves]
   above = total(count(lambda i: ranks[i] > key[group[i]]))
@@ -61,7 +62,7 @@ def bisection(
 
     start = jnp.where(surplus, np.uint32(0), np.uint32(0xFFFFFFFF))
     passes = jnp.where(jnp.any(surplus), 32, 0)
-    return lax.fori_loop(0, passes, refine, keys.vary(start, axes))
+    return lax.fori_loop(0, passes, refine, placement.vary(start, axes))
 
   lead = jnp.zeros(len(xs), jnp.uint32)
   if any(split.lead for split in splits):

@@ -124,7 +124,7 @@ def _find(
     left = jnp.where(late, digits + 1 - i, digits - 1 - i)
     shift = (16 * left).astype(wide)
     add = functools.partial(_add_digits, read, _Prefix(key, back, late, shift))
-    counts = keys.vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
+    counts = placement.vary(jnp.zeros(_BINS + 1, jnp.uint32), axes)
     counts = lax.fori_loop(start, stop, add, counts)[:_BINS]
     digit, keep, ties = _descend(counts, keep)
     part = digit.astype(wide) << shift
@@ -134,7 +134,7 @@ def _find(
     )
     return i + 1, key, back, keep, ties
 
-  vary = lambda tree: jax.tree.map(lambda x: keys.vary(x, axes), tree)
+  vary = lambda tree: jax.tree.map(lambda x: placement.vary(x, axes), tree)
   zero = jnp.zeros([], wide)
   carry = vary((jnp.int32(0), zero, zero, keep, keep))
   passes, key, back, _, _ = lax.while_loop(more, next_digit, carry)

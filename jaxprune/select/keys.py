@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import counts as counts_lib
+from jaxprune import placement
 
 
 class Cutoff(NamedTuple):
@@ -112,19 +113,7 @@ def positions(x: jax.Array, split: Split, start: int, stop: int) -> jax.Array:
 
 def varying(xs: Sequence[jax.Array], splits: Sequence[Split]) -> frozenset:
   """Returns the mesh axes over which sums over whole leaves still vary."""
-  axes = list(map(_axes, xs))
+  axes = list(map(placement.varying, xs))
   for i, split in enumerate(splits):
     axes[i] = axes[i] - frozenset(split.names)
   return frozenset().union(*axes)
-
-
-def _axes(x: jax.Array) -> frozenset:
-  aval = jax.typeof(x)
-  kind = getattr(aval, 'manual_axis_type', None)  # JAX 0.8 names it `vma`.
-  return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
-
-
-def vary(x: jax.Array, axes: frozenset) -> jax.Array:
-  """Lets an array vary over these axes too."""
-  missing = tuple(axes - _axes(x))
-  return lax.pcast(x, missing, to='varying') if missing else x

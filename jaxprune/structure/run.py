@@ -15,8 +15,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxprune import placement
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.rules import Equation, Value
@@ -345,14 +345,10 @@ def _varying_alike(
   values: Sequence[Any], params: Any
 ) -> tuple[Sequence[Any], Any]:
   """Values that differ over the same axes of a ``shard_map``, as jnp has it."""
-  axes = [_varying(jax.typeof(value)) for value in values]
-  every = frozenset().union(*axes)
+  every = frozenset().union(*map(placement.varying, values))
   if not every:
     return values, params
-  values = [
-    lax.pcast(value, tuple(sorted(every - own)), to='varying')
-    for value, own in zip(values, axes, strict=True)
-  ]
+  values = [placement.vary(value, every) for value in values]
   if 'call_jaxpr' in params:
     # Literals vary over no axis; under vmap they are arrays, and refused.
     body = jax.make_jaxpr(functools.partial(_evaluate, params['call_jaxpr']))
@@ -370,12 +366,6 @@ def _evaluate(closed: Any, *values: Any) -> list[Any]:
     outs = outs if eqn.primitive.multiple_results else [outs]
     env |= dict(zip(eqn.outvars, outs, strict=True))
   return [read(v) for v in closed.jaxpr.outvars]
-
-
-def _varying(aval: Any) -> frozenset[str]:
-  """The axes that a value differs over; JAX before 0.10 calls them vma."""
-  kind = getattr(aval, 'mat', None)
-  return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
 
 
 _NEUTRAL: dict[str, Callable[[Any], Any]] = {
