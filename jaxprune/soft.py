@@ -364,7 +364,13 @@ def _temperature(t: jax.Array, tau: jax.Array, c: jax.Array) -> jax.Array:
 def _soft_mask(
   x: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array
 ) -> jax.Array:
-  return jax.nn.sigmoid((x * x - t * t) / _temperature(t, tau, c))
+  return jax.nn.sigmoid(_logit(x, t, tau, c))
+
+
+def _logit(
+  x: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array
+) -> jax.Array:
+  return (x * x - t * t) / _temperature(t, tau, c)
 
 
 @jax.checkpoint  # The mask is cheaper to compute again than to hold.
@@ -372,8 +378,8 @@ def _soften(
   w: jax.Array, t: jax.Array, tau: jax.Array, c: jax.Array, on: jax.Array
 ) -> jax.Array:
   x = w.astype(jnp.float32)
-  z = (x * x - t * t) / _temperature(t, tau, c)
-  return _gated(x, jnp.where(on, z, jnp.inf)).astype(w.dtype)
+  z = jnp.where(on, _logit(x, t, tau, c), jnp.inf)
+  return _gated(x, z).astype(w.dtype)
 
 
 @jax.custom_jvp
