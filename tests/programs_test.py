@@ -6,6 +6,7 @@ units absent, and, where no reduction runs over them, the program itself on
 masked params.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -481,11 +482,13 @@ def mutate(name, wrong, monkeypatch):
   """Puts a wrong rule in the place of the right one."""
   if name == 'scan':
     return monkeypatch.setattr(program, '_unify_values', wrong)
-  if name == 'elementwise':
-    right = base.elementwise
-    return monkeypatch.setattr(base, name, lambda eqn: wrong(eqn, right))
-  right = rules.RULES[name]
-  return monkeypatch.setitem(rules.RULES, name, lambda eqn: wrong(eqn, right))
+  names = list(base.ELEMENTWISE) if name == 'elementwise' else [name]
+  for each in names:
+    row = rules.TABLE[each]
+    mutant = functools.partial(wrong, right=row.rule)
+    row = dataclasses.replace(row, rule=mutant)
+    monkeypatch.setitem(rules.TABLE, each, row)
+  return None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A check measures, catches what is wrong, and cannot pass by accident."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,15 +68,16 @@ def test_a_check_catches_a_wrong_index_of_a_leaf(monkeypatch):
 
 def test_a_check_catches_a_wrong_rule(monkeypatch):
   """A concatenation that thinks its parts stand in the other order."""
-  right = rules.RULES['concatenate']
+  row = rules.TABLE['concatenate']
 
   def wrong(eqn):
-    right(eqn)
+    row.rule(eqn)
     axis = eqn.params['dimension']
     parts = [value.axes[axis] for value in eqn.inputs]
     eqn.outputs[0].axes[axis] = ax.concatenation(reversed(parts))
 
-  monkeypatch.setitem(rules.RULES, 'concatenate', wrong)
+  mutant = dataclasses.replace(row, rule=wrong)
+  monkeypatch.setitem(rules.TABLE, 'concatenate', mutant)
   fn, params = two_branches()
   graph = structure.trace(fn, params, X)
   plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})

@@ -16,6 +16,7 @@ from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
+from jaxprune.structure.primitives import LAYOUT, known, where
 from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
 
@@ -342,15 +343,7 @@ def _is_product(graph: Graph, eqn: Equation) -> bool:
   )
 
 
-_SCALING = frozenset(['add', 'sub', 'mul', 'div'])
-_NONLINEAR_NAMES = """
-  clamp erf erfc exp exp2 expm1 log log1p logistic max min pow sin cos tanh
-"""
-_NONLINEAR = frozenset(_NONLINEAR_NAMES.split())
-_RESHAPING_NAMES = """
-  broadcast_in_dim convert_element_type expand_dims reshape squeeze
-"""
-_RESHAPING = frozenset(_RESHAPING_NAMES.split())
+_LAYOUT = where(moves=LAYOUT)
 
 
 def _counted(
@@ -360,7 +353,8 @@ def _counted(
   name, (out, *_) = eqn.primitive.name, eqn.outputs or [None]
   if out is None or not any(value.has_data for value in eqn.inputs):
     return None
-  if name.startswith('reduce_') and name != 'reduce_precision':
+  kind = known(name).counts
+  if kind == 'pooling':
     return eqn.inputs[0].axes if 'pooling' in count else None
   if out.dtype is None or not jnp.issubdtype(out.dtype, jnp.inexact):
     return None
@@ -369,9 +363,9 @@ def _counted(
   before = [makers[value] for value in eqn.inputs if value in makers]
   if any(maker.primitive.name == joined for maker in before):
     return None
-  if name in _NONLINEAR and 'activations' in count:
+  if kind == 'activations' and kind in count:
     return out.axes
-  if name in _SCALING and 'norms' in count:
+  if kind == 'norms' and kind in count:
     origins = [_origin(value, makers) for value in eqn.inputs]
     sizes = [math.prod(value.shape) for value in origins]
     if any(
@@ -384,7 +378,7 @@ def _counted(
 
 def _origin(value: Value, makers: Mapping[Value, Equation]) -> Value:
   """The array that a broadcast or reshaped one is made of."""
-  while value in makers and makers[value].primitive.name in _RESHAPING:
+  while value in makers and makers[value].primitive.name in _LAYOUT:
     value = makers[value].inputs[0]
   return value
 

@@ -27,9 +27,9 @@ import numpy as np
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.flow import Binding, Flow, flow
+from jaxprune.structure.primitives import known
 from jaxprune.structure.program import Program, all_equations
 from jaxprune.structure.rules import Equation, Value
-from jaxprune.structure.rules.base import ELEMENTWISE
 
 Atoms = frozenset[Axis]
 Zeros = Mapping[Value, Atoms]  # Value -> the atoms at whose units it is zero.
@@ -41,36 +41,6 @@ _EVERYWHERE = ax.atom(1)
 
 # What a protected axis says of an operation that :func:`counted` names.
 WHY = 'sums over it, and where a unit is absent neither operand is zero'
-
-# Zero wherever any operand is, whatever finite numbers the others hold.
-_ANY = frozenset(['mul', 'mulhi', 'and'])
-# Zero wherever the first operand is; of a quotient, unless the second is too.
-_FIRST = frozenset(
-  ['rem', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical']
-)
-# Zero where all operands are.
-KEEPS_ZERO = frozenset(
-  """
-  abs add add_any asin asinh atan atan2 atanh bessel_i1e cbrt ceil conj
-  convert_element_type copy erf erf_inv expm1 floor gt imag log1p lt name ne
-  neg nextafter or population_count pvary real reduce_precision round
-  sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
-  """.split()
-)
-# The same, and where a constant bound lets zero pass.
-_ORDERED = frozenset(['max', 'min', 'clamp'])
-# What hands entries on, adds them up or picks one: zeros give zero. Along the
-# axes that it runs over there are no atoms left in the result.
-_HANDED_ON = frozenset(
-  """
-  all_gather all_to_all bitcast_convert_type concatenate cumprod cumsum
-  dynamic_slice dynamic_update_slice gather optimization_barrier pbroadcast
-  ppermute psum psum_invariant reduce_and reduce_max reduce_min reduce_or
-  reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum
-  reshape rev scatter scatter-add scatter-sub select_and_gather_add
-  select_and_scatter_add slice sort split squeeze stack tile transpose unstack
-  """.split()
-)
 
 
 def counted(program: Program) -> list[tuple[Equation, Axis]]:
@@ -178,18 +148,9 @@ def _bound(binding: Binding, zeros: Zeros) -> Atoms:
 
 def _results(eqn: Equation, zeros: Zeros) -> dict[Value, Atoms]:
   """Where the outputs of an equation are zero, if its inputs are."""
-  name = eqn.primitive.name
-  if name in ('dot_general', 'conv_general_dilated'):
-    rule = _product
-  elif name == 'broadcast_in_dim':
-    rule = _broadcast
-  elif name in _HANDED_ON:
-    rule = _handed_on
-  elif name == 'pad':
-    rule = _pad
-  elif name in ELEMENTWISE:
-    rule = _elementwise
-  else:
+  row = known(eqn.primitive.name)
+  rule = _RULES.get(row.zero, _elementwise if row.elementwise else None)
+  if rule is None:
     return dict.fromkeys(eqn.outputs, _NOWHERE)
   return {out: rule(eqn, out, zeros) for out in eqn.outputs}
 
@@ -267,22 +228,22 @@ def _pad(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
 
 
 def _elementwise(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
-  name, inputs = eqn.primitive.name, eqn.inputs
-  known = [_within(out, _zeros_of(value, zeros)) for value in inputs]
-  if name in _ANY:
-    return frozenset().union(*known)
-  if name in _FIRST:
-    return known[0]
-  if name == 'div':  # 0 / 0 is not zero.
-    return known[0] - known[1]
-  if name == 'select_n':  # Whichever case is taken.
-    return frozenset.intersection(*known[1:])
-  if name in KEEPS_ZERO:
-    return frozenset.intersection(*known)
-  if name == 'integer_pow':
-    return known[0] if eqn.params['y'] > 0 else _NOWHERE
-  if name in _ORDERED:
-    return _ordered(name, inputs, known)
+  zero, inputs = known(eqn.primitive.name).zero, eqn.inputs
+  each = [_within(out, _zeros_of(value, zeros)) for value in inputs]
+  if zero == 'any':  # Whatever finite numbers the others hold.
+    return frozenset().union(*each)
+  if zero == 'first':
+    return each[0]
+  if zero == 'quotient':  # 0 / 0 is not zero.
+    return each[0] - each[1]
+  if zero == 'cases':  # Whichever case is taken.
+    return frozenset.intersection(*each[1:])
+  if zero == 'all':
+    return frozenset.intersection(*each)
+  if zero == 'power':
+    return each[0] if eqn.params['y'] > 0 else _NOWHERE
+  if zero == 'bounds':
+    return _ordered(eqn.primitive.name, inputs, each)
   return _NOWHERE
 
 
@@ -308,3 +269,12 @@ def _bounds(value: Value, sign: int) -> bool:
   if value.constant is None or not sign:
     return False
   return bool(np.all(np.asarray(value.constant) * sign >= 0))
+
+
+# Words of the trait ``zero`` that need more than the sets of the operands.
+_RULES = {
+  'product': _product,
+  'broadcast': _broadcast,
+  'handed': _handed_on,
+  'pad': _pad,
+}

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.primitives import LAYOUT, where
 from jaxprune.structure.rules import Equation, Value
 
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
@@ -28,11 +29,7 @@ _UNIFORM: dict[str, Callable[..., float]] = {
   'square': lambda a: a * a,
 }
 # What hands a number on: it scales what comes out as what goes in.
-_NAMES = """
-  broadcast_in_dim convert_element_type copy expand_dims neg reduce_precision
-  reshape sharding_constraint squeeze stop_gradient transpose
-"""
-UNCHANGED = frozenset(_NAMES.split())
+UNCHANGED = where(moves=(*LAYOUT, 'negates'))
 
 
 def number_of(value: Value) -> float | None:

@@ -444,14 +444,11 @@ def _custom_vjp(eqn: Equation, plain: bool) -> None:
 _CUSTOM = {
   'custom_jvp_call': _custom_jvp,
   'custom_vjp_call': _custom_vjp,
-  'custom_vjp_call_jaxpr': _custom_vjp,
 }
 _CONTROL: dict[str, Callable[[Equation, bool], None]] = {
   'scan': _scan,
   'while': _while,
   'cond': _cond,
-  'remat': _remat,
   'remat2': _remat,
-  'checkpoint': _remat,
   **_CUSTOM,
 }

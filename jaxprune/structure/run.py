@@ -19,6 +19,7 @@ import numpy as np
 from jaxprune import placement
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.primitives import known, neutral_of
 from jaxprune.structure.rules import Equation, Value
 
 Kept = Mapping[Axis, np.ndarray]  # Atom -> indices that are kept, ascending.
@@ -183,11 +184,11 @@ class Run:
 
   def _absent(self, eqn: Equation, values: list[Any]) -> list[Any]:
     """Gives removed entries the value that a reduction ignores."""
-    neutral = _NEUTRAL.get(eqn.primitive.name)
-    if neutral is None:
+    neutral = _neutral(eqn)
+    if not neutral:  # None or zero, which removed entries are.
       return values
     (value,), x = values, eqn.inputs[0]
-    return [self.fill(value, x.axes, neutral(value.dtype))]
+    return [self.fill(value, x.axes, neutral_of(neutral, value.dtype))]
 
 
 class Switched:
@@ -289,7 +290,7 @@ class Switched:
     read: Callable[[Value], Any],
   ) -> None:
     """Makes absent what an equation would mix, for those that follow too."""
-    if eqn.primitive.name not in _NEUTRAL:
+    if not _neutral(eqn):
       for k, axes in mixed(eqn):
         value = eqn.inputs[k]
         env[value] = self.fill(read(value), axes, 0)
@@ -298,10 +299,11 @@ class Switched:
     """Runs one equation on values that are clear where it mixes them."""
     if eqn.evaluate is not None:
       return eqn.evaluate(self, values)
-    neutral = _NEUTRAL.get(eqn.primitive.name)
-    if neutral is not None:
+    neutral = _neutral(eqn)
+    if neutral:
       for k, axes in mixed(eqn):
-        values[k] = self.fill(values[k], axes, neutral(eqn.inputs[k].dtype))
+        fill = neutral_of(neutral, eqn.inputs[k].dtype)
+        values[k] = self.fill(values[k], axes, fill)
     outs = self.bind(eqn.primitive, values, eqn.params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
@@ -368,19 +370,6 @@ def _evaluate(closed: Any, *values: Any) -> list[Any]:
   return [read(v) for v in closed.jaxpr.outvars]
 
 
-_NEUTRAL: dict[str, Callable[[Any], Any]] = {
-  'reduce_max': lambda dtype: _extreme(dtype, -1),
-  'reduce_min': lambda dtype: _extreme(dtype, 1),
-  'reduce_prod': lambda dtype: 1,
-  'reduce_and': lambda dtype: True,
-  'reduce_or': lambda dtype: False,
-}
-
-
-def _extreme(dtype: Any, sign: int) -> Any:
-  if np.dtype(dtype) == np.bool_:
-    return sign > 0
-  if jnp.issubdtype(dtype, jnp.inexact):
-    return sign * np.inf
-  info = jnp.iinfo(dtype)
-  return info.max if sign > 0 else info.min
+def _neutral(eqn: Equation) -> float | None:
+  """The number that a reduction over whole axes ignores; None of the rest."""
+  return known(eqn.primitive.name).neutral if eqn.reductions else None

@@ -66,16 +66,6 @@ def _squeeze(eqn: Equation) -> None:
   eqn.outputs[0].axes = drop(eqn.inputs[0].axes, eqn.params['dimensions'])
 
 
-@rule('expand_dims')
-def _expand_dims(eqn: Equation) -> None:
-  (out,) = eqn.outputs
-  rest = iter(eqn.inputs[0].axes)
-  new = eqn.params['dimensions']
-  out.axes = [
-    ax.atom(1) if k in new else next(rest) for k in range(len(out.shape))
-  ]
-
-
 @rule('reshape')
 def _reshape(eqn: Equation) -> Resize | None:
   """Splits both shapes into the shortest runs of equal product."""
