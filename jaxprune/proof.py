@@ -132,7 +132,10 @@ def check(
       raise CheckError(
         f'The smaller function differs from the original one on masked params: '
         f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative)'
-        f'{where}.'
+        f'{where}. Where it is more than rounding (see tolerance), an '
+        f'operation counts units whose params are zero: protect their groups '
+        f'by rules=, or correct the trait zero of a rule of your own '
+        f'(jaxprune.structure.rule).'
       )
   moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))

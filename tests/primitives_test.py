@@ -1,5 +1,6 @@
 """The one table of primitives: alive, complete, and open to a user's own."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 import jaxprune as jp
 import jaxprune.export  # Its translations are in the table too.
 from jaxprune import structure
-from jaxprune.structure import primitives
+from jaxprune.structure import flow, primitives, program
 
 # What not every supported JAX has.
 OF_SOME = frozenset(
@@ -105,6 +107,47 @@ def test_a_trait_from_outside_says_that_absent_units_are_zero(twice):
   assert structure.trace(square, PARAMS, X).groups == {}
   structure.rule('twice_of_mine', zero='all')(structure.elementwise)
   assert len(structure.trace(square, PARAMS, X).groups) == 1
+
+
+def test_a_check_says_cause_and_remedy_where_a_trait_is_wrong(monkeypatch):
+  """With cos taken for zero at zero, features of it are offered."""
+  wrong = dataclasses.replace(primitives.known('cos'), zero='all')
+  monkeypatch.setitem(primitives.TABLE, 'cos', wrong)
+  net = lambda p, x: jnp.cos(x @ p['a']) @ jnp.cos(p['b'])
+  graph = structure.trace(net, PARAMS, X)
+  plan = jp.plans.from_kept(graph, {'a': [0, 2, 3, 5]})
+  with pytest.raises(jp.proof.CheckError) as error:
+    jp.check(graph, plan, PARAMS, X)
+  assert 'an operation counts units whose params are zero' in str(error.value)
+  assert 'protect their groups by rules=' in str(error.value)
+  whole = {'a': structure.Choice(protect=True)}
+  assert structure.trace(net, PARAMS, X, rules=whole).groups == {}
+  monkeypatch.undo()
+  assert structure.trace(net, PARAMS, X).groups == {}
+
+
+def test_control_flow_is_that_of_the_table():
+  rows = primitives.where(bodies=('control', 'derivative'))
+  assert sorted(program._CONTROL) == list(rows)
+
+
+def test_a_barrier_hands_each_operand_to_its_own_result():
+  """Of two that pass together, one is zero and one is the input."""
+  params = {'a': jnp.ones((3, 8)), 'b': jnp.ones((8, 3))}
+
+  def net(p, x):
+    other, x = lax.optimization_barrier((jnp.zeros_like(x), x))
+    return x + jnp.tanh(x @ p['a']) @ p['b'] + other
+
+  graph = structure.trace(net, params, X)
+  stream = flow.flow(graph.program)
+  (barrier,) = [
+    step
+    for step in stream.steps
+    if not isinstance(step, flow.Binding)
+    and step.primitive.name == 'optimization_barrier'
+  ]
+  assert list(map(stream.is_zero, barrier.outputs)) == [True, False]
 
 
 def test_a_refused_primitive_says_why_and_how_to_add_a_rule():
