@@ -2,9 +2,9 @@
 
 A *names* function maps the layers of a network of :mod:`jaxprune.models` to the
 names that another library has for them; :func:`from_torch` and
-:func:`from_keras` bring the arrays into our layout, exactly: nothing is rounded
-unless ``allow_rounding`` says so, nothing is guessed, and a name that is missing
-or left over is an error::
+:func:`from_keras` bring the arrays into our layout, exactly: nothing is
+rounded unless ``allow_rounding`` says so, nothing is guessed, and a name that
+is missing or left over is an error::
 
   model = models.resnet50()
   like = jax.eval_shape(model.init, jax.random.key(0), images)
