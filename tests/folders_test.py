@@ -244,9 +244,13 @@ def odd(tmp_path_factory):
         )
 
       def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples()}
+        return {
+          'train': self._generate_examples(rows),
+          'test': self._generate_examples(rows[:2]),
+          'hidden': self._generate_examples([rows[0] | {'number': -1}]),
+        }
 
-      def _generate_examples(self):
+      def _generate_examples(self, rows):
         yield from enumerate(rows)
 
   digits.write(Odd, root / 'odd' / '1.0.0')
@@ -269,6 +273,16 @@ def test_images_and_labels_of_other_kinds_are_read(odd, image, label):
   order = np.asarray(data.epoch_batches(0, 0, size=4, batch=4))[0]
   np.testing.assert_array_equal(batch[0], found.images[order])
   np.testing.assert_array_equal(batch[1], found.labels[order])
+
+
+def test_integers_without_names_have_the_classes_of_all_splits(odd):
+  """Else a network for the classes of a small test split had too few."""
+  root, _ = odd
+  found = data.load('odd', 'test', root, features=('deep', 'number'))
+  assert found.labels.tolist() == [0, 1]
+  assert found.classes == ('0', '1', '2')
+  with pytest.raises(data.DataError, match=r'Record 0 .* has the label -1, but'):
+    data.load('odd', 'hidden', root, features=('deep', 'number'))
 
 
 @pytest.mark.parametrize(

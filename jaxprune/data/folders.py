@@ -119,6 +119,26 @@ def label_of(
   return target
 
 
+def numbers(builder: Any, columns: Features) -> tuple[str, ...]:
+  """Returns names '0' to the largest label of all splits, for none of its own.
+
+  Of all splits, so that each of them has the same classes.
+
+  Raises:
+    DataError: if a split cannot be read.
+  """
+  largest = 0
+  for split in builder.info.splits:
+    source = open_source(builder, split)
+    for start in range(0, len(source), 1024):
+      indices = list(range(start, min(start + 1024, len(source))))
+      with quiet():
+        examples = read(source, builder, split, indices)
+      labels = [int(example[columns.label]) for example in examples]
+      largest = max(largest, *labels)  # A split to predict may have -1 alone.
+  return tuple(str(i) for i in range(min(largest, _MOST_CLASSES - 1) + 1))
+
+
 _MOST_CLASSES = 2**16
 
 

@@ -43,7 +43,7 @@ def load(
 
   Images keep their dtype: uint8, uint16, float32 and so on. One without an axis
   of channels gets one of size 1. Labels that are integers without names are
-  called ``'0'`` to the largest of the split.
+  called ``'0'`` to the largest of all splits.
 
   Args:
     name: ``'digits'``, or a folder of ``data_dir`` such as ``'cifar10'``;
@@ -87,8 +87,10 @@ def load(
       folders.check_alike(image, first, i, label)
       images[i], labels[i] = image, folders.label_of(example, columns, i, label)
   classes = columns.classes
-  if classes is None:  # Of -1, which is no label, there are none.
-    classes = tuple(str(i) for i in range(labels.max() + 1))
+  if columns.label is None:
+    classes = ()
+  elif classes is None:
+    classes = folders.numbers(builder, columns)
   folders.check_counts(builder, split)
   version = str(builder.info.version)
   return Dataset(images, labels, classes, builder.name, version)
