@@ -6,8 +6,9 @@ and plain dicts, and chooses leaves by *rules*: a mapping from a regular
 expression over paths to a value, in which the first match wins.
 """
 
+import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -147,7 +148,7 @@ def match(
     raise ValueError(
       f'No {what} matches {", ".join(map(repr, idle))}. A rule is a regular '
       f'expression that must match a whole path; the paths are: '
-      f'{", ".join(paths) or "none"}.'
+      f'{_nearest(paths, idle[0]) or "none"}.'
     )
   first = lambda path: next(
     (
@@ -158,6 +159,15 @@ def match(
     default,
   )
   return {path: first(path) for path in paths}
+
+
+def _nearest(paths: Sequence[str], rule: str, most: int = 12) -> str:
+  """Returns paths as a text: all of a few, else those most like a rule."""
+  if len(paths) <= most:
+    return ', '.join(paths)
+  likeness = lambda path: difflib.SequenceMatcher(None, rule, path).ratio()
+  near = sorted(paths, key=likeness, reverse=True)[:most]
+  return f'{", ".join(near)} and {len(paths) - most} more'
 
 
 def is_prunable(path: str, leaf: Any) -> bool:
