@@ -73,12 +73,12 @@ def write(builder: Any, folder: pathlib.Path) -> pathlib.Path:
   Raises:
     OSError: if the folder cannot be written.
   """
-  name, root = folder.parent.name, folder.parent.parent
+  prefix, root = f'.jaxprune-{folder.parent.name}-', folder.parent.parent
   folder.parent.mkdir(parents=True, exist_ok=True)
-  for scratch in root.glob(f'{name}-*'):  # By a process that was killed.
-    if time.time() - scratch.stat().st_mtime > 3600:
-      shutil.rmtree(scratch, ignore_errors=True)
-  scratch = tempfile.mkdtemp(prefix=f'{name}-', dir=root)
+  for old in root.glob(f'{prefix}*'):  # By a process that was killed.
+    if time.time() - old.stat().st_mtime > 3600:
+      shutil.rmtree(old, ignore_errors=True)
+  scratch = tempfile.mkdtemp(prefix=prefix, dir=root)
   try:
     with _silence():
       written = builder(data_dir=scratch, file_format='array_record')

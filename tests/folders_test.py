@@ -1,5 +1,6 @@
 """Sets made of arrays, and sets of every kind that others prepared."""
 
+import os
 import pathlib
 import re
 
@@ -180,6 +181,15 @@ def test_a_set_is_not_written_over(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(data.DataError, match='cannot be written'):
     data.save(tmp_path / 'file', 'mine', {'train': (X, [0, 1])})
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path):
+  """A folder of a like name, however old, is no scratch of ours."""
+  other = tmp_path / 'mine-backup'
+  other.mkdir()
+  os.utime(other, (0, 0))
+  data.save(tmp_path, 'mine', {'train': (X, [0, 1])})
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['mine', 'mine-backup']
 
 
 def test_where_no_set_is_found_the_remedy_is_named(tmp_path):

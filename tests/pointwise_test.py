@@ -34,11 +34,9 @@ def numbers():
 
 
 X = numbers()
-SPECIAL = np.float32(
-  [0, -0.0, 1e-41, -1e-20, 0.5, 1, -1, 2.5, -3, 1e30, LARGEST, np.inf, np.nan]
-)
-A, B = (x.ravel() for x in np.meshgrid(SPECIAL, [*SPECIAL, -np.inf]))
-B = B.astype(np.float32)
+FINITE = (0, -0.0, 1e-41, -1e-20, 0.5, 1, -1, 2.5, -3, 1e30, LARGEST)
+SPECIAL = np.float32([*FINITE, np.inf, -np.inf, np.nan])
+A, B = (x.ravel() for x in np.meshgrid(SPECIAL, SPECIAL))
 
 # Name -> what is exported, and the same in float64.
 UNARY = {
