@@ -112,6 +112,23 @@ X = pixels(2, 3, 3)
   ('splits', 'options', 'message'),
   [
     ({}, {}, 'needs one split or more'),
+    (
+      {'train': X},
+      {},
+      r"a dict of pairs, such as \{'train': \(images, labels\)",
+    ),
+    (
+      (X, [0, 1]),
+      {},
+      r"a dict of pairs, such as \{'train': \(images, labels\)",
+    ),
+    ({'train': (X, [0, 10**9])}, {}, r'got 0\.\.1000000000\. np\.unique'),
+    (
+      {'train': (X[:, :0], [0, 1])},
+      {},
+      r'Image 0 of .* is uint8\[0, 3, 1\], bu',
+    ),
+    ({'train': (X, [0, 1])}, {'classes': 'ab'}, r'in 0\.\.0, the 1 classes'),
     ({'a b': (X, [0, 1])}, {}, "The split of a set .* got 'a b'"),
     ({'all': (X, [0, 1])}, {}, "The split of a set .* got 'all'"),
     ({'train': ([], [])}, {}, "'train' has no images"),

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxprune import digits
 
+MOST_CLASSES = 2**16  # Of labels without names: larger ones are identities.
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -105,10 +106,10 @@ def label_of(
   if columns.label is None:
     return -1
   target, classes = int(example[columns.label]), columns.classes
-  if classes is None and not 0 <= target < _MOST_CLASSES:
+  if classes is None and not 0 <= target < MOST_CLASSES:
     raise DataError(
       f'Record {index} of {where} has the label {target}, but labels count '
-      f'classes from 0, up to {_MOST_CLASSES - 1}. Number them anew, as '
+      f'classes from 0, up to {MOST_CLASSES - 1}. Number them anew, as '
       f'jaxprune.data.save does with texts.'
     )
   if classes is not None and not 0 <= target < len(classes):
@@ -136,10 +137,7 @@ def numbers(builder: Any, columns: Features) -> tuple[str, ...]:
         examples = read(source, builder, split, indices)
       labels = [int(example[columns.label]) for example in examples]
       largest = max(largest, *labels)  # A split to predict may have -1 alone.
-  return tuple(str(i) for i in range(min(largest, _MOST_CLASSES - 1) + 1))
-
-
-_MOST_CLASSES = 2**16
+  return tuple(str(i) for i in range(min(largest, MOST_CLASSES - 1) + 1))
 
 
 def image_of(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune import digits
-from jaxprune.data.folders import DataError, first_line
+from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
 
 Images = np.ndarray | Sequence[Any]
 Labels = np.ndarray | Sequence[int] | Sequence[str] | None
@@ -65,8 +65,7 @@ def save(
   """
   _check_form('name', name, r'[A-Za-z]\w*')
   _check_form('version', version, r'\d+\.\d+\.\d+')
-  if not splits:
-    raise DataError('A set needs one split or more, got none.')
+  _check_pairs(splits)
   folder = pathlib.Path(root, name, version)
   if folder.exists():
     raise DataError(
@@ -95,6 +94,18 @@ def save(
     ) from error
 
 
+def _check_pairs(splits: Any) -> None:
+  """Raises DataError unless these are splits of images and labels."""
+  is_pair = lambda pair: isinstance(pair, tuple | list) and len(pair) == 2
+  if not isinstance(splits, Mapping) or not all(map(is_pair, splits.values())):
+    raise DataError(
+      "`splits` must be a dict of pairs, such as {'train': (images, labels)}; "
+      'labels may be None.'
+    )
+  if not splits:
+    raise DataError('A set needs one split or more, got none.')
+
+
 def _check_form(what: str, text: str, form: str) -> None:
   if not isinstance(text, str) or not re.fullmatch(form, text, re.ASCII):
     raise DataError(
@@ -111,7 +122,7 @@ def _images(given: Images, split: str) -> Sequence[np.ndarray]:
     raise DataError(f'{split!r} has no images.')
   for i, image in enumerate(images):
     is_kept = image.dtype.kind in 'buif' and image.dtype.itemsize <= 8
-    if not is_kept or image.ndim not in (2, 3):
+    if not is_kept or image.ndim not in (2, 3) or not image.size:
       raise DataError(
         f'Image {i} of {split!r} is {image.dtype}{list(image.shape)}, but an '
         f'image is numbers of [height, width] or [height, width, channels].'
@@ -163,7 +174,8 @@ def _numbered(
   elif is_named:
     classes = _checked_classes(np.unique(together).tolist())
   else:
-    classes = tuple(str(i) for i in range(max(int(together.max()), 0) + 1))
+    largest = min(max(int(together.max()), 0), MOST_CLASSES - 1)
+    classes = tuple(str(i) for i in range(largest + 1))
   if is_named:
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in np.unique(together) if name not in number]
@@ -178,7 +190,8 @@ def _numbered(
   elif not 0 <= together.min() <= together.max() < len(classes):
     raise DataError(
       f'Labels must be in 0..{len(classes) - 1}, the {len(classes)} classes, '
-      f'got {together.min()}..{together.max()}.'
+      f'got {together.min()}..{together.max()}. np.unique(labels, '
+      f'return_inverse=True) numbers labels anew.'
     )
   return arrays, classes
 
@@ -196,20 +209,20 @@ def _label_arrays(labels: Mapping[str, Labels]) -> dict[str, np.ndarray]:
     for array in arrays.values()
   }
   if kinds not in ({'i'}, {'U'}):
-    kinds = ', '.join(
+    listed = ', '.join(
       f'{array.dtype}{list(array.shape)} of {split!r}'
       for split, array in arrays.items()
     )
     raise DataError(
       f'Labels must be integers, or names of classes, one for each image, as '
-      f'labels.ravel() or one_hot.argmax(1) are; got {kinds}.'
+      f'labels.ravel() or one_hot.argmax(1) are; got {listed}.'
     )
   return arrays
 
 
 def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
   """Returns names of classes, which must be such as TFDS keeps."""
-  names = tuple(classes)
+  names = (classes,) if isinstance(classes, str) else tuple(classes)
   is_text = lambda name: isinstance(name, str) and name.split() != []
   is_kept = lambda name: is_text(name) and name == ' '.join(name.split())
   wrong = [name for name in names if not is_kept(name)]
@@ -219,7 +232,7 @@ def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
       f'Names of classes must be different texts with single blanks inside '
       f'alone, got {wrong[:6]!r}.'
     )
-  return names
+  return tuple(map(str, names))
 
 
 def _builder(

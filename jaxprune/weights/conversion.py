@@ -1,9 +1,7 @@
 """Arrays under the names and in the layout of another library, as ours."""
 
-import itertools
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.weights import faults, prefixes
 from jaxprune.weights.names import Named, Names
 
 PyTree = Any
@@ -133,7 +132,7 @@ def to_torch(variables: PyTree, names: Names) -> dict[str, np.ndarray]:
   their_layers = names(_layers(leaves))
   unnamed = [path for path in leaves if _split(path)[0] not in their_layers]
   if unnamed:
-    raise ValueError(f'No name is known for {_summary(unnamed, "/")}.')
+    raise ValueError(f'No name is known for {faults.summary(unnamed, "/")}.')
   state = {}
   for path, leaf in leaves.items():
     layer, kind = _split(path)
@@ -158,7 +157,7 @@ def _convert(
   leaves = tree.leaves(like)
   is_kept = tree.match(dict.fromkeys(keep, True), leaves, False)
   their_layers = names(_layers(leaves))
-  faults: dict[str, list[str]] = {kind: [] for kind in _REMEDIES}
+  wrong: dict[str, list[str]] = {kind: [] for kind in faults.REMEDIES}
   expected = {}  # Path -> the name that the library has for it.
   for path in leaves:
     layer, kind = _split(path)
@@ -168,33 +167,33 @@ def _convert(
       their_name = their_layers[layer].name
       expected[path] = library.leaf_name(their_name, layer, kind)
     else:
-      faults['missing'].append(f'{path} (no name is known)')
-  prefix, named = _located(arrays, expected, library.separator, ignore)
+      wrong['missing'].append(f'{path} (no name is known)')
+  prefix, named = prefixes.locate(arrays, expected, library.separator, ignore)
   converted = {}
   for path, leaf in leaves.items():
     if is_kept[path]:
       converted[path] = _as_array(path, leaf)
     elif path in named and named[path] not in arrays:
-      faults['missing'].append(f'{named[path]} (for {path})')
+      wrong['missing'].append(f'{named[path]} (for {path})')
     elif path in named:
       array = np.asarray(arrays[named[path]])
       fault, ours = _converted(
         array, path, leaf, their_layers, library, allow_rounding
       )
       if fault:
-        faults[fault].append(f'{named[path]} {ours}'.rstrip())
+        wrong[fault].append(f'{named[path]} {ours}'.rstrip())
       else:
         converted[path] = jnp.asarray(ours, leaf.dtype)
   short = {name: name.removeprefix(prefix) for name in arrays}
   rules = dict.fromkeys(ignore, True)
   is_ignored = tree.match(rules, {*short.values(), *short}, False, 'name')
   used = set(named.values())
-  faults['left over'] = [
+  wrong['left over'] = [
     name
     for name in arrays
     if name not in used and not (is_ignored[name] or is_ignored[short[name]])
   ]
-  _check_faults(faults, library.separator)
+  faults.check(wrong, library.separator)
   return tree.map_with_path(lambda path, _: converted[path], like)
 
 
@@ -236,160 +235,6 @@ def _converted(
   return '', ours
 
 
-def _located(
-  arrays: Arrays,
-  expected: Mapping[str, str],
-  separator: str,
-  ignore: Sequence[str],
-) -> tuple[str, dict[str, str]]:
-  """Returns a prefix, and path -> name in the file, which begins with it.
-
-  The prefix is the one under which all names of the library are found. A file
-  of a bare body may also lack the first layer of all names, such as ``bert.``.
-  If no prefix has all names, it is the one that has most, for the error.
-
-  Raises:
-    ValueError: if all names are found under several prefixes, or if a rule of
-      ``ignore`` is no regular expression.
-  """
-  ignored = _ignored(ignore, arrays)
-  spare = [name for name in arrays if name not in ignored]
-  names = list(expected.values())
-  counts = _prefixes(spare, names, separator)
-  first_layers = {name.partition(separator)[0] for name in names}
-  if max(counts.values()) < len(names) and len(first_layers) == 1:
-    body = f'{first_layers.pop()}{separator}'
-    bare = [name.removeprefix(body) for name in names]
-    of_body = _prefixes(spare, bare, separator)
-    if max(of_body.values()) == len(names):
-      names, counts = bare, of_body
-  complete = [prefix for prefix, n in counts.items() if n == len(names)]
-  if names and len(complete) > 1:
-    spelled = ' and '.join(repr(prefix) for prefix in sorted(complete))
-    longest = re.escape(max(complete, key=len))
-    raise ValueError(
-      f'The network is in the file {len(complete)} times, under {spelled}. Use '
-      f'one of them and ignore the others, such as by '
-      f"ignore=(r'{longest}.*',)."
-    )
-  best = max(counts, key=counts.__getitem__)
-  paths = zip(expected, names, strict=True)
-  return best, {path: best + name for path, name in paths}
-
-
-def _prefixes(
-  arrays: Iterable[str], names: Iterable[str], separator: str
-) -> Counter[str]:
-  """Returns prefix -> how many of the names an array has behind it.
-
-  Examples:
-    >>> _prefixes(['ema.fc.bias', 'fc.bias', 'fc.weight'], ['fc.bias'], '.')
-    Counter({'': 1, 'ema.': 1})
-  """
-  names = set(names)
-  counts = Counter({'': 0})
-  for array in arrays:
-    starts = [0, *(m.end() for m in re.finditer(re.escape(separator), array))]
-    counts.update(array[:start] for start in starts if array[start:] in names)
-  return counts
-
-
-def _ignored(ignore: Sequence[str], names: Iterable[str]) -> set[str]:
-  """Returns the names that a rule matches.
-
-  Raises:
-    ValueError: if a rule is no regular expression.
-  """
-  matched = set()
-  for rule in ignore:
-    try:
-      pattern = re.compile(rule)
-    except re.error as error:
-      raise ValueError(
-        f'`ignore` {rule!r} is no regular expression: {error}.'
-      ) from None
-    matched |= {name for name in names if pattern.fullmatch(name)}
-  return matched
-
-
-def _check_faults(faults: Mapping[str, Sequence[str]], separator: str) -> None:
-  """Raises an error of one line that lists the faults, if there are any."""
-  found = {kind: entries for kind, entries in faults.items() if entries}
-  if not found:
-    return
-  listed = '. '.join(
-    f'{kind}: {_summary(entries, separator)}' for kind, entries in found.items()
-  )
-  remedies = [_REMEDIES[kind] for kind in found]
-  if any(map(_REPARAMETRIZED.search, faults['left over'])):
-    remedies.insert(0, _BAKE)
-  error = TypeError if faults['no floats'] else ValueError
-  raise error(
-    f'The weights do not fit the network. {listed}. '
-    f'{" ".join(dict.fromkeys(remedies))}'
-  )
-
-
-_CHECK = (
-  'Check the network and its arguments; `ignore` leaves names unused, `keep` '
-  'takes leaves from `like`.'
-)
-# Kind of fault -> what helps; in the order in which they are listed.
-_REMEDIES = {
-  'missing': _CHECK,
-  'left over': _CHECK,
-  'of another shape': _CHECK,
-  'transposed': 'Give a transposed array in the layout of its library.',
-  'no floats': _CHECK,
-  'not finite': _CHECK,
-  'rounded by the dtype': 'allow_rounding=True rounds to the nearest value.',
-  'beyond the dtype': 'Use a dtype that holds such large values.',
-}
-_REPARAMETRIZED = re.compile(r'parametrizations\.|_orig$|_mask$|weight_[guv]$')
-_BAKE = (
-  'Some names belong to a reparametrization: in PyTorch, remove it first, by '
-  'torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or '
-  'remove_spectral_norm.'
-)
-
-
-def _summary(entries: Sequence[str], separator: str) -> str:
-  """Returns entries in one line: all of a few, else the layers they are in.
-
-  Examples:
-    >>> _summary(['aux.bias', 'aux.weight'], '.')
-    'aux.bias, aux.weight'
-    >>> _summary([f'aux.{i}.bias' for i in range(90)], '.')
-    'aux.* (90, such as aux.0.bias)'
-  """
-  if len(entries) <= 8:
-    return ', '.join(entries)
-  first_layers: dict[str, list[str]] = {}
-  for entry in entries:
-    layer = entry.partition(separator)[0]
-    first_layers.setdefault(layer, []).append(entry)
-  if len(first_layers) > 8:
-    return f'{len(entries)} names, such as {", ".join(entries[:3])}'
-  return ', '.join(
-    f'{_shared(some, separator)}* ({len(some)}, such as {some[0]})'
-    if len(some) > 1
-    else some[0]
-    for some in first_layers.values()
-  )
-
-
-def _shared(names: Sequence[str], separator: str) -> str:
-  """Returns the layers that names have in common, with a separator behind.
-
-  Examples:
-    >>> _shared(['a.b.c1.x', 'a.b.c2.x'], '.')
-    'a.b.'
-  """
-  layers = zip(*(name.split(separator)[:-1] for name in names), strict=False)
-  common = itertools.takewhile(lambda at: len(set(at)) == 1, layers)
-  return ''.join(f'{at[0]}{separator}' for at in common)
-
-
 def _renamed(arrays: Arrays, rename: Callable[[str], str]) -> Arrays:
   """Returns the arrays under new names, of which no two may be the same."""
   old_names: dict[str, str] = {}
@@ -399,9 +244,9 @@ def _renamed(arrays: Arrays, rename: Callable[[str], str]) -> Arrays:
     if old_names.setdefault(new := rename(old), old) != old
   ]
   if pairs:
+    listed = faults.summary(pairs, '.')
     raise ValueError(
-      f'Two arrays are of one name in the network: {_summary(pairs, ".")}. '
-      f'Remove one of each.'
+      f'Two arrays are of one name in the network: {listed}. Remove one of each.'
     )
   return {new: arrays[old] for new, old in old_names.items()}
 
