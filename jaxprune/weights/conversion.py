@@ -246,7 +246,8 @@ def _renamed(arrays: Arrays, rename: Callable[[str], str]) -> Arrays:
   if pairs:
     listed = faults.summary(pairs, '.')
     raise ValueError(
-      f'Two arrays are of one name in the network: {listed}. Remove one of each.'
+      f'Two arrays are of one name in the network: {listed}. Remove one of '
+      f'each.'
     )
   return {new: arrays[old] for new, old in old_names.items()}
 
