@@ -124,6 +124,32 @@ def test_an_update_that_insists_on_float32_is_as_exact_as_its_momentum():
     np.testing.assert_allclose(whole['mean'], x.mean(0), rtol=bound)
 
 
+def test_an_update_without_a_form_in_64_bits_is_run_in_32():
+  """Such as a scan whose carry is of float32."""
+
+  def scanned(stats, x):
+    step = lambda total, row: (total + row, None)
+    total, _ = jax.lax.scan(step, jnp.zeros_like(stats['mean']), x)
+    return law(0.99)(stats, x) | {
+      'mean': 0.99 * stats['mean'] + 0.01 * total.astype(jnp.float32) / len(x)
+    }
+
+  def refuses(stats, x):
+    carry = jnp.zeros(3, jnp.float32)
+    step = lambda c, row: (c + row + 0 * stats['mean'], None)
+    total, _ = jax.lax.scan(step, carry, x)
+    return law(0.99)(stats, x) | {
+      'mean': 0.99 * stats['mean'] + 0.01 * total / len(x)
+    }
+
+  x = np.random.default_rng(1).normal(5, 2, (24, 3)).astype(np.float32)
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  for update in (scanned, refuses):
+    whole = recovery.batch_statistics(update, stats, [x])
+    np.testing.assert_allclose(whole['mean'], x.mean(0), rtol=5e-6)
+    np.testing.assert_allclose(whole['var'], x.var(0), rtol=5e-6)
+
+
 def test_flax_in_bfloat16_has_the_statistics_of_float32():
   """At the momentum 0.99, which bfloat16 holds as 0.98828: 15 % off."""
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), STATS)
