@@ -12,7 +12,14 @@ import pytest
 from marks import slow
 
 import jaxprune as jp
-from jaxprune import dynamic, masks, schedules, scores, transforms
+from jaxprune import (
+  dynamic,
+  masks,
+  schedules,
+  scores,
+  soft_training,
+  transforms,
+)
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'optax_wrappers.md'
 ROW = re.compile(r'^\| `(?P<chain>.+)` \| (?P<verdict>\w+) \|', re.MULTILINE)
@@ -168,3 +175,43 @@ def test_row(chain, verdict):
     assert not is_exact(pruned(average), chain)
     held = optax.tree.get(state, 'masks')
     assert is_exact(pruned(masks.apply(held, average)), chain)
+
+
+LINKS = {
+  'soft_shrinkage': lambda: transforms.soft_shrinkage(
+    scores.magnitude, 0.75, end=1
+  ),
+  'keep_sparse': lambda: jp.keep_sparse(
+    masks.top(scores.magnitude(network()), 0.75), packed=True
+  ),
+  'track_pdp': lambda: soft_training.track_pdp(
+    0.75, begin=0, ramp=lambda step: 1.0, end=2
+  ),
+  'set': lambda: dynamic.set_(optax.sgd(0.1), 0.75, jax.random.key(0), end=9),
+}
+
+
+@pytest.mark.parametrize('name', LINKS)
+def test_every_link_counts_what_came_back(name):
+  for behind, holds in ((optax.identity(), True), (optax.scale(0.5), False)):
+    _, state = train(optax.chain(LINKS[name](), behind), network())
+    assert (int(optax.tree.get(state, 'revived')) == 0) == holds
+
+
+def test_the_message_names_who_did_it_and_the_order_that_works():
+  def message(chain):
+    params = network()
+    if 'lookahead' in chain:
+      params = optax.LookaheadParams.init_synced(params)
+    params, state = train(make(chain), params)
+    with pytest.raises(ValueError, match='b/kernel') as error:
+      jp.check_sparse(getattr(params, 'slow', params), state)
+    return str(error.value)
+
+  text = message('chain(clip(1.0), prune, adam(0.01))')
+  assert 'a/kernel (48 of 48)' in text
+  assert text.endswith('chain(scale_by_adam(...), sparsify(...)).')
+  text = message('lookahead(chain(adam(0.01), prune), 2, 0.5)')
+  assert text.endswith('write chain(lookahead(...), sparsify(...)).')
+  with pytest.raises(ValueError, match='in this one no link prunes'):
+    jp.check_sparse(network(), optax.adam(0.1).init(network()))
