@@ -74,7 +74,7 @@ def rows():
   """Returns (chain, verdict) of each row; what holds in any case is slow."""
   text = PAGE.read_text()
   found = [(m['chain'], m['verdict']) for m in ROW.finditer(text)]
-  plain = re.compile(r'chain\((?!adam\().*, prune\)$')
+  plain = re.compile(r'chain\((?!adam\().*, prune\)$|.+\(move\(')
   wrappers = text.index('## Wrappers'), text.index('## Masks that move')
   return [
     slow(*row)
