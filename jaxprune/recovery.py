@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import checks, tree
 
 
 def batch_statistics(
@@ -218,8 +218,7 @@ def logit_distillation(
     0.1308
   """
   _check_shapes('logits', logits, teacher)
-  if not isinstance(temperature, jax.Array) and not temperature > 0:
-    raise ValueError(f'`temperature` must be above 0, got {temperature}.')
+  checks.real('temperature', temperature, above=0)
   target = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
   found = jax.nn.log_softmax(logits / temperature)
   divergence = jnp.sum(jnp.exp(target) * (target - found), axis=-1)
