@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.structure import absence, choices, rescale, twins
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices, rescale, twins
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
@@ -282,6 +282,11 @@ def _graphs(
     rescale.apply(how.find(programs[0], proven))
     for program in programs[1:]:
       rescale.apply(rescale.patterns(program, proven))
+  for program in programs:
+    for eqn, axis in absence.counted(program):
+      if how.reductions == 'protect':
+        ax.lock(axis, f'{eqn.why} {absence.WHY}')
+      eqn.reductions.append(axis)
   if how.reductions == 'protect':
     for atom, why in _reduced(programs).items():
       ax.lock(atom, f'{why[0]} reduces over it')
