@@ -220,8 +220,9 @@ def _scan(eqn: Equation, plain: bool) -> None:
     _unify_values(out, carry, eqn.why)
   eqn.programs = (body,)
   for k, (out, value) in enumerate(zip(eqn.outputs, body.outputs, strict=True)):
-    step = [ax.atom(out.shape[0], f'{eqn.why} steps along it')]
-    out.axes = [*([] if k < carries else step), *value.axes]
+    out.axes = list(value.axes)
+    if k >= carries:
+      out.axes.insert(0, ax.atom(out.shape[0], f'{eqn.why} steps along it'))
 
   def evaluate(run: Run, values: list[Any]) -> list[Any]:
     fixed = values[:consts]
