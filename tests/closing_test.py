@@ -195,15 +195,18 @@ def differ(graph, plan, outs, small):
   )
 
 
-# What normalises over its units, in the two semantics that offer them, and
-# what is tied otherwise; the rest are slow tests.
-QUICK = ('layer_norm', 'rms_norm', 'group_norm', 'softmax')
+# What reduces over its units, where they are offered; the rest are slow tests.
+QUICK = [
+  (name, s)
+  for name in ('layer_norm', 'rms_norm', 'group_norm', 'softmax')
+  for s in ('keep', 'rescale')
+]
+QUICK += [('norm_in_training', 'protect'), ('residual', 'keep')]
 CASES = [
-  (name, s) if name in QUICK and s != 'protect' else slow(name, s)
+  (name, s) if (name, s) in QUICK else slow(name, s)
   for name in NETS
   for s in SEMANTICS
 ]
-CASES += [('norm_in_training', 'protect'), ('residual', 'keep')]
 
 
 @pytest.mark.parametrize(('name', 'semantics'), CASES)

@@ -53,6 +53,27 @@ def convolution(w, x, n):
   )[0]  # fmt: skip
 
 
+def transposed(w, x, n):
+  """3 by ROWS taps, whatever lies between the rows; then every third row."""
+  kernel = w(3, x.shape[1], 4)
+  w.count(ROWS, 3, x.shape[1], 4)
+  return lax.conv_general_dilated(
+    x[None], kernel, (1,), [(2, 2)], lhs_dilation=(3,),
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+  )[0, ::3]  # fmt: skip
+
+
+def strided(w, x, n):
+  """And its derivative by the data: as many again, of 12 rows by 2."""
+  kernel = w(2, x.shape[1], 4)
+  w.count(2, ROWS, 2, x.shape[1], 4)
+  y = jnp.concatenate([x, jnp.sin(x)], 0)[None]
+  fn = lambda y: jnp.sum(jnp.tanh(lax.conv_general_dilated(
+    y, kernel, (2,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
+  )))  # fmt: skip
+  return jax.grad(fn)(y)[0, :ROWS]
+
+
 def shifted(x, taps):
   padded = jnp.pad(x, ((taps - 1, 0), (0, 0)))
   return [padded[i : i + ROWS] for i in range(taps)]
@@ -89,6 +110,20 @@ def looped_shifts(w, x, n):
   part = lambda i: lax.dynamic_slice_in_dim(padded, i, ROWS)
   add = lambda i, total: total + part(i) * kernel[i]
   return lax.fori_loop(0, 3, add, jnp.zeros_like(x))
+
+
+def scanned_shifts(w, x, n):
+  """The taps are what a scan steps along; a scale meets each product."""
+  kernel = w(3, x.shape[1]).astype(jnp.bfloat16).astype(jnp.float32)
+  w.count(ROWS, x.shape[1], 3)
+  padded = jnp.pad(x, ((2, 0), (0, 0)))
+
+  def add(total, tap):
+    i, k = tap
+    part = lax.dynamic_slice_in_dim(padded, i, ROWS)
+    return total + 0.5 * (part * k[None]), None
+
+  return lax.scan(add, jnp.zeros_like(x), (jnp.arange(3), kernel))[0]
 
 
 def written_out(w, x, n):
@@ -165,9 +200,9 @@ def scales(w, x, n):
 
 
 STEPS = (
-  dense, convolution, shifts, shifts_of_columns, stacked_shifts, looped_shifts,
-  written_out, experts, attention, scan, counter, doubling, nested, either,
-  again, scales,
+  dense, convolution, transposed, strided, shifts, shifts_of_columns,
+  stacked_shifts, looped_shifts, scanned_shifts, written_out, experts,
+  attention, scan, counter, doubling, nested, either, again, scales,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 
 from jaxprune import cost, joint, models, plans, proof, structure
 from jaxprune.cost import latency
@@ -52,12 +53,8 @@ def planned(name, seed=0):
   return graph, plan, again
 
 
-# Those with all that a plan can have say the most; the others are slow tests.
-QUICK = ('resized', 'all')
-EACH = [
-  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-  for name in FRAMES
-]
+# The one with all that a plan can have says the most; the others are slow.
+EACH = [name if name == 'all' else slow(name) for name in FRAMES]
 REPORTS = {
   'macs': cost.macs,
   'all macs': functools.partial(cost.macs, count=cost.COUNTS),

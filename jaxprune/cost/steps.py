@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxprune import tree
@@ -188,8 +189,8 @@ def _steps_of(
   return [1] * len(eqn.programs)
 
 
-def multiply_adds(eqn: Equation) -> list[Axis] | None:
-  """Returns the axes whose sizes multiply to an operation's multiply-adds.
+def multiply_adds(eqn: Equation) -> tuple[list[Axis], int] | None:
+  """Returns axes and a number that multiply to an operation's multiply-adds.
 
   None for one that is no product.
 
@@ -197,10 +198,40 @@ def multiply_adds(eqn: Equation) -> list[Axis] | None:
     eqn: an operation without bodies.
   """
   law = _PRODUCTS.get(eqn.primitive.name)
-  return law(eqn) if law is not None else eqn.products
+  if law is not None:
+    return law(eqn)
+  return None if eqn.products is None else (eqn.products, 1)
 
 
-def _ragged_dot(eqn: Equation) -> list[Axis]:
+def _convolution(eqn: Equation) -> tuple[list[Axis], int]:
+  """One for each entry of the window, where the data have no holes.
+
+  A transposed convolution, and the derivative of one with strides, spreads its
+  data: x 0 y 0 z at a step of 2. There every tap meets the entries alone, 3 by
+  3 taps for a kernel of 3, and not the 7 by 3 of the result.
+  """
+  params, axes = eqn.params, eqn.products or []
+  spread = params['lhs_dilation']
+  if all(step == 1 for step in spread):
+    return axes, 1
+  (data, kernel), (out,) = eqn.inputs, eqn.outputs
+  numbers, number = params['dimension_numbers'], 1
+  for k, step in enumerate(spread):
+    place, tap = numbers.out_spec[2 + k], numbers.rhs_spec[2 + k]
+    size = data.shape[numbers.lhs_spec[2 + k]]
+    if step > 1:
+      starts = np.arange(out.shape[place]) * params['window_strides'][k]
+      taps = np.arange(kernel.shape[tap]) * params['rhs_dilation'][k]
+      at = starts[:, None] + taps - params['padding'][k][0]
+      inside = (at >= 0) & (at <= step * (size - 1))
+      number *= int(np.sum(inside & (at % step == 0)))
+    else:
+      number *= out.shape[place] * kernel.shape[tap]
+  channels = [out.axes[k] for k in numbers.out_spec[:2]]
+  return [*channels, kernel.axes[numbers.rhs_spec[1]]], number
+
+
+def _ragged_dot(eqn: Equation) -> tuple[list[Axis], int]:
   """Every row meets the kernel of its own group alone.
 
   [12, 5] rows by [3, 5, 7] kernels: 12 x 7 x 5, however the rows are grouped.
@@ -214,10 +245,11 @@ def _ragged_dot(eqn: Equation) -> list[Axis]:
   axes = list(out.axes)
   if ragged in contracted[0]:
     axes = axes[1:]  # Without the axis of groups, which is the first.
-  return [*axes, *(data.axes[k] for k in contracted[0])]
+  return [*axes, *(data.axes[k] for k in contracted[0])], 1
 
 
 _PRODUCTS = {
+  'conv_general_dilated': _convolution,
   'ragged_dot': _ragged_dot,
   'ragged_dot_general': _ragged_dot,
 }

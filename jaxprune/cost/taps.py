@@ -89,13 +89,17 @@ class _Search:
       name, out = step.primitive.name, next(iter(step.outputs), None)
       if out is None:
         continue
-      if name == 'mul' and (product := self.product(step)):
+      product = self.product(step) if name == 'mul' else None
+      if product:
         self.products[out] = product
-        if product.is_piece:
-          terms[out] = frozenset([out])
+      if product and product.is_piece:
+        terms[out] = frozenset([out])
       elif name == 'reduce_sum':
         terms[out] = self.reduced(step, terms)
         largest.add(terms[out])
+      elif name in ('mul', 'div'):  # s (k[0] x[0] + k[1] x[1])
+        scaled = [terms.get(value, frozenset()) for value in step.inputs]
+        terms[out] = frozenset().union(*scaled)
       elif name in _SUMS:
         before = [terms.get(value, frozenset()) for value in step.inputs]
         terms[out] = frozenset().union(*before)

@@ -348,14 +348,15 @@ class _Prices:
         )
       each: dict[Term, int] = {(): step.told} if step.told else {}
     else:
-      axes = steps.multiply_adds(eqn)
-      if axes is None and eqn in self.written.products:
+      product = steps.multiply_adds(eqn)
+      axes, number = product or (None, 1)
+      if eqn in self.written.products:
         axes = eqn.outputs[0].axes
       if axes is None and eqn not in self.written.sums:
         axes = _counted(eqn, step.makers, self.count)
       if axes is None:
         return None
-      each = entries(axes, self.names)
+      each = polynomials.times(entries(axes, self.names), number)
     sources = {path for value in eqn.inputs for path in value.sources}
     switched = [name for name, own in self.layers.items() if sources & {*own}]
     term = tuple(sorted((*step.gate, *switched)))
