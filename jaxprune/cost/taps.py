@@ -24,7 +24,7 @@ _MOVES_NAMES = """
 """
 _MOVES = frozenset(_MOVES_NAMES.split())
 _TAKES = frozenset(['dynamic_slice', 'gather', 'slice', 'split', 'unstack'])
-_SUMS = frozenset(['add', 'add_any', 'sub'])
+_SUMS = frozenset(['add', 'add_any', 'scatter-add', 'sub'])
 _JOINS = {'concatenate': 'dimension', 'stack': 'axis'}
 
 

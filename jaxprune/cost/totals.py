@@ -72,7 +72,7 @@ def macs_polynomial(
     assume: what does not follow from the program: a regular expression over
       operations as errors name them ('while at net.py:12') -> the steps of a
       ``while`` whose counter does not run between constants, the branch of a
-      ``cond`` (else the one that costs most, where one does at all widths), or
+      ``cond`` (else the one that costs most, where one does at all widths), and
       the multiply-adds of one call of an operation of which nothing is known
       here (a Fourier transform, a solver, a kernel of Pallas).
 
@@ -147,13 +147,15 @@ def macs(
     graph: the graph; trace it with a batch of 1 for multiply-adds an example.
     plan: what is kept; None for the whole network.
     count: what else counts; see :func:`macs_polynomial`.
-    assume: what does not follow from the program; see there too.
+    assume: what does not follow from the program; see there too. Of a ``cond``
+      the branch that costs most at these widths, if it is not said.
 
   Raises:
     ValueError: as :func:`macs_polynomial`, or if the plan is of another graph.
   """
-  polynomial = macs_polynomial(at(graph, plan), count, assume=assume)
-  return evaluate(polynomial, variables(graph, plan))
+  values = variables(graph, plan)
+  priced = _products(at(graph, plan), count, None, assume, values)
+  return evaluate(polynomials.total(each for _, each in priced), values)
 
 
 def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
@@ -206,7 +208,7 @@ def layers(
   values, graph = variables(graph, plan), at(graph, plan)
   found: dict[str, list[int]] = {}
   row = lambda name: found.setdefault(name, [0, 0, 0, 0])
-  for name, polynomial in _products(graph, count, assume=assume):
+  for name, polynomial in _products(graph, count, None, assume, values):
     row(name)[0] += evaluate(polynomial, values)
   for path, polynomial in _leaves(graph).items():
     size = evaluate(polynomial, values)
@@ -298,8 +300,12 @@ def _products(
   count: Collection[Count] = (),
   layers: Layers | None = None,
   assume: Assume | None = None,
+  values: Mapping[str, int] | None = None,
 ) -> list[Priced]:
-  """The multiply-adds of each operation that has some, by layer."""
+  """The multiply-adds of each operation that has some, by layer.
+
+  Of branches those of the largest: at the values of the variables, or at any.
+  """
   given = [count] if isinstance(count, str) else count
   unknown = [repr(what) for what in given if what not in COUNTS]
   if unknown or isinstance(count, str):
@@ -307,15 +313,22 @@ def _products(
       f'`count` takes any of {COUNTS}, in a tuple, got '
       f'{", ".join(unknown) or repr(count)}.'
     )
-  prices = _Prices(graph, count, layers or {})
+  prices = _Prices(graph, count, layers or {}, values)
   return prices.of(steps.walk(graph, assume))
 
 
 class _Prices:
   """The multiply-adds of operations, as polynomials."""
 
-  def __init__(self, graph: Graph, count: Collection[Count], layers: Layers):
+  def __init__(
+    self,
+    graph: Graph,
+    count: Collection[Count],
+    layers: Layers,
+    values: Mapping[str, int] | None,
+  ):
     self.graph = graph
+    self.values = values
     self.count = count
     self.layers = layers
     self.names = _names(graph)
@@ -363,7 +376,7 @@ class _Prices:
     return polynomials.times(each, {term: step.runs})
 
   def largest(self, branches: Branches) -> list[Priced]:
-    """Those of the branch that costs most, whatever the widths."""
+    """Those of the branch that costs most."""
     bodies = [self.of(body) for body in branches.bodies]
     if branches.told is not None:
       if branches.told >= len(bodies):
@@ -373,6 +386,9 @@ class _Prices:
         )
       return bodies[branches.told]
     totals = [polynomials.total(p for _, p in body) for body in bodies]
+    if self.values is not None:
+      costs = [evaluate(polynomial, self.values) for polynomial in totals]
+      return bodies[costs.index(max(costs))]
     for body, most in zip(bodies, totals, strict=True):
       if all(
         most.get(term, 0) >= n for other in totals for term, n in other.items()
@@ -380,7 +396,7 @@ class _Prices:
         return body
     raise ValueError(
       f'{branches.place} has branches of which none costs most at all widths, '
-      f'so that its multiply-adds cannot be counted: say which one runs, as in '
+      f'so that its multiply-adds are no polynomial: say which one runs, as in '
       f"`assume={{'cond at .*': 0}}`."
     )
 
