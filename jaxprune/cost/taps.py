@@ -195,10 +195,12 @@ class _Search:
     for products in by_origin.values():
       if len(products) < 2:
         continue
-      made_of = [
-        self.flow.descendants(p.eqn.outputs, self.carries) for p in products
-      ]
-      pairs = itertools.combinations(zip(products, made_of, strict=True), 2)
-      for (one, of_one), (other, of_other) in pairs:
+      reach = lambda outs: self.flow.descendants(outs, self.carries)
+      made_of_any = reach([p.eqn.outputs[0] for p in products])
+      if not any(p.data in made_of_any for p in products):
+        self.added |= {p.eqn for p in products}
+        continue
+      each = [(p, reach(p.eqn.outputs)) for p in products]
+      for (one, of_one), (other, of_other) in itertools.combinations(each, 2):
         if one.data not in of_other and other.data not in of_one:
           self.added |= {one.eqn, other.eqn}
