@@ -123,6 +123,14 @@ def residual(p, x):
   return x @ p['head']
 
 
+@net(TOKENS, w=normal(4, 6), u=normal(6, 6), b=normal(6, 2))
+def recurrent(p, x):
+  """What the state adds is a block: without it the first state is not read."""
+  step = lambda h, x: (jnp.tanh(x @ p['w'] + h @ p['u']), None)
+  h, _ = lax.scan(step, jnp.zeros((2, 6)), x.swapaxes(0, 1))
+  return h @ p['b']
+
+
 @net(ROWS, a=normal(3, 6), b=normal(3, 4), c=normal(10, 2))
 def mean_over_units(p, x):
   """What sums over units without a kernel: no gate has a place behind it."""
@@ -202,6 +210,7 @@ QUICK = [
   for s in ('keep', 'rescale')
 ]
 QUICK += [('norm_in_training', 'protect'), ('residual', 'keep')]
+QUICK += [('recurrent', 'protect')]
 CASES = [
   (name, s) if (name, s) in QUICK else slow(name, s)
   for name in NETS

@@ -121,6 +121,33 @@ def test_a_difference_of_plans_names_all_that_differs():
   assert str(plans.diff(graph, plan, plan)) == 'no difference'
 
 
+def test_two_plans_as_one_cost_what_the_second_does():
+  graph, first, small = planned('all')
+  second = plans.from_widths(small, dict.fromkeys(small.groups, 1))
+  both = plans.compose(graph, first, small, second)
+  for name, report in REPORTS.items():
+    assert report(graph, both) == report(small, second), name
+  assert (both.dropped, both.resized) == (first.dropped, first.resized)
+
+
+def test_a_block_of_a_loop_costs_nothing_once_it_is_dropped():
+  """h = tanh(w x + u h) over 7 steps; u h goes, and u with it."""
+
+  def fn(p, x):
+    step = lambda h, x: (jnp.tanh(x @ p['w'] + h @ p['u']), None)
+    return jax.lax.scan(step, jnp.zeros((2, 6)), x)[0] @ p['b']
+
+  shapes = {'w': (4, 6), 'u': (6, 6), 'b': (6, 2)}
+  params = {name: SPEC(shape, jnp.float32) for name, shape in shapes.items()}
+  graph = structure.trace(fn, params, SPEC((7, 2, 4), jnp.float32))
+  plan = plans.from_widths(graph, {'w': 3}, dropped=['+u'])
+  assert cost.macs(graph) == 7 * 2 * (24 + 36) + 2 * 12
+  assert cost.macs(graph, plan) == 7 * 2 * 12 + 2 * 6
+  small = jax.eval_shape(lambda p: plans.shrink(graph, plan, p), params)
+  again = structure.trace(plans.specialise(graph, plan), small, *graph.args)
+  assert cost.macs(again) == cost.macs(graph, plan)
+
+
 def test_the_cost_of_a_vector_is_that_of_its_plan():
   """A space with cuts: depths, sides and widths in one vector."""
   _, graph = network()
