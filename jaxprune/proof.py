@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import plans, tree
+from jaxprune.structure.gating import scale
 from jaxprune.structure.graph import Graph, leaves_like, runner
 
 
@@ -35,6 +36,8 @@ class Proof(NamedTuple):
     mutation: error after one deliberately wrong index, or (of a plan that only
       drops blocks) with the blocks left in; above the tolerance.
     removed: units that the plan removes, those of dropped blocks too.
+    closed: max |shrunk - f(params)| of params in which all that the plan
+      removes is closed already, by gates of 0 or by masks; None for others.
   """
 
   values: float
@@ -43,6 +46,7 @@ class Proof(NamedTuple):
   sensitivity: float
   mutation: float
   removed: int
+  closed: float | None = None
 
 
 def check(
@@ -62,6 +66,12 @@ def check(
   output must depend on the input, and one deliberately wrong index, or a
   dropped block that stays, must show.
 
+  Params that were trained with gates or masks may have all that the plan
+  removes closed already: zero, or read by kernels through rows of zeros. Then
+  what was trained is the user's own function of these very params, and the
+  smaller one must compute that too. Behind a norm over the units it does not,
+  for its statistics count a closed unit.
+
   Args:
     graph: the graph.
     plan: a plan of it that removes something.
@@ -77,7 +87,8 @@ def check(
     The :class:`Proof`.
 
   Raises:
-    CheckError: if an error is above the tolerance, or if a control fails. Of a
+    CheckError: if an error is above the tolerance, if params with closed units
+      are another network than the smaller one, or if a control fails. Of a
       difference from the masked function the first operation that differs is
       named, or the first whose derivative does on the way back; where each of
       them agrees, and of one from the user's own function, the leaf.
@@ -134,6 +145,16 @@ def check(
         f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative)'
         f'{where}.'
       )
+  closed = None
+  if _are_closed(graph, plan, params):
+    closed = _error(small_outs, cut(jax.jit(graph.fn)(params, *args)))
+    if not closed <= tolerance:
+      raise CheckError(
+        f'The smaller function differs from the original one on these params, '
+        f'in which all that the plan removes is closed already: values by '
+        f'{closed:.1e} (relative). {_counting(graph, plan)} Close units by the '
+        f"masks of plans.supernet, or trace with reductions='protect'."
+      )
   moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))
   sensitivity = _error(other, small_outs)
@@ -146,7 +167,8 @@ def check(
   mutation = 0.0
   if plan.dropped:
     opened = plans.masked(graph, dataclasses.replace(plan, dropped=()))
-    outs = cut(jax.jit(opened)(params, *args))
+    lively = params if closed is None else _reopened(graph, plan, params)
+    outs = cut(jax.jit(opened)(lively, *args))
     mutation = _error(small_outs, outs)
     if not mutation > 10 * tolerance:
       raise CheckError(
@@ -172,7 +194,49 @@ def check(
     sensitivity,
     mutation,
     removed,
+    closed,
   )
+
+
+def _are_closed(graph: Graph, plan: plans.Plan, params: tree.PyTree) -> bool:
+  """Whether all that a plan removes is zero, or is read through zeros."""
+  hidden = _apply(plans.leaf_masks(graph, plan), params)
+  if _same(hidden, params):
+    return True
+  if any(name in graph.unread for name, _ in plan.kept) or any(
+    graph.blocks[name].unclosed for name in plan.dropped
+  ):
+    return False
+  units = {name: np.zeros(graph.groups[name].size) for name, _ in plan.kept}
+  for name, index in plan.kept:
+    units[name][list(index)] = 1
+  blocks = dict.fromkeys(plan.dropped, 0.0)
+  # What is closed does not change when it is closed once more.
+  return _same(scale(graph, params, units, blocks, closable=False), params)
+
+
+def _reopened(
+  graph: Graph, plan: plans.Plan, params: tree.PyTree
+) -> tree.PyTree:
+  """Params with noise in the leaves of dropped blocks, which were closed."""
+  gone = plans.vanished(graph, plan.dropped)
+  return tree.map_with_path(lambda p, x: _moved(x) if p in gone else x, params)
+
+
+def _same(a: Any, b: Any) -> bool:
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(x is y or np.array_equal(x, y) for x, y in pairs)
+
+
+def _counting(graph: Graph, plan: plans.Plan) -> str:
+  """Says what counts the units or blocks that params close, as a sentence."""
+  for name, _ in plan.kept:
+    if graph.groups[name].reduced:
+      return f'Of group {name!r}, {graph.groups[name].reduced[0]} counts them.'
+  for name in plan.dropped:
+    if graph.blocks[name].unclosed:
+      return f'Block {name!r} stays open: {graph.blocks[name].unclosed}.'
+  return 'What computes with zeros is not what computes without them.'
 
 
 def _moved(x: Any) -> Any:
