@@ -227,7 +227,9 @@ def deep(params, x):
 def deep_case(dtype):
   """Params of a dtype, data of float32 or finer, a graph and half a plan."""
   shapes = {'a': (6, 32), 'b': (32, 32), 'c': (32, 24), 'd': (24, 5)}
-  params = {name: normal(*shape).astype(dtype) for name, shape in shapes.items()}
+  params = {
+    name: normal(*shape).astype(dtype) for name, shape in shapes.items()
+  }
   x = jax.random.normal(jax.random.key(1), (16, 6))
   x = x.astype(jnp.promote_types(dtype, jnp.float32))
   graph = structure.trace(deep, params, x)
