@@ -65,14 +65,15 @@ def init(
     A :class:`jaxprune.soft.PDPState` of groups, with ramp 0.
 
   Raises:
-    ValueError: as :func:`jaxprune.soft.pdp_init`.
+    ValueError: as :func:`jaxprune.soft.pdp_init`, or as ``channels.scale``
+      does of a group that may close and that it cannot close.
 
   Examples:
     >>> params = {'kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
     >>> init(params, kernel_channels(params), 0.5).pruned
     {'kernel': Array(1, dtype=uint32)}
   """
-  return soft.pdp_init(
+  state = soft.pdp_init(
     channels.reduce(params),
     sparsity,
     pruned=pruned,
@@ -80,6 +81,12 @@ def init(
     tau=tau,
     c=c,
   )
+  # What cannot be closed is named now, not where training first closes it.
+  closing = lambda p: channels.scale(
+    p, _present(soft.mask(channels.reduce(p), state))
+  )
+  jax.eval_shape(closing, params)
+  return state
 
 
 def pdp(

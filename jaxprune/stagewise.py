@@ -382,17 +382,28 @@ def knapsack(
   return min(points, key=lambda pair: (pair[1], pair[0]))[2]
 
 
-def macs(graph: Graph, widths: Mapping[str, Any]) -> np.ndarray:
+def macs(
+  graph: Graph,
+  widths: Mapping[str, Any],
+  *,
+  assume: Mapping[str, int] | None = None,
+) -> np.ndarray:
   """Returns the exact multiply-adds of candidates of a stage: int64[n].
 
   Args:
     graph: of the stage.
     widths: group -> int[n].
+    assume: as :func:`jaxprune.cost.macs`.
+
+  Raises:
+    ValueError: as :func:`jaxprune.cost.macs`.
   """
   whole = cost.variables(graph)
   arrays = {name: np.asarray(w, np.int64) for name, w in widths.items()}
   return np.asarray(
-    cost.evaluate(cost.macs_polynomial(graph), {**whole, **arrays})
+    cost.evaluate(
+      cost.macs_polynomial(graph, assume=assume), {**whole, **arrays}
+    )
   )
 
 

@@ -213,3 +213,53 @@ def test_a_check_catches_a_derivative_that_is_lost(monkeypatch):
   message = "the original one on masked params: .*most at the gradient of 'a'"
   with pytest.raises(CheckError, match=message):
     proved()
+
+
+def deep(params, x):
+  """Four layers and a norm over the batch, in the dtype of the params."""
+  h = x.astype(params['a'].dtype)
+  for name in 'abc':
+    h = jax.nn.gelu(h @ params[name])
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, 0, keepdims=True) + 1e-2)
+  return (h @ params['d']).astype(x.dtype)
+
+
+def deep_case(dtype):
+  """Params of a dtype, data of float32 or finer, a graph and half a plan."""
+  shapes = {'a': (6, 32), 'b': (32, 32), 'c': (32, 24), 'd': (24, 5)}
+  params = {
+    name: normal(*shape).astype(dtype) for name, shape in shapes.items()
+  }
+  x = jax.random.normal(jax.random.key(1), (16, 6))
+  x = x.astype(jnp.promote_types(dtype, jnp.float32))
+  graph = structure.trace(deep, params, x)
+  half = {n: np.arange(0, g.size, 2) for n, g in graph.groups.items()}
+  return params, x, graph, plans.from_kept(graph, half)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'float64'])
+def test_the_default_tolerance_is_that_of_the_dtype(dtype):
+  with jax.enable_x64(dtype == 'float64'):
+    params, x, graph, plan = deep_case(dtype)
+    proof = check(graph, plan, params, x)
+    assert proof.mutation > 10 * proof.values
+    # The controls do not move with the tolerance.
+    for tolerance in (0.05, 0.5):
+      loose = check(graph, plan, params, x, tolerance=tolerance)
+      assert loose.mutation == proof.mutation
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('tolerance', [None, 0.9])
+def test_a_wrong_cut_is_refused_in_every_dtype(dtype, tolerance, monkeypatch):
+  params, x, graph, plan = deep_case(dtype)
+  right = plans.shrink
+
+  def wrong(graph, plan, tree):
+    small = right(graph, plan, tree)
+    shifted = {'b': jnp.roll(small['b'], 1, 0)}
+    return {**small, **shifted} if tree is params else small
+
+  monkeypatch.setattr(plans, 'shrink', wrong)
+  with pytest.raises(CheckError):
+    check(graph, plan, params, x, tolerance=tolerance)

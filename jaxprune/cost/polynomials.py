@@ -220,6 +220,14 @@ def add(total: dict[Term, int], other: Polynomial, sign: int = 1) -> None:
       total.pop(term, None)
 
 
+def total(many: Iterable[Polynomial]) -> dict[Term, int]:
+  """Returns the sum of polynomials."""
+  summed: dict[Term, int] = {}
+  for polynomial in many:
+    add(summed, polynomial)
+  return summed
+
+
 def undominated(many: Iterable[Polynomial]) -> tuple[Polynomial, ...]:
   """Returns those that can be the largest of all for some widths.
 

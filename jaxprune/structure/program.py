@@ -220,8 +220,9 @@ def _scan(eqn: Equation, plain: bool) -> None:
     _unify_values(out, carry, eqn.why)
   eqn.programs = (body,)
   for k, (out, value) in enumerate(zip(eqn.outputs, body.outputs, strict=True)):
-    step = [ax.atom(out.shape[0], f'{eqn.why} steps along it')]
-    out.axes = [*([] if k < carries else step), *value.axes]
+    out.axes = list(value.axes)
+    if k >= carries:
+      out.axes.insert(0, ax.atom(out.shape[0], f'{eqn.why} steps along it'))
 
   def evaluate(run: Run, values: list[Any]) -> list[Any]:
     fixed = values[:consts]
@@ -229,14 +230,14 @@ def _scan(eqn: Equation, plain: bool) -> None:
     def step(carry: Any, xs: Any) -> tuple[Any, Any]:
       outs = run(body, [*fixed, *carry, *xs])
       carry = [
-        lax.convert_element_type(out, c.dtype)
+        c if out is None else lax.convert_element_type(out, c.dtype)
         for out, c in zip(outs[:carries], carry, strict=True)
       ]
       return tuple(carry), tuple(outs[carries:])
 
     carry, outs = lax.scan(
       step,
-      tuple(jnp.asarray(v) for v in values[consts:split]),
+      _begin(run, values[consts:split], eqn.outputs[:carries]),
       tuple(values[split:]),
       length=params['length'],
       reverse=params['reverse'],
@@ -245,6 +246,20 @@ def _scan(eqn: Equation, plain: bool) -> None:
     return [*carry, *outs]
 
   eqn.evaluate = evaluate
+
+
+def _begin(
+  run: Run, values: Sequence[Any], carried: Sequence[Value]
+) -> tuple[Any, ...]:
+  """What a loop carries at first; zeros where a dropped block alone read it.
+
+  Of h = tanh(w x + u h) without u h the last step is all that is needed.
+  """
+  shape = lambda v: v.shape if run.masked else tuple(map(run.size, v.axes))
+  return tuple(
+    jnp.zeros(shape(like), like.dtype) if value is None else jnp.asarray(value)
+    for value, like in zip(values, carried, strict=True)
+  )
 
 
 def _while(eqn: Equation, plain: bool) -> None:
@@ -268,11 +283,15 @@ def _while(eqn: Equation, plain: bool) -> None:
 
   def evaluate(run: Run, values: list[Any]) -> list[Any]:
     fixed, inner = values[:n_cond], values[n_cond : n_cond + n_body]
-    init = tuple(jnp.asarray(v) for v in values[n_cond + n_body :])
+
+    def step(state: Any) -> Any:
+      outs = zip(run(body, [*inner, *state]), state, strict=True)
+      return tuple(old if out is None else out for out, old in outs)
+
     out = lax.while_loop(
       lambda state: run(cond, [*fixed, *state])[0],
-      lambda state: tuple(run(body, [*inner, *state])),
-      init,
+      step,
+      _begin(run, values[n_cond + n_body :], eqn.outputs),
     )
     return list(out)
 
