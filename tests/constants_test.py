@@ -14,7 +14,10 @@ from jax import lax
 
 from jaxprune import cost, plans, structure
 from jaxprune.proof import check
-from jaxprune.structure import constants
+from jaxprune.structure import axes as ax
+from jaxprune.structure import constants, rules
+from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.run import Run
 
 TOKENS, WIDTH, HEADS, DIM = 5, 6, 4, 8
 
@@ -473,6 +476,73 @@ def test_the_groups_along_which_entries_move(name):
 def test_what_moves_along_a_group_has_the_masked_gradients(name):
   width, along, _ = ALONG[name]
   proved(functools.partial(mlp, along), along_params(along, width), ROWS)
+
+
+def typed(primitive, shapes, outs, **params):
+  """An equation by its rule, of inputs whose axes nothing has tied."""
+  inputs, outputs = (
+    [Value(s, np.dtype('float32'), [ax.atom(n) for n in s]) for s in many]
+    for many in (shapes, outs)
+  )
+  eqn = Equation(primitive, params, inputs, outputs, 'here')
+  rules.infer(eqn)
+  return eqn
+
+
+def random_run(axis, seed):
+  """A run of what a random half of the atoms of an axis leaves."""
+  rng = np.random.default_rng(seed)
+  return Run(
+    {
+      atom: rng.permutation(atom.size)[: rng.integers(1, atom.size + 1)]
+      for atom in dict.fromkeys(ax.atoms(axis))
+      if not atom.locked
+    }
+  )
+
+
+STRIDES = [
+  (n, start, limit, stride)
+  for n in range(2, 10)
+  for stride in (2, 3, 4)
+  for start in range(n)
+  for limit in range(start + 1, n + 1)
+]
+
+
+def test_every_stride_of_a_short_axis_takes_what_is_left():
+  for seed, (n, start, limit, stride) in enumerate(STRIDES):
+    taken = np.arange(n)[start:limit:stride]
+    eqn = typed(
+      lax.slice_p,
+      [(n,)],
+      [taken.shape],
+      start_indices=(start,),
+      limit_indices=(limit,),
+      strides=(stride,),
+    )
+    (x,), (out,) = eqn.inputs, eqn.outputs
+    run = random_run(x.axes[0], seed)
+    left, expected = run.take(np.arange(n), x.axes), run.take(taken, out.axes)
+    sizes = eqn.resize(run.size)
+    (first,), (last,) = sizes['start_indices'], sizes['limit_indices']
+    np.testing.assert_array_equal(left[first:last:stride], expected)
+
+
+def test_every_gap_of_a_short_axis_is_left_between_what_is_left():
+  for seed, (n, low, high, stride) in enumerate(STRIDES):
+    last = low + stride * (n - 1)
+    full = np.full(last + 1 + high, -1)
+    full[low : last + 1 : stride] = np.arange(n)
+    config = ((low, high, stride - 1),)
+    eqn = typed(lax.pad_p, [(n,), ()], [full.shape], padding_config=config)
+    (x, _), (out,) = eqn.inputs, eqn.outputs
+    run = random_run(out.axes[0], seed)
+    ((low, high, inner),) = eqn.resize(run.size)['padding_config']
+    left = run.take(np.arange(n), x.axes)
+    ours = np.full(low + (inner + 1) * (len(left) - 1) + 1 + high, -1)
+    ours[low : len(ours) - high : inner + 1] = left
+    np.testing.assert_array_equal(ours, run.take(full, out.axes))
 
 
 def test_a_step_of_training_moves_entries_back():
