@@ -270,12 +270,12 @@ def _counting(graph: Graph, plan: plans.Plan) -> str:
 
 
 def _moved(x: Any) -> Any:
-  """Another input: floats and noise, integers (tokens) in reverse order.
+  """Another input: numbers and noise, integers (tokens) in reverse order.
 
   A constant would not do: a norm of the first layer takes it away.
   """
   dtype = jnp.asarray(x).dtype
-  if jnp.issubdtype(dtype, jnp.floating):
+  if jnp.issubdtype(dtype, jnp.inexact):
     return x + jax.random.normal(jax.random.key(1), np.shape(x), dtype)
   if jnp.issubdtype(dtype, jnp.integer) and np.ndim(x):
     return jnp.flip(x, -1)
@@ -288,7 +288,11 @@ def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """fn with the gradient of <cotangents, outputs> by its float params."""
+  """fn with the gradient of <cotangents, outputs> by its float params.
+
+  Of complex numbers it is that of the real part of the sum, which sees both
+  parts of each.
+  """
 
   def call(params: Any, cotangents: Any, *args: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
@@ -302,11 +306,11 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
         full[k] = x
       outs = fn(jax.tree.unflatten(structure, full), *args)
       dots = [
-        jnp.vdot(c, out)
+        jnp.real(jnp.vdot(c, out))
         for c, out in zip(
           jax.tree.leaves(cotangents), jax.tree.leaves(outs), strict=True
         )
-        if jnp.issubdtype(out.dtype, jnp.floating)
+        if jnp.issubdtype(out.dtype, jnp.inexact)
       ]
       return sum(dots), outs
 
@@ -322,8 +326,13 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cotangents(key: jax.Array, specs: Any) -> Any:
   leaves, structure = jax.tree.flatten(specs)
+  is_complex = lambda spec: jnp.issubdtype(spec.dtype, jnp.complexfloating)
   draws = [
-    jax.random.normal(jax.random.fold_in(key, k), spec.shape, jnp.float32)
+    jax.random.normal(
+      jax.random.fold_in(key, k),
+      spec.shape,
+      jnp.complex64 if is_complex(spec) else jnp.float32,
+    )
     for k, spec in enumerate(leaves)
   ]
   return jax.tree.unflatten(structure, draws)
@@ -342,7 +351,7 @@ def _error(a: Any, b: Any, share: float = 0.0) -> float:
 def _errors(a: Any, b: Any, share: float) -> list[float]:
   """:func:`_error` of each leaf; infinite where one is not finite."""
   pairs = [
-    (np.asarray(x, np.float64), np.asarray(y, np.float64))
+    (_exact(x), _exact(y))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   ]
   sizes = [_size(y) for _, y in pairs]
@@ -353,6 +362,12 @@ def _errors(a: Any, b: Any, share: float) -> list[float]:
     else float('inf')
     for (x, y), size in zip(pairs, sizes, strict=True)
   ]
+
+
+def _exact(x: Any) -> np.ndarray:
+  """Numbers in double precision, both parts of complex ones."""
+  is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+  return np.asarray(x, np.complex128 if is_complex else np.float64)
 
 
 def _size(x: Any) -> float:
@@ -500,7 +515,7 @@ def _slopes(
 ) -> dict[Any, Any]:
   """The gradient of <cotangents, outputs> by each float value, in order."""
   values = [*program.inputs, *(out for eqn in live for out in eqn.outputs)]
-  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.floating)
+  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.inexact)
   zeros = {
     value: jnp.zeros_like(known[value])
     for value in values
@@ -518,7 +533,7 @@ def _slopes(
         for value, x in zip(eqn.outputs, outs, strict=True)
       )
     return sum(
-      jnp.vdot(run.take(c, value.axes), run.read(env, value))
+      jnp.real(jnp.vdot(run.take(c, value.axes), run.read(env, value)))
       for c, value in zip(cotangents, program.outputs, strict=True)
       if is_float(value) and c is not None
     )
