@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import soft, tree
+from jaxprune import floats, soft, tree
 
 Groups = Mapping[str, Any]  # Name of a group -> array of its size.
 
@@ -65,14 +65,15 @@ def init(
     A :class:`jaxprune.soft.PDPState` of groups, with ramp 0.
 
   Raises:
-    ValueError: as :func:`jaxprune.soft.pdp_init`.
+    ValueError: as :func:`jaxprune.soft.pdp_init`, or as ``channels.scale``
+      does of a group that may close and that it cannot close.
 
   Examples:
     >>> params = {'kernel': jnp.array([[3.0, 0.0], [4.0, 2.0]])}
     >>> init(params, kernel_channels(params), 0.5).pruned
     {'kernel': Array(1, dtype=uint32)}
   """
-  return soft.pdp_init(
+  state = soft.pdp_init(
     channels.reduce(params),
     sparsity,
     pruned=pruned,
@@ -80,6 +81,12 @@ def init(
     tau=tau,
     c=c,
   )
+  # What cannot be closed is named now, not where training first closes it.
+  closing = lambda p: channels.scale(
+    p, _present(soft.mask(channels.reduce(p), state))
+  )
+  jax.eval_shape(closing, params)
+  return state
 
 
 def pdp(
@@ -253,9 +260,13 @@ def kernel_channels(
 
 
 def _norm(w: jax.Array, axis: int) -> jax.Array:
-  total = jnp.sum(jnp.square(w.astype(jnp.float32)), _others(w, axis))
+  # Squares must not leave the range that the norms themselves are in.
+  (_, exponent), *_ = floats.split(jax.lax.stop_gradient(w))
+  scale = floats.power(jnp.clip(exponent, -120, 120), jnp.float32)
+  total = jnp.sum(jnp.square(w.astype(jnp.float32) / scale), _others(w, axis))
   # The gradient of a filter of zeros is zero, not 0 / 0.
-  return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
+  root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
+  return scale * root
 
 
 def _others(w: Any, axis: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import cost, placement, plans, recovery, tree
+from jaxprune import checks, cost, placement, plans, recovery, tree
 from jaxprune.structure import Graph, trace
 from jaxprune.structure.stages import Stage
 
@@ -94,6 +94,9 @@ def choices(
     >>> choices(graph, [0.25, 0.5])
     {'a': array([2, 4, 8])}
   """
+  checks.whole('round_to', round_to, 1)
+  for fraction in fractions:
+    checks.real('fractions', fraction)
   wrong = [f for f in fractions if not 0 < f <= 1]
   if wrong:
     raise ValueError(f'Fractions must be in (0, 1], got {wrong}.')
@@ -379,17 +382,28 @@ def knapsack(
   return min(points, key=lambda pair: (pair[1], pair[0]))[2]
 
 
-def macs(graph: Graph, widths: Mapping[str, Any]) -> np.ndarray:
+def macs(
+  graph: Graph,
+  widths: Mapping[str, Any],
+  *,
+  assume: Mapping[str, int] | None = None,
+) -> np.ndarray:
   """Returns the exact multiply-adds of candidates of a stage: int64[n].
 
   Args:
     graph: of the stage.
     widths: group -> int[n].
+    assume: as :func:`jaxprune.cost.macs`.
+
+  Raises:
+    ValueError: as :func:`jaxprune.cost.macs`.
   """
   whole = cost.variables(graph)
   arrays = {name: np.asarray(w, np.int64) for name, w in widths.items()}
   return np.asarray(
-    cost.evaluate(cost.macs_polynomial(graph), {**whole, **arrays})
+    cost.evaluate(
+      cost.macs_polynomial(graph, assume=assume), {**whole, **arrays}
+    )
   )
 
 

@@ -118,8 +118,8 @@ def test_a_check_says_cause_and_remedy_where_a_trait_is_wrong(monkeypatch):
   plan = jp.plans.from_kept(graph, {'a': [0, 2, 3, 5]})
   with pytest.raises(jp.proof.CheckError) as error:
     jp.check(graph, plan, PARAMS, X)
-  assert 'an operation counts units whose params are zero' in str(error.value)
-  assert 'protect their groups by rules=' in str(error.value)
+  assert 'computes with what an absent unit leaves' in str(error.value)
+  assert 'rules={name: Choice(protect=True)}' in str(error.value)
   whole = {'a': structure.Choice(protect=True)}
   assert structure.trace(net, PARAMS, X, rules=whole).groups == {}
   monkeypatch.undo()

@@ -174,7 +174,8 @@ def test_scaled_readers_are_a_gate_on_the_activation(name, train):
 
   def loss(p, gates, is_scaled):
     if is_scaled:
-      return jnp.vdot(weights, plain(structure.scale(graph, p, gates), x))
+      scaled = structure.scale(graph, p, gates, closable=False)
+      return jnp.vdot(weights, plain(scaled, x))
     gate = lambda name, x: x * gates[name][(None,) * (x.ndim - 1)]
     return jnp.vdot(weights, fn(p, x, gate, train))
 

@@ -16,6 +16,7 @@ from jaxprune.cost.latency import measure as measure
 from jaxprune.cost.latency import predict as predict
 from jaxprune.cost.polynomials import Polynomial as Polynomial
 from jaxprune.cost.polynomials import evaluate as evaluate
+from jaxprune.cost.steps import Assume as Assume
 from jaxprune.cost.totals import COUNTS as COUNTS
 from jaxprune.cost.totals import Layer as Layer
 from jaxprune.cost.totals import activation_bytes as activation_bytes

@@ -1,14 +1,16 @@
 """Budgets: the best units within bounds on what a network costs."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import checks, counts, plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
+from jaxprune.cost.steps import Assume
 from jaxprune.structure.graph import Graph
 
 TOLERANCE = 1e-3  # Of a bound: what may be left of it unused.
@@ -68,9 +70,11 @@ def budget(
     raise ValueError(
       'A budget needs a bound: `macs`, `parameters`, `bytes` or `ms`.'
     )
-  if ms is not None and not ms > 0:
-    raise ValueError(f'`ms` must be above 0, got {ms}.')
+  if ms is not None:
+    checks.real('ms', ms, above=0)
   for name, bound in found._replace(ms=None)._asdict().items():
+    if bound is not None:
+      checks.real(name, bound)
     if isinstance(bound, float) and not 0 < bound <= 1:
       raise ValueError(
         f'`{name}` as a fraction must lie in (0, 1], got {bound}; an absolute '
@@ -93,6 +97,7 @@ def _bounds(
   bound: Budget,
   table: latency.Table | None,
   frame: plans.Plan,
+  assume: Assume | None,
 ) -> list[_Bound]:
   """What is bounded, as functions of the widths within blocks and sides."""
   if bound.ms is not None and table is None:
@@ -101,9 +106,10 @@ def _bounds(
     )
   names, found = list(graph.groups), []
   blocks = plans.open_blocks(graph, frame)
-  seen = plans.at(graph, frame.resolution)
+  seen = totals.at(graph, frame)
+  count_macs = functools.partial(totals.macs_polynomial, assume=assume)
   makers: dict[str, tuple[str, Callable[[Graph], Polynomial]]] = {
-    'macs': ('MACs', totals.macs_polynomial),
+    'macs': ('MACs', count_macs),
     'parameters': ('parameters', totals.parameters_polynomial),
     'bytes': ('bytes', totals.weight_bytes_polynomial),
   }
@@ -117,6 +123,12 @@ def _bounds(
       limit = limit if isinstance(limit, int) else limit * full
       found.append(_Bound(what, cost, full, limit))
   if bound.ms is not None and table is not None:
+    if seen is not graph and table.program != latency.digest(seen):
+      raise ValueError(
+        f'The table is not of the network at resolution {frame.resolution}, '
+        f'resized {frame.resized}: measure it there, with '
+        f'`cost.measure(plans.at(graph, resolution, resized))`.'
+      )
     full = float(latency.predict(table, totals.variables(graph)))
     cost = latency.on_rows(table, names, blocks)
     found.append(_Bound('ms', cost, full, bound.ms))
@@ -129,6 +141,7 @@ def reached(
   bound: Budget,
   *,
   table: latency.Table | None = None,
+  assume: Assume | None = None,
 ) -> dict[str, Reached]:
   """Returns what a plan costs beside each bound of a budget.
 
@@ -136,18 +149,21 @@ def reached(
     graph: the graph.
     plan: a plan of it.
     bound: the budget.
-    table: of :func:`jaxprune.cost.measure`, for a bound in ``ms``.
+    table: of :func:`jaxprune.cost.measure`, for a bound in ``ms``; for a plan
+      with a resolution of its own, or one on the way, measured there.
+    assume: as :func:`jaxprune.cost.macs`.
 
   Returns:
     'MACs', 'parameters', 'bytes', 'ms' -> :class:`Reached`, those bounded.
 
   Raises:
-    ValueError: if ``ms`` is bounded and there is no table.
+    ValueError: if ``ms`` is bounded and there is no table, or one of another
+      resolution; or as :func:`jaxprune.cost.macs`.
   """
   widths = [after for _, after in plans.widths(graph, plan).values()]
   return {
     what: Reached(limit, cost(np.array(widths, np.int64)).item(), whole)
-    for what, cost, whole, limit in _bounds(graph, bound, table, plan)
+    for what, cost, whole, limit in _bounds(graph, bound, table, plan, assume)
   }
 
 
@@ -162,6 +178,8 @@ def plan(
   normalise: bool = True,
   dropped: Iterable[str] = (),
   resolution: Sequence[int] | None = None,
+  resized: Iterable[tuple[str, Sequence[int]]] = (),
+  assume: Assume | None = None,
 ) -> plans.Plan:
   """Returns the plan that keeps the best units within a budget.
 
@@ -193,20 +211,26 @@ def plan(
     dropped: names of blocks to leave out; what they cost is not in the budget.
     resolution: sides of the first argument after its batch, at which the
       multiply-adds count; None for those of the trace.
+    resized: where the resolution changes on the way, as
+      :class:`jaxprune.plans.Plan` has it.
+    assume: as :func:`jaxprune.cost.macs`.
 
   Raises:
     ValueError: if a group or block is unknown, scores are of another shape or
       not finite, ``round_to`` is below 1, a rule matches no group, ``ms`` is
-      bounded without a table, or the budget cannot be met or asks for more
-      than the whole network has (the message says what can be reached).
+      bounded without a table of that resolution, what ``assume`` must say is
+      not given (:func:`jaxprune.cost.macs`), or the budget cannot be met or
+      asks for more than the whole network has (the message says what can be
+      reached).
   """
   values = {name: _checked(graph, name, v) for name, v in scores.items()}
   frame = plans.Plan(
     graph.fingerprint,
     dropped=tuple(sorted(dropped)),
     resolution=None if resolution is None else tuple(resolution),
+    resized=tuple((cut, tuple(sides)) for cut, sides in resized),
   )
-  bounds = _bounds(graph, bound, table, frame)
+  bounds = _bounds(graph, bound, table, frame, assume)
   ranges = _ranges(graph, round_to, keep, plans.widths(graph, frame))
   units = []
   for name, group in graph.groups.items():
@@ -228,7 +252,9 @@ def plan(
     for name, unit, width in zip(graph.groups, units, widths, strict=True)
     if width
   }
-  return plans.from_kept(graph, kept, frame.dropped, resolution)
+  return plans.from_kept(
+    graph, kept, frame.dropped, frame.resolution, frame.resized
+  )
 
 
 class _Units(NamedTuple):
@@ -424,7 +450,7 @@ def _ranges(
     if not isinstance(pitch, int) or pitch < 1:
       raise ValueError(f'`round_to` must be at least 1, got {pitch}.')
     if isinstance(least, float):
-      least = math.ceil(least * group.size)
+      least = counts.least(group.size, least)
     if not 0 <= least <= group.size:
       raise ValueError(
         f'Group {name!r} has {group.size} units and cannot keep {least} of '

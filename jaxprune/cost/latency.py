@@ -7,6 +7,7 @@ network itself is measured too.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
@@ -50,6 +51,8 @@ class Table:
     wholes: float64[2, K + 1], ascending: the sum of the parts, and what the
       whole network took, at each knot of all coordinates together and at 0.
     checks: other whole networks, predicted and measured.
+    program: the :func:`digest` of what was measured, by which a table of
+      another resolution is told; '' for one that was made up.
   """
 
   names: tuple[str, ...]
@@ -59,6 +62,7 @@ class Table:
   blocks: tuple[tuple[str, ...], ...]
   wholes: np.ndarray
   checks: tuple[Check, ...]
+  program: str = ''
 
   @property
   def error(self) -> float:
@@ -151,6 +155,7 @@ def measure(
     blocks=tuple(part.blocks for part in parts),
     wholes=np.array([[0.0, 1.0], [0.0, 1.0]]),  # The sum itself.
     checks=(),
+    program=digest(graph),
   )
   sums = [float(_sum_of_parts(table, widths)) for widths in even]
   wholes = np.array([[0.0, *sums], [0.0, *ms[begin : begin + len(even)]]])
@@ -164,6 +169,15 @@ def measure(
   return dataclasses.replace(table, checks=checks)
 
 
+def digest(graph: Graph) -> str:
+  """Returns a hash of the shapes of a program: what its time is a time of."""
+  shapes = [
+    (eqn.primitive.name, [value.shape for value in eqn.outputs])
+    for eqn, _ in all_equations(graph.program)
+  ]
+  return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
 def predict(table: Table, values: Mapping[str, Any]) -> Any:
   """Returns the milliseconds of a call at widths.
 
@@ -174,7 +188,9 @@ def predict(table: Table, values: Mapping[str, Any]) -> Any:
     table: of :func:`measure`.
     values: group -> its width, and block -> 1 or 0 (absent ones are open):
       ints, NumPy arrays, or JAX arrays (traced, differentiable), which
-      broadcast against each other.
+      broadcast against each other. A resolution is none of them: a table is of
+      the one that was measured (:func:`jaxprune.cost.reached` holds a plan to
+      it).
 
   Raises:
     ValueError: if a group has no width.

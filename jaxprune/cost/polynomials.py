@@ -183,6 +183,8 @@ def _size(axis: Axis, names: Mapping[Axis, str]) -> dict[Term, int]:
   axis = ax.find(axis)
   if axis.kind == 'product':
     return entries(axis.parts, names)
+  if axis.kind == 'permuted':
+    return _size(axis.parts[0], names)
   if axis.kind == 'sum':
     total: dict[Term, int] = {}
     for part in axis.parts:
@@ -218,6 +220,14 @@ def add(total: dict[Term, int], other: Polynomial, sign: int = 1) -> None:
       total[term] = found
     else:
       total.pop(term, None)
+
+
+def total(many: Iterable[Polynomial]) -> dict[Term, int]:
+  """Returns the sum of polynomials."""
+  summed: dict[Term, int] = {}
+  for polynomial in many:
+    add(summed, polynomial)
+  return summed
 
 
 def undominated(many: Iterable[Polynomial]) -> tuple[Polynomial, ...]:

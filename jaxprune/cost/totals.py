@@ -1,19 +1,23 @@
 """What a network costs at any widths: made once from a graph, without a run.
 
 MACs are the multiply-adds of convolutions and matrix products; FLOPs = 2 MACs.
-Data multiplied by a slice of a convolution kernel is one too: a depthwise
-convolution has the same count whether it is written as one or as shifts.
+They are the same where such a product is written out, as a depthwise
+convolution may be as shifts (:mod:`jaxprune.cost.taps`). A body counts as often
+as it runs, and what cannot be counted is refused
+(:mod:`jaxprune.cost.steps`).
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxprune import plans
-from jaxprune.cost import polynomials
+from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
+from jaxprune.cost.steps import Assume, Branches, Step
+from jaxprune.cost.taps import written_out
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.primitives import LAYOUT, known, where
@@ -35,6 +39,7 @@ class Layer(NamedTuple):
 
 
 Layers = Mapping[str, Collection[str]]  # Variable -> paths of leaves.
+Priced = tuple[str, Polynomial]  # A layer and the multiply-adds in it.
 
 
 def macs_polynomial(
@@ -42,6 +47,7 @@ def macs_polynomial(
   count: Collection[Count] = (),
   *,
   layers: Layers | None = None,
+  assume: Assume | None = None,
 ) -> Polynomial:
   """Returns the multiply-adds at the traced arguments as a polynomial.
 
@@ -64,15 +70,20 @@ def macs_polynomial(
 
     layers: further switches, as those of blocks: variable -> the leaves whose
       operations it opens and closes.
+    assume: what does not follow from the program: a regular expression over
+      operations as errors name them ('while at net.py:12') -> the steps of a
+      ``while`` whose counter does not run between constants, the branch of a
+      ``cond`` (else the one that costs most, where one does at all widths), and
+      the multiply-adds of one call of an operation of which nothing is known
+      here (a Fourier transform, a solver, a kernel of Pallas).
 
   Raises:
-    ValueError: if ``count`` names something else, or the graph was traced with
-      a symbolic size.
+    ValueError: if ``count`` names something else, the graph was traced with
+      a symbolic size, a number is needed that ``assume`` does not give, or it
+      matches no operation that may need one.
   """
-  total: dict[Term, int] = {}
-  for _, polynomial in _products(graph, count, layers):
-    polynomials.add(total, polynomial)
-  return total
+  priced = _products(graph, count, layers, assume)
+  return polynomials.total(polynomial for _, polynomial in priced)
 
 
 def parameters_polynomial(
@@ -125,7 +136,11 @@ def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
 
 
 def macs(
-  graph: Graph, plan: plans.Plan | None = None, count: Collection[Count] = ()
+  graph: Graph,
+  plan: plans.Plan | None = None,
+  count: Collection[Count] = (),
+  *,
+  assume: Assume | None = None,
 ) -> int:
   """Returns the multiply-adds at the traced arguments, an exact int.
 
@@ -133,23 +148,28 @@ def macs(
     graph: the graph; trace it with a batch of 1 for multiply-adds an example.
     plan: what is kept; None for the whole network.
     count: what else counts; see :func:`macs_polynomial`.
+    assume: what does not follow from the program; see there too. Of a ``cond``
+      the branch that costs most at these widths, if it is not said.
+
+  Raises:
+    ValueError: as :func:`macs_polynomial`, or if the plan is of another graph.
   """
-  return evaluate(
-    macs_polynomial(_at(graph, plan), count), variables(graph, plan)
-  )
+  values = variables(graph, plan)
+  priced = _products(at(graph, plan), count, None, assume, values)
+  return evaluate(polynomials.total(each for _, each in priced), values)
 
 
 def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the number of entries of all leaves, an exact int."""
   return evaluate(
-    parameters_polynomial(_at(graph, plan)), variables(graph, plan)
+    parameters_polynomial(at(graph, plan)), variables(graph, plan)
   )
 
 
 def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the bytes of all leaves, statistics too, an exact int."""
   return evaluate(
-    weight_bytes_polynomial(_at(graph, plan)), variables(graph, plan)
+    weight_bytes_polynomial(at(graph, plan)), variables(graph, plan)
   )
 
 
@@ -159,12 +179,16 @@ def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   See :func:`activation_bytes_polynomials`.
   """
   return evaluate(
-    activation_bytes_polynomials(_at(graph, plan)), variables(graph, plan)
+    activation_bytes_polynomials(at(graph, plan)), variables(graph, plan)
   )
 
 
 def layers(
-  graph: Graph, plan: plans.Plan | None = None, count: Collection[Count] = ()
+  graph: Graph,
+  plan: plans.Plan | None = None,
+  count: Collection[Count] = (),
+  *,
+  assume: Assume | None = None,
 ) -> list[Layer]:
   """Returns the cost of each layer, in the order of the program.
 
@@ -177,11 +201,15 @@ def layers(
     graph: the graph.
     plan: what is kept; None for the whole network.
     count: what else counts; see :func:`macs_polynomial`.
+    assume: what does not follow from the program; see there too.
+
+  Raises:
+    ValueError: as :func:`macs`.
   """
-  values, graph = variables(graph, plan), _at(graph, plan)
+  values, graph = variables(graph, plan), at(graph, plan)
   found: dict[str, list[int]] = {}
   row = lambda name: found.setdefault(name, [0, 0, 0, 0])
-  for name, polynomial in _products(graph, count):
+  for name, polynomial in _products(graph, count, None, assume, values):
     row(name)[0] += evaluate(polynomial, values)
   for path, polynomial in _leaves(graph).items():
     size = evaluate(polynomial, values)
@@ -199,6 +227,9 @@ def layers(
 def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   """Returns the value of each variable: the widths and blocks a plan leaves.
 
+  The resolution is no variable: for a plan that changes it the polynomials are
+  those of ``plans.at(graph, plan.resolution, plan.resized)``.
+
   Args:
     graph: the graph.
     plan: what is kept; None for the whole network.
@@ -213,8 +244,8 @@ def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   return {**widths, **plans.open_blocks(graph, plan)}
 
 
-def _at(graph: Graph, plan: plans.Plan | None) -> Graph:
-  """The graph at the resolutions of a plan."""
+def at(graph: Graph, plan: plans.Plan | None) -> Graph:
+  """Returns the graph at the resolutions of a plan, those on the way too."""
   if plan is None:
     return graph
   return plans.at(graph, plan.resolution, plan.resized)
@@ -265,47 +296,17 @@ def _owner(graph: Graph, eqn: Equation, place: str) -> str:
   return _module(graph, max(sorted(sources), key=size))
 
 
-class _Step(NamedTuple):
-  """An equation of a program or of a body in it."""
-
-  eqn: Equation
-  runs: int  # How often.
-  place: str  # The operation and line.
-  gate: Term  # The blocks that it goes with.
-  makers: dict[Value, Equation]
-
-
-def _gates(graph: Graph) -> dict[Equation, Term]:
-  """The blocks that each equation goes with, sorted."""
-  found: dict[Equation, Term] = {}
-  for name, block in graph.blocks.items():
-    for eqn in block.equations:
-      found[eqn] = tuple(sorted((*found.get(eqn, ()), name)))
-  return found
-
-
-def _walk(
-  program: Program,
-  gates: Mapping[Equation, Term],
-  runs: int = 1,
-  outer: str = '',
-  outer_gate: Term = (),
-) -> Iterator[_Step]:
-  """Every equation, those of bodies too."""
-  makers = {value: eqn for eqn in program.equations for value in eqn.outputs}
-  for eqn in program.equations:
-    place = outer if eqn.why.endswith(' at ') and outer else eqn.why
-    gate = gates.get(eqn, outer_gate)
-    yield _Step(eqn, runs, place, gate, makers)
-    steps = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
-    for body in eqn.programs:
-      yield from _walk(body, gates, runs * steps, place, gate)
-
-
 def _products(
-  graph: Graph, count: Collection[Count] = (), layers: Layers | None = None
-) -> list[tuple[str, Polynomial]]:
-  """The multiply-adds of each operation that has some, by layer."""
+  graph: Graph,
+  count: Collection[Count] = (),
+  layers: Layers | None = None,
+  assume: Assume | None = None,
+  values: Mapping[str, int] | None = None,
+) -> list[Priced]:
+  """The multiply-adds of each operation that has some, by layer.
+
+  Of branches those of the largest: at the values of the variables, or at any.
+  """
   given = [count] if isinstance(count, str) else count
   unknown = [repr(what) for what in given if what not in COUNTS]
   if unknown or isinstance(count, str):
@@ -313,34 +314,92 @@ def _products(
       f'`count` takes any of {COUNTS}, in a tuple, got '
       f'{", ".join(unknown) or repr(count)}.'
     )
-  names, found = _names(graph), []
-  for eqn, runs, place, gate, makers in _walk(graph.program, _gates(graph)):
-    axes = eqn.products
-    if axes is None and _is_product(graph, eqn):
-      axes = eqn.outputs[0].axes
-    if axes is None:
-      axes = _counted(eqn, makers, count)
-    if axes is not None:
-      sources = {path for value in eqn.inputs for path in value.sources}
-      switched = [n for n, own in (layers or {}).items() if sources & {*own}]
-      term = tuple(sorted((*gate, *switched)))
-      polynomial = polynomials.times(entries(axes, names), {term: runs})
-      found.append((_owner(graph, eqn, place), polynomial))
-  return found
+  prices = _Prices(graph, count, layers or {}, values)
+  return prices.of(steps.walk(graph, assume))
 
 
-def _is_product(graph: Graph, eqn: Equation) -> bool:
-  """Whether data are multiplied by a slice of a convolution kernel."""
-  return (
-    eqn.primitive.name == 'mul'
-    and eqn.outputs[0].has_data
-    and any(
-      len(graph.leaves[path].shape) > 3
-      for value in eqn.inputs
-      if not value.has_data and len(value.sources) == 1
-      for path in value.sources
+class _Prices:
+  """The multiply-adds of operations, as polynomials."""
+
+  def __init__(
+    self,
+    graph: Graph,
+    count: Collection[Count],
+    layers: Layers,
+    values: Mapping[str, int] | None,
+  ):
+    self.graph = graph
+    self.values = values
+    self.count = count
+    self.layers = layers
+    self.names = _names(graph)
+    self.written = written_out(graph.flow, graph.program)
+
+  def of(self, walked: Iterable[Step | Branches]) -> list[Priced]:
+    """The layer and the polynomial of each operation that has one."""
+    priced: list[Priced] = []
+    for step in walked:
+      if isinstance(step, Branches):
+        priced += self.largest(step)
+      elif (polynomial := self.price(step)) is not None:
+        if step.untold:
+          raise ValueError(
+            f'{step.untold} makes a number of steps that does not follow from '
+            f'constants, so that what it runs cannot be counted: say how many, '
+            f"as in `assume={{'while at .*': 10}}`, or write it as a scan."
+          )
+        priced.append((_owner(self.graph, step.eqn, step.place), polynomial))
+    return priced
+
+  def price(self, step: Step) -> dict[Term, int] | None:
+    """The multiply-adds of all runs of an operation, None if it has none."""
+    eqn = step.eqn
+    if steps.is_opaque(eqn):
+      if step.told is None:
+        raise ValueError(
+          f'{step.place} may multiply and add, and how often is not known: say '
+          f"it, as in `assume={{'{eqn.primitive.name} at .*': 0}}`."
+        )
+      each: dict[Term, int] = {(): step.told} if step.told else {}
+    else:
+      product = steps.multiply_adds(eqn)
+      axes, number = product or (None, 1)
+      if eqn in self.written.products:
+        axes = eqn.outputs[0].axes
+      if axes is None and eqn not in self.written.sums:
+        axes = _counted(eqn, step.makers, self.count)
+      if axes is None:
+        return None
+      each = polynomials.times(entries(axes, self.names), number)
+    sources = {path for value in eqn.inputs for path in value.sources}
+    switched = [name for name, own in self.layers.items() if sources & {*own}]
+    term = tuple(sorted((*step.gate, *switched)))
+    return polynomials.times(each, {term: step.runs})
+
+  def largest(self, branches: Branches) -> list[Priced]:
+    """Those of the branch that costs most."""
+    bodies = [self.of(body) for body in branches.bodies]
+    if branches.told is not None:
+      if branches.told >= len(bodies):
+        raise ValueError(
+          f'`assume` takes branch {branches.told} of {branches.place}, which '
+          f'has branches 0 to {len(bodies) - 1}.'
+        )
+      return bodies[branches.told]
+    totals = [polynomials.total(p for _, p in body) for body in bodies]
+    if self.values is not None:
+      costs = [evaluate(polynomial, self.values) for polynomial in totals]
+      return bodies[costs.index(max(costs))]
+    for body, most in zip(bodies, totals, strict=True):
+      if all(
+        most.get(term, 0) >= n for other in totals for term, n in other.items()
+      ):
+        return body
+    raise ValueError(
+      f'{branches.place} has branches of which none costs most at all widths, '
+      f'so that its multiply-adds are no polynomial: say which one runs, as in '
+      f"`assume={{'cond at .*': 0}}`."
     )
-  )
 
 
 _LAYOUT = where(moves=LAYOUT)
@@ -391,7 +450,7 @@ class _Live:
 
   def __init__(self, graph: Graph):
     self.names = _names(graph)
-    self.gates = _gates(graph)
+    self.gates = steps.gates(graph)
 
   def bytes_of(
     self, values: Mapping[Value, Term], loops: bool

@@ -16,7 +16,9 @@ so that weights and gates are pruned while they learn, in one optax chain::
 The structure is plain data and the network has no gate layers. ``scale`` (that
 of :mod:`jaxprune.structure`) multiplies the gates of units into the rows of the
 kernels that read them and the gates of blocks into the leaves that close them:
-each acts at one place of every path, where it is also folded in the end.
+each acts at one place of every path, where it is also folded in the end. A norm
+over the very units that have gates counts a closed one still: ``scale`` refuses
+those groups (``graph.uncloseable``), and says how a supernet closes them.
 
 Four granularities: a *unit* is a neuron or a filter; a *layer* is a branch that
 stands beside others and ends in groups of its own (an inception module), or a

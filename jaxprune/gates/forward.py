@@ -32,7 +32,8 @@ def init(
     start: theta at first: 1 for :func:`scale`, at which the network computes
       what it does without gates; about 2 for :func:`binary`.
     gated: names of the groups, layers and blocks to gate; all by default. A
-      group that no kernel reads (``graph.unread``) has no place for gates.
+      group that no kernel reads (``graph.unread``) has no place for gates, and
+      one that a norm runs over (``graph.uncloseable``) none that closes.
 
   Raises:
     ValueError: if the structure contradicts itself or lacks a name.

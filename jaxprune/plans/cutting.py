@@ -18,8 +18,9 @@ def masks(graph: Graph, plan: Plan, params: tree.PyTree) -> tree.PyTree:
   """Returns the mask of each leaf: what the plan keeps at full size.
 
   With these masks on its params the full network computes what the small one
-  will, unless a reduction runs over a removed axis (see
-  :func:`jaxprune.proof.check`).
+  will, unless a reduction runs over a removed axis: of params that were trained
+  so :func:`jaxprune.proof.check` says whether it does, and a
+  :func:`jaxprune.plans.supernet` closes the same units in every case.
 
   Args:
     graph: the graph.

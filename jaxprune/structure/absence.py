@@ -29,7 +29,8 @@ from jaxprune.structure.axes import Axis
 from jaxprune.structure.flow import Binding, Flow, flow
 from jaxprune.structure.primitives import known
 from jaxprune.structure.program import Program, all_equations
-from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules import Equation, Value, contraction
+from jaxprune.structure.rules.base import known_entries
 
 Atoms = frozenset[Axis]
 Zeros = Mapping[Value, Atoms]  # Value -> the atoms at whose units it is zero.
@@ -105,10 +106,10 @@ def where_zero(stream: Flow) -> Zeros:
 
 def _contracted(eqn: Equation) -> Iterable[tuple[Axis, Axis]]:
   """The axes of both operands that an equation sums over, in pairs."""
-  if eqn.primitive.name == 'dot_general':
-    left, right = eqn.inputs
-    (contract, _) = eqn.params['dimension_numbers']
-    for a, b in zip(*contract, strict=True):
+  contracted = contraction(eqn)
+  if contracted is not None:
+    left, right = eqn.inputs[:2]
+    for a, b in zip(*contracted, strict=True):
       yield left.axes[a], right.axes[b]
   elif eqn.primitive.name == 'conv_general_dilated':
     kernel = eqn.inputs[1]
@@ -125,7 +126,8 @@ def _atoms(value: Value) -> Atoms:
 def _zeros_of(value: Value, zeros: Zeros) -> Atoms:
   """Where a value is zero: of a constant, everywhere or nowhere."""
   if value.constant is not None:
-    is_zero = not np.any(np.asarray(value.constant))
+    entries = known_entries(value.constant)
+    is_zero = entries is not None and not np.any(entries)
     return _atoms(value) | {_EVERYWHERE} if is_zero else _NOWHERE
   return zeros.get(value, _atoms(value))
 
@@ -161,17 +163,24 @@ def _product(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
   A unit may lie on several axes, as in a product of features with themselves:
   each of its places has to be zero by the operand that it comes from.
   """
-  left, right = (_zeros_of(value, zeros) for value in eqn.inputs)
+  left, right = (_zeros_of(value, zeros) for value in eqn.inputs[:2])
   if eqn.primitive.name == 'conv_general_dilated':
     # The channels of the result are those of the kernel; in groups, of both.
     is_grouped = eqn.params['feature_group_count'] > 1
     return _atoms(out) & (left | right if is_grouped else right | _batch(eqn))
-  (contract, batch) = eqn.params['dimension_numbers']
-  counts = [len(v.shape) for v in eqn.inputs]
-  first = len(batch[0]) + counts[0] - len(contract[0]) - len(batch[0])
+  params, ragged = eqn.params, eqn.params.get('ragged_dot_dimension_numbers')
+  (contract, batch), kernels = (
+    (params['dimension_numbers'], ())
+    if ragged is None
+    else (ragged.dot_dimension_numbers, ragged.rhs_group_dimensions)
+  )
+  inner = len(contract[0])
+  free = len(eqn.inputs[1].shape) - inner - len(batch[1]) - len(kernels)
+  first = len(out.shape) - free  # From here on they are those of the right.
+  shared = first - (len(eqn.inputs[0].shape) - inner - len(batch[0]))
   atoms = set(_atoms(out))
   for k, axis in enumerate(out.axes):
-    by = left | right if k < len(batch[0]) else left if k < first else right
+    by = left | right if k < shared else left if k < first else right
     atoms -= {atom for atom in ax.atoms(axis) if atom not in by}
   return frozenset(atoms)
 
@@ -268,7 +277,8 @@ def _bounds(value: Value, sign: int) -> bool:
   """Whether a value is a constant of a sign (or zero), in every entry."""
   if value.constant is None or not sign:
     return False
-  return bool(np.all(np.asarray(value.constant) * sign >= 0))
+  entries = known_entries(value.constant)
+  return entries is not None and bool(np.all(entries * sign >= 0))
 
 
 # Words of the trait ``zero`` that need more than the sets of the operands.

@@ -17,6 +17,8 @@ def scale(
   params: tree.PyTree,
   units: Mapping[str, Any] | None = None,
   blocks: Mapping[str, Any] | None = None,
+  *,
+  closable: bool = True,
 ) -> tree.PyTree:
   """Returns params scaled so that the function computes with gates.
 
@@ -25,6 +27,16 @@ def scale(
   what it would with its data multiplied by the gate in front of those kernels,
   in train and eval form alike: one place on each path, after any norm. At 0 the
   unit is gone; at any other value nothing is counted twice.
+
+  A norm over the group itself comes before its gate, and its statistics count
+  a unit whose gate is 0, which the smaller network does not have. So such
+  groups are refused, unless ``closable`` is False. To close their units for
+  real run the supernet, whose masks reach the statistics too::
+
+    net = plans.supernet(graph)
+    seen = scale(graph, params, values.units, closable=False)
+    is_open = {name: gate > 0 for name, gate in values.open.units.items()}
+    outputs = net(seen, is_open, {}, *args)
 
   For a block y = x + F(x) the leaves in which F ends (``closing``: the last
   kernel and bias, or the last norm's scale and bias) are multiplied by its
@@ -36,6 +48,8 @@ def scale(
       leaves to scale; arrays, traced or not.
     units: group -> float[size]; traced or not, differentiable.
     blocks: name of a block -> float scalar, likewise.
+    closable: whether a gate of 0 must make its unit absent; False for factors
+      that stay away from 0, or beside a supernet. Static.
 
   Returns:
     A pytree like ``params``; leaves that no gate reaches are unchanged.
@@ -43,7 +57,8 @@ def scale(
   Raises:
     ValueError: if a group or block is unknown, a group has no such place
       (``graph.unread`` says why) or a block no such leaves (``unclosed``), a
-      gate has another shape, or a leaf to scale is missing.
+      gate of 0 would not close a unit (``graph.uncloseable``), a gate has
+      another shape, or a leaf to scale is missing.
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -55,7 +70,7 @@ def scale(
   """
   found = []
   for name, gates in (units or {}).items():
-    found += _unit_factors(graph, name, gates)
+    found += _unit_factors(graph, name, gates, closable)
   for name, gate in (blocks or {}).items():
     found += _block_factors(graph, name, gate)
   factors: dict[str, Any] = {}
@@ -96,7 +111,9 @@ def _block_factors(graph: Graph, name: str, gate: Any) -> list[tuple[str, Any]]:
   return [(path, jnp.asarray(gate)) for path in block.closing]
 
 
-def _unit_factors(graph: Graph, name: str, gates: Any) -> list[tuple[str, Any]]:
+def _unit_factors(
+  graph: Graph, name: str, gates: Any, closable: bool
+) -> list[tuple[str, Any]]:
   """What the gates of a group multiply: (path, factor that broadcasts)."""
   if name not in graph.groups:
     raise ValueError(
@@ -105,6 +122,13 @@ def _unit_factors(graph: Graph, name: str, gates: Any) -> list[tuple[str, Any]]:
     )
   if name in graph.unread:
     raise ValueError(f'Group {name!r} has no gate: {graph.unread[name]}.')
+  if closable and name in graph.uncloseable:
+    raise ValueError(
+      f'A gate of 0 does not close a unit of group {name!r}: '
+      f'{graph.uncloseable[name]} and counts it all the same. Leave the group '
+      f"without gates, trace with reductions='protect', or pass "
+      f'closable=False and close its units by the masks of plans.supernet.'
+    )
   size = graph.groups[name].size
   if np.shape(gates) != (size,):
     raise ValueError(

@@ -91,6 +91,11 @@ class Graph:
     """group -> why no gate can act on it, for all that `readers` leaves out."""
     return self._readers.refused
 
+  @property
+  def uncloseable(self) -> dict[str, str]:
+    """group of `readers` -> why a gate of 0 there does not make it absent."""
+    return self._readers.counted
+
   @functools.cached_property
   def _blocks(self) -> Blocks:
     names = list(self.groups)
@@ -136,7 +141,7 @@ class Graph:
     for path, leaf in self.leaves.items():
       if path not in named:
         continue
-      score = jnp.abs(jnp.asarray(named[path], jnp.float32))
+      score = jnp.abs(jnp.asarray(named[path])).astype(jnp.float32)
       for k, axis in enumerate(leaf.axes):
         found = [
           (names[atom], labels)

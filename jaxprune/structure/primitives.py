@@ -235,7 +235,8 @@ add('scatter', 'scatter-add', 'scatter-sub', zero='handed')
 
 # Sums and other reductions ---------------------------------------------------
 
-add('dot_general', 'conv_general_dilated', zero='product', linear='each')
+_PRODUCTS = ('dot_general', 'conv_general_dilated', 'ragged_dot_general')
+add(*_PRODUCTS, zero='product', linear='each')
 add('reduce_sum', 'reduce_window_sum', linear='first', neutral=0)
 add('reduce_max', 'reduce_window_max', positive='first', neutral=-np.inf)
 add('reduce_min', 'reduce_window_min', positive='first', neutral=np.inf)
@@ -250,7 +251,7 @@ _REDUCTIONS = """
 """
 add(*_REDUCTIONS.split(), zero='handed', counts='pooling')
 add('reduce_xor', 'reduce_window', counts='pooling')
-add('cumsum', zero='handed', linear='first')
+add('cumsum', 'fft', zero='handed', linear='first')
 add('cumprod', 'select_and_gather_add', 'select_and_scatter_add', zero='handed')
 
 # Refused by name -------------------------------------------------------------
@@ -269,10 +270,9 @@ _refused(
   symmetric_product triangular_solve tridiagonal tridiagonal_solve
   """,
 )
-_refused('mixes all entries of the axes that it transforms', 'fft')
 _refused(
-  'multiplies blocks of rows whose lengths or scales are data',
-  'ragged_dot_general scaled_dot scaled_matmul scaled_matmul_wrapper',
+  'multiplies blocks of entries with scales of their own',
+  'scaled_dot scaled_matmul scaled_matmul_wrapper',
 )
 _refused(
   'reduces by a function of its own, or keeps a part that data choose',

@@ -26,10 +26,13 @@ class Readers(NamedTuple):
   Attributes:
     members: group -> the slices of leaves that read it.
     refused: group -> why there is no such place on some path.
+    counted: group of ``members`` -> what counts a unit before its gate does,
+      as the statistics of a norm do: a gate of 0 does not make it absent.
   """
 
   members: dict[str, tuple[Member, ...]]
   refused: dict[str, str]
+  counted: dict[str, str]
 
 
 class _Read(NamedTuple):
@@ -75,6 +78,7 @@ class _Search:
     arguments = stream.inputs[len(leaves) :]
     self.data = stream.descendants(arguments, ())
     self.refused: dict[str, str] = {}
+    self.counted: dict[str, str] = {}
     self.fresh = apart(stream, self.data)
     self.reads: dict[str, list[_Read]] = {}
 
@@ -92,7 +96,8 @@ class _Search:
         if name not in self.refused:
           members[name] = found
     refused = {n: self.refused[n] for n in self.atoms if n in self.refused}
-    return Readers(members, refused)
+    counted = {n: self.counted[n] for n in members if n in self.counted}
+    return Readers(members, refused, counted)
 
   def refuse(self, name: str, why: str) -> None:
     self.refused.setdefault(name, why)
@@ -133,6 +138,7 @@ class _Search:
         for value in read(step):
           coming.update(leaks.get(value, {}))
         if isinstance(step, Equation):
+          self.note_counts(step)
           if step.products is not None:
             for name, why in coming.items():
               self.refuse(name, f'{why}, and {step.why} reads the result')
@@ -149,6 +155,15 @@ class _Search:
     for out in self.flow.outputs:
       for name, why in leaks.get(out, {}).items():
         self.refuse(name, f'{why}, and the function returns the result')
+
+  def note_counts(self, eqn: Equation) -> None:
+    """Notes groups whose units an equation counts, by data or in a number."""
+    counted = self.leaking(eqn)
+    # A number that follows from the width, in a kernel too: w / sqrt(d).
+    if any(value.recompute is not None for value in eqn.inputs):
+      for name in self.names(eqn.reductions):
+        counted[name] = f'a number in {eqn.why} follows from its size'
+    self.counted = counted | self.counted
 
   def leaking(self, eqn: Equation) -> dict[str, str]:
     """Groups that an equation sums away without a kernel."""
@@ -258,9 +273,9 @@ def over(pair: tuple[tuple[Value, int], ...]) -> list[Axis]:
 def contracted(eqn: Equation) -> list[tuple[tuple[Value, int], ...]]:
   """Returns the axes that a product sums over: pairs of (operand, axis)."""
   name, params = eqn.primitive.name, eqn.params
-  if name == 'dot_general':
-    left, right = eqn.inputs
-    over, _ = params['dimension_numbers']
+  over = rules.contraction(eqn)
+  if over is not None:
+    left, right = eqn.inputs[:2]
     return [((left, a), (right, b)) for a, b in zip(*over, strict=True)]
   if name == 'conv_general_dilated' and eqn.products is not None:
     data, kernel = eqn.inputs

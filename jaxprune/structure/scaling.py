@@ -120,7 +120,7 @@ def _operands(
   """
   row, inputs = known(eqn.primitive.name), eqn.inputs
   if row.linear == 'each':
-    return list(inputs)
+    return inputs[:2]  # Of ragged products there is the length of each too.
   if row.linear == 'first' or (positive and row.positive == 'first'):
     return inputs[:1]
   terms = [v for v in inputs if not stream.is_zero(v)]

@@ -13,3 +13,4 @@ from jaxprune.structure.rules.base import elementwise as elementwise
 from jaxprune.structure.rules.base import infer as infer
 from jaxprune.structure.rules.base import lock_all as lock_all
 from jaxprune.structure.rules.base import rule as rule
+from jaxprune.structure.rules.products import contraction as contraction
