@@ -82,7 +82,9 @@ def test_a_cut_out_of_a_file_is_a_path_and_never_a_pattern():
   graph = structure.trace(fn, params, X)
   plan = plans.Plan(graph.fingerprint, resized=(('(x+)+y', (2,)),))
   plan = plans.from_json(plans.to_json(plan))
-  for route in (plans.specialise, plans.widths, cost.macs):
+  check = lambda graph, plan: proof.check(graph, plan, params, X)
+  at = lambda graph, plan: plans.at(graph, None, plan.resized)
+  for route in (plans.specialise, plans.widths, cost.macs, check, at):
     with pytest.raises(ValueError, match=r"literally, got '\(x\+\)\+y'"):
       route(graph, plan)
   with pytest.raises(ValueError, match='literally'):
