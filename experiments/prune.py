@@ -13,7 +13,8 @@ PDP, measures all three in turn, and leaves a run folder: ``config.json``,
 networks as StableHLO, ``results.json`` and ``report.html``.
 
 Stopped at any moment, the same command goes on from the last checkpoint and
-ends with the same bytes. The test split is read once, at the end.
+ends with the same: table, checks, plan, weights, programs and report, the times
+aside. The test split is read once, at the end.
 
 Seeds 0, 1 and 2, 360 test images, 2 cores of an x86-64 machine, JAX 0.10.2,
 about 80 CPU-seconds each: dense 99.2, 99.2, 98.9 %; channels 98.9, 99.7, 98.9 %
@@ -205,10 +206,13 @@ class Network(NamedTuple):
 
 
 def networks(task: tasks.Task, end: Progress) -> dict[str, Network]:
-  """Returns the networks of a run, dense first; channels are cut out."""
+  """Returns the networks of a run in the order of its stages, dense first.
+
+  The removed channels are cut out.
+  """
   found = {}
-  for name, state in end.states.items():
-    variables = tasks.trained(task, state)
+  for name in (stage.name for stage in tasks.schedule(task.config)):
+    variables = tasks.trained(task, end.states[name])
     if name == 'channel':
       small = jp.shrink(task.graph, end.plan, masked(task, end))
       small_fn = jp.specialise(task.graph, end.plan)

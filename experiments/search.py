@@ -68,12 +68,15 @@ def load(
 
 
 def to_side(images: np.ndarray, side: int) -> np.ndarray:
-  """Returns uint8 images resized to a side, bilinearly; 0 for as they are."""
+  """Returns images resized to a side, bilinearly; 0 for as they are."""
   if not side or side == images.shape[1]:
     return images
   shape = (len(images), side, side, images.shape[3])
   small = jax.image.resize(images.astype(np.float32), shape, 'bilinear')
-  return np.asarray(jnp.clip(jnp.round(small), 0, 255)).astype(np.uint8)
+  if images.dtype.kind in 'ui':
+    info = np.iinfo(images.dtype)
+    small = np.clip(np.round(small), info.min, info.max)
+  return np.asarray(small).astype(images.dtype)
 
 
 def train_from_scratch(

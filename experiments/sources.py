@@ -17,7 +17,7 @@ class Source(NamedTuple):
   examples: train.Examples | train.Stream
   held: train.Examples | None  # Not trained on.
   size: int  # Of the examples.
-  sample: np.ndarray  # uint8, [n, height, width, channels]; of the whole split.
+  sample: np.ndarray  # [n, height, width, channels]; of the whole split.
 
 
 def read(config: flags.Config) -> Source:

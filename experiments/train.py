@@ -42,7 +42,7 @@ class State(NamedTuple):
 class Examples(NamedTuple):
   """A split on the device."""
 
-  images: jax.Array  # uint8, [n, height, width, channels].
+  images: jax.Array  # [n, height, width, channels]; uint8 as a rule.
   labels: jax.Array  # int32, [n].
 
 
@@ -108,7 +108,7 @@ def make_step(
   Args:
     apply: the network; takes ``rngs``.
     tx: the optax chain; a method of pruning is its last link.
-    prepare: uint8 images -> what the network takes.
+    prepare: images as stored -> what the network takes.
     change: augmentation of the prepared images, a function of a key.
     mix: (key, images, labels) -> (images, targets), after ``change``; targets
       are float, [batch, classes], and the labels of ``loss``. With
@@ -311,7 +311,7 @@ def make_evaluate(
 
   Args:
     fn: (variables, images) -> logits.
-    prepare: uint8 images -> what the network takes.
+    prepare: images as stored -> what the network takes.
   """
 
   @jax.jit
@@ -368,7 +368,7 @@ def split_off(
   """Returns (what to train on, what to validate on); None for no example.
 
   Args:
-    images: uint8, [n, ...].
+    images: [n, ...].
     labels: int32, [n].
     fraction: of the examples that validate, in [0, 1).
     seed: that draws them.
@@ -379,6 +379,9 @@ def split_off(
 
 
 def preparation(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
-  """Returns uint8 -> float32 of mean 0 and deviation 1, as over ``images``."""
+  """Returns pixels -> float32 of mean 0 and deviation 1, as ``images``."""
   mean, deviation = augment.pixel_statistics(images)
-  return lambda x: augment.normalise(x, mean, np.maximum(deviation, 1e-3))
+  # A channel that does not vary stays as it is, whatever the unit of pixels.
+  varies = deviation > 1e-6 * np.abs(mean)
+  scale = np.where(varies, deviation, np.float32(1))
+  return lambda x: augment.normalise(x, mean, scale)

@@ -33,6 +33,7 @@ from jaxprune import stagewise as stagewise
 from jaxprune import structure as structure
 from jaxprune import transforms as transforms
 from jaxprune import tree as tree
+from jaxprune import zeros as zeros
 from jaxprune.cost import budget as budget
 from jaxprune.cost import plan as plan
 from jaxprune.plans import shrink as shrink
@@ -41,5 +42,6 @@ from jaxprune.proof import check as check
 from jaxprune.structure import trace as trace
 from jaxprune.transforms import keep_sparse as keep_sparse
 from jaxprune.transforms import sparsify as sparsify
+from jaxprune.zeros import check_sparse as check_sparse
 
 __version__ = '0.1.0'

@@ -28,7 +28,7 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns mean and standard deviation of each channel, exactly summed.
 
   Args:
-    images: uint8, [n, height, width, channels].
+    images: [n, height, width, channels]; if not uint8, summed in float64.
 
   Returns:
     (mean, deviation): float32, [channels], in units of the pixels.
@@ -38,6 +38,11 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     >>> print(mean, deviation)
     [2.] [1.]
   """
+  if images.dtype != np.uint8:
+    channels = images.reshape(-1, images.shape[-1])
+    mean = channels.mean(0, np.float64)
+    variance = np.mean((channels - mean) ** 2, 0)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
   levels = np.arange(256.0)
   channels = images.reshape(-1, images.shape[-1]).T
   counts = np.stack([np.bincount(c, minlength=256) for c in channels])
@@ -53,7 +58,7 @@ def normalise(
   """Returns (images - mean) / deviation, per channel.
 
   Args:
-    images: uint8, [..., channels].
+    images: [..., channels], of numbers.
     mean: float, [channels], in units of the pixels, as in ``PIXELS``.
     deviation: float, [channels], likewise.
     dtype: of the result.
@@ -177,12 +182,12 @@ def center_crop(
   The usual test view of ImageNet: 256, then 224 pixels, bicubic.
 
   Args:
-    image: uint8, [height, width, channels], channels 1 or 3.
+    image: [height, width, channels], of numbers.
     rng: not used; there so that it serves as a transform of ``data.stream``.
     side: of the result in pixels.
 
   Returns:
-    uint8, [side, side, channels].
+    [side, side, channels], of the dtype of the image.
   """
   del rng
   height, width, _ = image.shape
@@ -201,12 +206,12 @@ def random_resized_crop(
   Szegedy et al. (2014, arXiv:1409.4842), section 6.
 
   Args:
-    image: uint8, [height, width, channels], channels 1 or 3.
+    image: [height, width, channels], of numbers.
     rng: the source of randomness.
     side: of the result in pixels.
 
   Returns:
-    uint8, [side, side, channels].
+    [side, side, channels], of the dtype of the image.
   """
   height, width, _ = image.shape
   for _ in range(10):
@@ -226,6 +231,16 @@ def _resize(image: np.ndarray, box: tuple, side: int) -> np.ndarray:
   """Returns the box (left, top, right, bottom) of an image as a square."""
   from PIL import Image
 
-  photo = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-  photo = photo.resize((side, side), Image.Resampling.BICUBIC, box=box)
-  return np.asarray(photo).reshape(side, side, image.shape[-1])
+  resize = lambda photo: np.asarray(
+    photo.resize((side, side), Image.Resampling.BICUBIC, box=box)
+  )
+  if image.dtype == np.uint8 and image.shape[-1] in (1, 3):
+    photo = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return resize(photo).reshape(side, side, image.shape[-1])
+  # Pillow has no other photos: each channel alone, in float32.
+  channels = np.moveaxis(image.astype(np.float32), -1, 0)
+  square = np.stack([resize(Image.fromarray(c)) for c in channels], -1)
+  if image.dtype.kind in 'ui':
+    info = np.iinfo(image.dtype)
+    square = np.clip(np.round(square), info.min, info.max)
+  return square.astype(image.dtype)

@@ -157,7 +157,8 @@ class Checkpointer:
       step: without it, the last one.
 
     Returns:
-      A :class:`Restored`: step, state, metadata.
+      A :class:`Restored`: step, state, metadata. The dicts of the state have
+      the order of the template's.
 
     Raises:
       FileNotFoundError: if there is no step, or not the one asked for.
@@ -237,7 +238,24 @@ class Checkpointer:
     wrong = [p for p in leaves if found[p]['sha256'] != leaves[p]['sha256']]
     if wrong:
       raise ValueError(f'the sha256 of {", ".join(wrong)} differs')
-    return state
+    return _in_order_of(template, state)
+
+
+def _in_order_of(template: PyTree, tree: PyTree) -> PyTree:
+  """Returns a tree with the entries of each dict in the template's order.
+
+  JAX and Orbax hand dicts back sorted by key, so that {'dense': ..., 'channel':
+  ...} would come back with 'channel' first, and a caller who goes through it
+  would do after a restart something else than before.
+  """
+  if type(template) is dict and type(tree) is dict:
+    return {key: _in_order_of(template[key], tree[key]) for key in template}
+  if isinstance(template, tuple | list) and isinstance(tree, tuple | list):
+    entries = map(_in_order_of, template, tree)
+    if hasattr(tree, '_fields'):  # A NamedTuple takes its fields one by one.
+      return type(tree)(*entries)
+    return type(tree)(entries)
+  return tree
 
 
 def _files(folder: pathlib.Path) -> dict[str, str]:

@@ -3,8 +3,14 @@
 A count that is only known under jit is a pair of uint32, its *limbs*: (high,
 low) stands for high * 2**16 + low, which reaches 2**48 and whose sums over up
 to 2**16 leaves cannot overflow.
+
+A part of a count is rounded by one law, half to even, whoever asks: of n
+weights a sparsity s prunes round(s n) and keeps the others, :func:`kept`. A
+limit that is a fraction is a bound and rounds inwards: :func:`least`,
+:func:`most`.
 """
 
+import fractions
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxprune import checks
 
 Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
 Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
@@ -26,17 +34,18 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
 
   Args:
     size: n, static, below 2**48.
-    sparsity: s in [0, 1]. A Python float is multiplied in float64. A traced
-      float32 counts as the number m 2**-q it stands for: n m is formed in
-      integers of 72 bits and shifted by q, so that no weight is lost to the
-      24 bits of a float32 product.
+    sparsity: s in [0, 1]. A Python float is multiplied in float64. A float32
+      array, traced or not, counts as the number m 2**-q it stands for: n m is
+      formed in integers of 72 bits and shifted by q, so that no weight is lost
+      to the 24 bits of a float32 product.
 
   Returns:
     A Python int for a static s; else uint32 of shape [], or from 2**32 on the
     pair (high, low) of uint32 that :func:`jaxprune.select.top_mask` takes.
 
   Raises:
-    ValueError: if a static s is not in [0, 1].
+    TypeError: if s is no number.
+    ValueError: if an s that is known is not in [0, 1].
 
   Examples:
     >>> kept(5, 0.5), kept(7, 0.5), kept(10**9, 0.9)
@@ -44,9 +53,8 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
     >>> int(kept(2**25 + 1, jnp.float32(2**-25)))
     33554432
   """
+  checks.sparsity(sparsity)
   if isinstance(sparsity, float | int | np.floating):
-    if not 0 <= sparsity <= 1:
-      raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
     return size - round(float(sparsity) * size)
   high, low = kept_limbs([size], jnp.asarray(sparsity)[None])
   high, low = high[0], low[0]
@@ -69,12 +77,62 @@ def kept_limbs(sizes: Sequence[int], sparsity: jax.Array) -> Limbs:
     ([0, 16], [5, 0])
   """
   limbs_of = jnp.asarray(np.stack([split(size) for size in sizes]))
-  high, low, point, rest = jax.vmap(scale)(limbs_of, sparsity)
-  half, rest = at_half(point, rest)
-  up = half & (rest | (low & 1 == 1))
-  pruned = carry(high, low + up.astype(jnp.uint32))
+  pruned = jax.vmap(part)(limbs_of, sparsity)
   whole = (limbs_of[:, 1] + (limbs_of[:, 2] << 16), limbs_of[:, 0])
   return minus(whole, pruned)
+
+
+def part(limbs: jax.Array, fraction: jax.Array) -> Limbs:
+  """Returns round(fraction count), half to even, of a count that is traced.
+
+  Args:
+    limbs: the count, uint32 of shape [3], as :func:`split` gives it.
+    fraction: float32 of shape [], in [0, 1].
+
+  Examples:
+    >>> high, low = part(jnp.asarray(split(10**9)), jnp.float32(0.5))
+    >>> int(high) * 2**16 + int(low)
+    500000000
+  """
+  high, low, point, later = scale(limbs, fraction)
+  half, later = at_half(point, later)
+  up = half & (later | (low & 1 == 1))
+  return carry(high, low + up.astype(jnp.uint32))
+
+
+def least(size: int, fraction: float) -> int:
+  """Returns the fewest of ``size`` that are at least a fraction of them.
+
+  The fraction counts as the decimal that is written: 0.07 of 100 are 7, not
+  the 8 that float64 makes of 7.000000000000001.
+
+  Args:
+    size: of how many.
+    fraction: in [0, 1], static.
+
+  Examples:
+    >>> least(100, 0.07), least(10, 0.25)
+    (7, 3)
+  """
+  return math.ceil(_decimal(fraction) * size)
+
+
+def most(size: int, fraction: float) -> int:
+  """Returns the most of ``size`` that are at most a fraction of them.
+
+  Args:
+    size: of how many.
+    fraction: in [0, 1], static, as for :func:`least`.
+
+  Examples:
+    >>> most(100, 0.29), most(10, 0.25)
+    (29, 2)
+  """
+  return math.floor(_decimal(fraction) * size)
+
+
+def _decimal(fraction: float) -> fractions.Fraction:
+  return fractions.Fraction(repr(float(fraction)))
 
 
 def split(count: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def decide(
     >>> params = {path: jnp.ones(shape) for path, shape in shapes.items()}
     >>> for row in decide(params, granularity=masks_lib.groups(2, 4)):
     ...   print(row.path, row.verdict, row.why or row.sparsity)
-    bias dense no weight by its name and shape
+    bias dense leaves named 'bias' stay dense by default
     k pruned 0.5
     v refused 4 does not divide axis -2 of (6, 4)
   """
@@ -76,9 +76,9 @@ def decide(
   grains = tree_lib.match(recipe.granularity, scored, None)
   rules = recipe.rules(scored)
   dense: dict[str, str] = {}
-  for path in named:
+  for path, leaf in named.items():
     if path not in scored:
-      dense[path] = 'no weight by its name and shape'
+      dense[path] = tree_lib.why_dense(path, leaf)
       if isinstance(which, Mapping) or callable(which):
         dense[path] = 'not among the leaves that `which` chooses'
     elif grains[path] is None:

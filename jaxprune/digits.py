@@ -45,9 +45,6 @@ def split() -> tuple[np.ndarray, np.ndarray]:
 def prepare(root: str | os.PathLike) -> pathlib.Path:
   """Returns ``root/digits/1.0.0``, and prepares it if it is not there.
 
-  It is written in a folder of its own and then renamed: of several processes
-  the first one wins, and one that is killed leaves nothing that is half done.
-
   Args:
     root: a folder of sets; it is made if need be.
 
@@ -60,17 +57,34 @@ def prepare(root: str | os.PathLike) -> pathlib.Path:
   if folder.is_dir():
     return folder
   _digits()  # If it is not installed, nothing is written.
+  return write(_builder(), folder)
+
+
+def write(builder: Any, folder: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of a version, after a TFDS builder has written it.
+
+  It is written beside it and then renamed: of several processes the first one
+  wins, and one that is killed leaves nothing that is half done.
+
+  Args:
+    builder: a class of builders.
+    folder: ``root/name/version``.
+
+  Raises:
+    OSError: if the folder cannot be written.
+  """
+  prefix, root = f'.jaxprune-{folder.parent.name}-', folder.parent.parent
   folder.parent.mkdir(parents=True, exist_ok=True)
-  for left in root.glob('digits-*'):  # By a process that was killed.
-    if time.time() - left.stat().st_mtime > 3600:
-      shutil.rmtree(left, ignore_errors=True)
-  scratch = tempfile.mkdtemp(prefix='digits-', dir=root)
+  for old in root.glob(f'{prefix}*'):  # By a process that was killed.
+    if time.time() - old.stat().st_mtime > 3600:
+      shutil.rmtree(old, ignore_errors=True)
+  scratch = tempfile.mkdtemp(prefix=prefix, dir=root)
   try:
     with _silence():
-      builder = _builder()(data_dir=scratch, file_format='array_record')
-      builder.download_and_prepare()
+      written = builder(data_dir=scratch, file_format='array_record')
+      written.download_and_prepare()
     try:
-      os.rename(builder.data_dir, folder)
+      os.rename(written.data_dir, folder)
     except OSError:
       if not folder.is_dir():  # Else another process was first.
         raise

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import checks, floats, placement, select
 from jaxprune import counts as counts_lib
-from jaxprune import placement, select
 from jaxprune import tree as tree_lib
+from jaxprune.select import keys
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = dict[str, int]
@@ -101,6 +102,7 @@ def uniform_plus(
     >>> distribution({'a': (10,), 'b': (80,), 'c': (10,)}, 0.8)
     {'a': 10, 'b': 8, 'c': 2}
   """
+  checks.real('last_density', last_density)
   if not 0 <= last_density <= 1:
     raise ValueError(f'`last_density` must be in [0, 1], got {last_density}.')
 
@@ -113,7 +115,7 @@ def uniform_plus(
       )
     sizes = _sizes(shapes)
     lowest = dict.fromkeys(sizes, 0)
-    lowest[last] = math.ceil(last_density * sizes[last])
+    lowest[last] = counts_lib.least(sizes[last], last_density)
     lowest[first] = sizes[first]
     return share(sizes, sizes, sparsity, lowest)
 
@@ -173,6 +175,10 @@ def by_macs(
     >>> distribution({'conv': (60,), 'dense': (60,)}, 0.5)
     {'conv': 20, 'dense': 40}
   """
+  checks.real('power', power)
+  for path, cost in macs.items():
+    if cost > 0:  # What is not is named below.
+      checks.real(f'macs[{path!r}]', cost)
   bad = [path for path, cost in macs.items() if not cost > 0]
   if bad:
     raise ValueError(
@@ -285,40 +291,61 @@ def _normalise(scores: tree_lib.PyTree) -> tree_lib.PyTree:
   """Divides each leaf by the root of the sum of its squares."""
 
   def one(x):
-    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
-    return (x / jnp.where(norm > 0, norm, 1)).astype(x.dtype)
+    (unit,) = floats.split(x)
+    norm = jnp.sqrt(jnp.sum(jnp.square(unit.x)))
+    return unit.x / jnp.where(norm > 0, norm, 1)
 
   return jax.tree.map(one, scores)
 
 
 def survival(x: jax.Array) -> jax.Array:
-  """Returns each square over the sum of those at least as large, float32.
+  """Returns each square over the sum of those at least as large.
 
   It sorts: the sums need the whole order. The earlier of equal entries counts
   as the larger, as in selection, and the largest has 1. What is below 0 is no
   part of the sums and comes last, in its own order: x over the largest |x| of
   those.
 
+  Rounding turns no two entries round, at any scale, subnormal ones included:
+  a smaller entry never scores more. Entries 1e-19 times the largest of their
+  leaf, whose squares no float32 holds, score 0 and rank by position.
+
   Args:
-    x: scores of one leaf, of any shape.
+    x: scores of one leaf, of any shape and size.
+
+  Returns:
+    An array like x, float32 or wider.
 
   Examples:
     >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
     [0.2 1.  0. ]
   """
-  if not x.size:  # There is no largest.
-    return x.astype(jnp.float32)
-  flat = placement.whole(x).astype(jnp.float32).ravel()
-  order = jnp.argsort(-flat, stable=True)
-  peak = flat[order[0]]
-  above = jnp.where(flat < 0, 0, flat)[order]
-  squares = jnp.square(above / jnp.where(peak > 0, peak, 1))
-  suffix = jax.lax.associative_scan(jnp.add, squares)
-  ratio = squares / jnp.where(suffix > 0, suffix, 1)
-  found = jnp.zeros_like(flat).at[order].set(ratio)
+  unit = floats.split(placement.whole(x))[0].x
+  flat = unit.ravel()
+  ordered, *places = jax.lax.sort(
+    (-flat, *_places(unit)), num_keys=1, is_stable=True
+  )
+  squares = jnp.square(jnp.minimum(ordered, 0))
+  sums = jax.lax.associative_scan(jnp.add, squares)
+  ratio = squares / jnp.where(sums > 0, sums, 1)
+  ratio = jax.lax.cummin(ratio)  # Sums are rounded, and may fall by a bit.
+  if flat.size < 1 << 31 and len(places) == 1:
+    found = jnp.zeros_like(flat).at[places[0]].set(ratio, unique_indices=True)
+  else:  # No index is so wide: what a sort has moved a sort moves back.
+    *_, found = jax.lax.sort((*places, ratio), num_keys=len(places))
   most = jnp.max(jnp.where(flat < 0, -flat, 0), initial=0)
   below = flat / jnp.where(most > 0, most, 1)
   return placement.like(jnp.where(flat < 0, below, found).reshape(x.shape), x)
+
+
+def _places(x: jax.Array) -> list[jax.Array]:
+  """Returns where each entry of a flat array is, in one uint32 or two."""
+  split = keys.Split(x.shape, ((),) * x.ndim)
+  spans = ((0, split.lead),) if split.lead else ()
+  return [
+    keys.positions(x, split, start, stop).ravel()
+    for start, stop in (*spans, (split.lead, x.ndim))
+  ]
 
 
 global_ = Pooled()

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune import checks, placement, schedules, select
 from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import placement, schedules, select
 from jaxprune import tree as tree_lib
 
 Score = Callable[[tree_lib.PyTree], tree_lib.PyTree]
@@ -116,7 +116,7 @@ def _schedule(sparsity: Sparsity) -> Callable[[jax.Array], jax.Array]:
     return sparsity
   if isinstance(sparsity, jax.Array):  # As optax.inject_hyperparams gives it.
     return lambda step: jnp.asarray(sparsity, jnp.float32)
-  return schedules.constant(float(sparsity))
+  return schedules.constant(float(checks.sparsity(sparsity)))
 
 
 def all_kept(

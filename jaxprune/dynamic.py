@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import checks, placement, select, transforms, zeros
 from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import placement, select, transforms
 from jaxprune import tree as tree_lib
 
 
@@ -25,6 +25,7 @@ class DynamicState(NamedTuple):
   step: jax.Array  # Updates seen so far; int32, shape [].
   masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
   inner_state: optax.OptState
+  revived: jax.Array  # As in :class:`jaxprune.transforms.SparsifyState`.
 
 
 def rigl(
@@ -168,10 +169,12 @@ def _moving(
 ) -> optax.GradientTransformationExtraArgs:
   """Drops the smallest kept weights and grows those of the largest ``grow``."""
   begin, end, every = steps
-  if not 0 <= sparsity <= 1:
-    raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
+  checks.sparsity(sparsity)
+  checks.real('fraction', fraction)
   if not 0 <= fraction <= 1:
     raise ValueError(f'`fraction` must be in [0, 1], got {fraction}.')
+  for name, step in (('begin', begin), ('end', end), ('every', every)):
+    checks.whole(name, step)
   if every < 1 or not 0 <= begin <= end:
     raise ValueError(
       'Steps must satisfy every >= 1 and 0 <= begin <= end, got '
@@ -189,8 +192,9 @@ def _moving(
     return distribution(shapes, sparsity)
 
   def init_fn(params):
+    start = revived = jnp.zeros([], jnp.int32)
     if not jax.tree.leaves(params):  # Optax asks with a placeholder.
-      return DynamicState(jnp.zeros([], jnp.int32), params, inner.init(params))
+      return DynamicState(start, params, inner.init(params), revived)
     weights = tree_lib.prunable(params, which)
     kept = counts(weights)
     scores = {
@@ -201,9 +205,10 @@ def _moving(
     masks = tree_lib.map_with_path(
       lambda path, w: placement.like(drawn[path], w), weights
     )
+    zeros.check_finite(params, masks)
     state = inner.init(masks_lib.apply(masks, params))
     held = masks_lib.pack(masks) if packed else masks
-    return DynamicState(jnp.zeros([], jnp.int32), held, state)
+    return DynamicState(start, held, state, revived)
 
   def update_fn(updates, state, params=None, **extra):
     if params is None:
@@ -248,7 +253,9 @@ def _moving(
     )
     out = transforms.project(out, params, held)
     new = masks_lib.pack(new) if packed else new
-    return out, DynamicState(transforms.next_step(step), new, inner_state)
+    revived = zeros.most_revived(params, masks, state.revived, step)
+    after = transforms.next_step(step)
+    return out, DynamicState(after, new, inner_state, revived)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

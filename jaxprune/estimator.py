@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import tree
+from jaxprune import checks, tree
 
 Baseline = Literal['none', 'mean', 'standard']
 Directions = Literal['normal', 'rademacher']
@@ -231,6 +231,9 @@ def estimator(
     >>> print((gradient > 0).tolist())
     [True, False]
   """
+  checks.whole('n', n)
+  if isinstance(sigma, float | int):
+    checks.real('sigma', sigma, above=0)
   least = 2 if antithetic else 1
   if n < least or (antithetic and n % 2):
     raise ValueError(
@@ -327,8 +330,7 @@ def chunked(
   Raises:
     ValueError: if ``size`` is below 1 or ``loop`` unknown.
   """
-  if size < 1:
-    raise ValueError(f'`size` must be at least 1, got {size}.')
+  checks.whole('size', size, 1)
   if loop not in ('unroll', 'map'):
     raise ValueError(f"`loop` must be 'unroll' or 'map', got {loop!r}.")
 

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import core
 
+from jaxprune import checks, floats, placement, select
 from jaxprune import counts as counts_lib
-from jaxprune import placement, select
 from jaxprune import tree as tree_lib
 from jaxprune.counts import kept
 
@@ -62,10 +61,12 @@ def check_finite(scores: tree_lib.PyTree) -> None:
     ValueError: naming every leaf that holds NaN or infinity.
   """
   leaves = tree_lib.leaves(scores)
-  if any(isinstance(x, core.Tracer) for x in leaves.values()):
+  if not all(map(checks.is_static, leaves.values())):
     return
-  finite = jax.device_get({k: jnp.isfinite(x).all() for k, x in leaves.items()})
-  bad = [path for path, fine in finite.items() if not fine]
+  finite = {k: jnp.isfinite(x).all() for k, x in leaves.items()}
+  if not all(map(checks.is_static, finite.values())):
+    return  # Constants, inside of a trace.
+  bad = [path for path, fine in jax.device_get(finite).items() if not fine]
   if bad:
     raise ValueError(
       f'Scores must be finite; NaN or infinity in: {", ".join(bad)}. Weights '
@@ -97,6 +98,7 @@ def n_by_m(
     bool, the shape of ``score``.
 
   Raises:
+    TypeError: if n or m is no integer.
     ValueError: if n and m do not satisfy 0 <= n <= m, or m does not divide the
       axis.
 
@@ -107,6 +109,8 @@ def n_by_m(
     >>> n_by_m(jnp.array([3.0, 1.0, 2.0, 4.0]), 2, 4, axis=0).tolist()
     [True, False, False, True]
   """
+  checks.whole('n', n)
+  checks.whole('m', m)
   if m < 1 or (isinstance(n, int | np.integer) and not 0 <= n <= m):
     raise ValueError(f'N:M needs 0 <= n <= m and m >= 1, got n={n}, m={m}.')
   axis = _axis(axis, score.ndim)
@@ -148,8 +152,8 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   """
   if all(size == 1 for size in sizes):
     return score
-  score = placement.whole(score)
-  score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+  # Sums must not leave the range that the scores themselves are in.
+  score, exponent = floats.split(placement.whole(score))[0]
   counts = 1
   for axis, size in enumerate(sizes):
     length = score.shape[axis]
@@ -162,7 +166,8 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     along = [1] * len(sizes)
     along[axis] = blocks
     counts = counts * lengths.reshape(along)
-  return score / jnp.asarray(counts, score.dtype)
+  means = score / jnp.asarray(counts, score.dtype)
+  return floats.join(floats.Scaled(means, exponent), most=127)
 
 
 def spread(
@@ -259,12 +264,17 @@ def blocks(sizes: Mapping[int, int | None]) -> Blocks:
     sizes: axis -> length of a block along it, or None for the whole axis.
 
   Raises:
+    TypeError: if an axis or a length is no integer.
     ValueError: if a length is below 1.
 
   Examples:
     >>> blocks({-2: 4, -1: 4}).along((3, 3, 64, 64))
     (1, 1, 4, 4)
   """
+  for axis, size in sizes.items():
+    checks.whole('axis', axis)
+    if size is not None:
+      checks.whole(f'sizes[{axis}]', size)
   if any(size is not None and size < 1 for size in sizes.values()):
     raise ValueError(f'The sides of a block must be at least 1, got {sizes}.')
   return Blocks(dict(sizes))
@@ -276,11 +286,14 @@ def channels(axis: int = -1) -> Blocks:
   Args:
     axis: -1 are the outputs (filters) of Linen kernels, -2 their inputs.
 
+  Raises:
+    TypeError: if the axis is no integer.
+
   Examples:
     >>> channels().along((3, 3, 16, 32))
     (3, 3, 16, 1)
   """
-  return Blocks({axis: 1}, others=None)
+  return Blocks({checks.whole('axis', axis): 1}, others=None)
 
 
 def groups(n: int, m: int, *, axis: int | None = None) -> NByM:
@@ -294,12 +307,17 @@ def groups(n: int, m: int, *, axis: int | None = None) -> NByM:
       until the axis is said.
 
   Raises:
+    TypeError: if n, m or the axis is no integer.
     ValueError: if n and m do not satisfy 1 <= n <= m.
 
   Examples:
     >>> groups(2, 4).problem((6, 8))
     '4 does not divide axis -2 of (6, 8)'
   """
+  checks.whole('n', n)
+  checks.whole('m', m)
+  if axis is not None:
+    checks.whole('axis', axis)
   if not 1 <= n <= m:
     raise ValueError(f'N:M needs 1 <= n <= m, got n={n}, m={m}.')
   return NByM(n, m, axis)
@@ -315,6 +333,7 @@ def apply(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
     params: pytree of arrays.
 
   Raises:
+    TypeError: naming every mask that is not bool.
     ValueError: naming every mask whose shape is not its leaf's.
 
   Examples:
@@ -331,15 +350,17 @@ def apply(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
 
 
 def check_like(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
-  """Raises if a mask has not the shape of its leaf.
+  """Raises unless masks are bool and have the shapes of their leaves.
 
   Args:
     masks: pytree of masks.
     params: pytree of arrays.
 
   Raises:
+    TypeError: naming every mask that is not bool.
     ValueError: naming every leaf that differs.
   """
+  check_bool(masks)
   bad = []
 
   def look(path, w, mask):
@@ -353,6 +374,30 @@ def check_like(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
     raise ValueError('; '.join(bad) + '.')
 
 
+def check_bool(masks: tree_lib.PyTree) -> None:
+  """Raises unless masks are bool: bytes of packed ones and floats are not.
+
+  Args:
+    masks: pytree of masks.
+
+  Raises:
+    TypeError: naming every leaf of another type, and how to make masks of it.
+
+  Examples:
+    >>> check_bool({'w': jnp.array([True, False]), 'b': optax.MaskedNode()})
+  """
+  dtypes = {k: jnp.result_type(x) for k, x in tree_lib.leaves(masks).items()}
+  odd = [f'{path} ({x})' for path, x in dtypes.items() if x != jnp.bool_]
+  if not odd:
+    return
+  remedy = 'Compare it: mask != 0'
+  if all(x in (bool, jnp.uint8) for x in dtypes.values()):
+    remedy = 'Eight of them in a byte: masks.unpacked(masks, params) unpacks'
+  raise TypeError(
+    f'A mask is bool, True = kept; of another type: {", ".join(odd)}. {remedy}.'
+  )
+
+
 def is_dense(mask: Any) -> bool:
   """Whether a place in a tree of masks says that the leaf is not pruned."""
   return isinstance(mask, optax.MaskedNode)
@@ -362,12 +407,17 @@ def count(masks: tree_lib.PyTree) -> dict[str, tuple[int, int]]:
   """Returns (kept, size) of every masked leaf by path, as exact ints.
 
   Args:
-    masks: pytree of bool, concrete.
+    masks: pytree of bool, concrete; packed ones do not know their size, and
+      need :func:`unpacked` first.
+
+  Raises:
+    TypeError: naming every mask that is not bool.
 
   Examples:
     >>> count({'w': jnp.array([True, False, True])})
     {'w': (2, 3)}
   """
+  check_bool(masks)
   rows = {}
   for path, mask in tree_lib.leaves(masks).items():
     if mask.size < _WIDE:
@@ -382,7 +432,10 @@ def sparsity(masks: tree_lib.PyTree) -> float:
   """Returns the fraction of zeros over all masked leaves, in float64.
 
   Args:
-    masks: pytree of bool, concrete.
+    masks: pytree of bool, concrete, as for :func:`count`.
+
+  Raises:
+    TypeError: naming every mask that is not bool.
 
   Examples:
     >>> sparsity({'w': jnp.array([True, False]), 'b': optax.MaskedNode()})
@@ -402,10 +455,14 @@ def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
   Returns:
     pytree of uint8 of shape [ceil(size / 8)].
 
+  Raises:
+    TypeError: naming every mask that is not bool.
+
   Examples:
     >>> pack(jnp.array([True] + [False] * 8)).tolist()
     [128, 0]
   """
+  check_bool(masks)
   bits = lambda mask: jnp.packbits(placement.whole(mask).ravel())
   return jax.tree.map(bits, masks)
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxprune import plans, tree
 from jaxprune.structure.gating import scale
 from jaxprune.structure.graph import Graph, leaves_like, runner
+from jaxprune.structure.program import all_equations
 
 
 class CheckError(ValueError):
@@ -54,7 +55,7 @@ def check(
   plan: plans.Plan,
   params: tree.PyTree,
   *args: Any,
-  tolerance: float = 1e-5,
+  tolerance: float | None = None,
   gradients: bool = True,
 ) -> Proof:
   """Proves on data that the smaller function computes what the masked one does.
@@ -64,13 +65,16 @@ def check(
   of the user's own function on masked params (gradients where they are finite:
   the slope of a root is not, at a unit of zeros). Controls keep it honest: the
   output must depend on the input, and one deliberately wrong index, or a
-  dropped block that stays, must show.
+  dropped block that stays, must change it by ten times the error that was
+  measured (or 1e-5), whatever the tolerance: a cut that is as wrong as an index
+  is refused at any.
 
   Params that were trained with gates or masks may have all that the plan
   removes closed already: zero, or read by kernels through rows of zeros. Then
   what was trained is the user's own function of these very params, and the
   smaller one must compute that too. Behind a norm over the units it does not,
-  for its statistics count a closed unit.
+  for its statistics count a closed unit. (The control of a block that is closed
+  already opens it with noise in its leaves.)
 
   Args:
     graph: the graph.
@@ -80,6 +84,9 @@ def check(
     tolerance: of each error, relative to the largest entry of the leaf that
       it is in; for a gradient to no less than a tenth of the largest of all
       leaves, for one that is zero but for rounding has no size of its own.
+      Without it, that of the coarsest float in which the function computes:
+      1e-10 of float64, 1e-5 of float32, and four times the distance from 1 to
+      the next number of shorter ones, 4e-3 of float16 and 3e-2 of bfloat16.
     gradients: whether to compare gradients too; False for a function that has
       none, such as one with a while loop.
 
@@ -97,6 +104,8 @@ def check(
   if plan.resized:  # Of the function with its features resized.
     graph = plans.at(graph, plan.resolution, plan.resized)
     plan = dataclasses.replace(plan, resized=())
+  if tolerance is None:
+    tolerance = _rounding(graph)
   before_after = plans.widths(graph, plan).values()
   removed = sum(before - after for before, after in before_after)
   if not removed and not plan.dropped:
@@ -143,7 +152,9 @@ def check(
       raise CheckError(
         f'The smaller function differs from the original one on masked params: '
         f'values by {own:.1e}, gradients by {own_slopes:.1e} (relative)'
-        f'{where}.'
+        f'{where}. An operation computes with what an absent unit leaves. '
+        f"Trace with reductions='keep', where it is not there, or protect the "
+        f'group: rules={{name: Choice(protect=True)}}.'
       )
   closed = None
   if _are_closed(graph, plan, params):
@@ -155,10 +166,11 @@ def check(
         f'{closed:.1e} (relative). {_counting(graph, plan)} Close units by the '
         f"masks of plans.supernet, or trace with reductions='protect'."
       )
+  seen = 10 * max(values, own or 0.0, closed or 0.0, 1e-5)
   moved_args = jax.tree.map(_moved, args)
   other, _ = small(small_params, cut(cotangents), *cut_args(moved_args))
   sensitivity = _error(other, small_outs)
-  if not sensitivity > 100 * tolerance:
+  if not sensitivity > seen:
     raise CheckError(
       f'The output changes by {sensitivity:.1e} (relative) when every number '
       f'of the input moves at random by about 1 (or, of integers, changes '
@@ -170,7 +182,7 @@ def check(
     lively = params if closed is None else _reopened(graph, plan, params)
     outs = cut(jax.jit(opened)(lively, *args))
     mutation = _error(small_outs, outs)
-    if not mutation > 10 * tolerance:
+    if not mutation > seen:
       raise CheckError(
         f'The dropped blocks change the output by {mutation:.1e} (relative): a '
         f'check on it proves nothing.'
@@ -180,12 +192,13 @@ def check(
   for wrong in _mutations(graph, plan, params, small_params):
     outs, _ = small(wrong, cut(cotangents), *small_args)
     mutation = max(mutation, _error(outs, small_outs))
-    if mutation > 10 * tolerance:
+    if mutation > seen:
       break
-  if not mutation > 10 * tolerance:
+  if not mutation > seen:
     raise CheckError(
       f'A deliberately wrong index changes the output by {mutation:.1e} '
-      f'(relative) at most: a check on it proves nothing.'
+      f'(relative) at most, and the error measured is {seen / 10:.1e}: a check '
+      f'on it proves nothing.'
     )
   return Proof(
     values,
@@ -196,6 +209,23 @@ def check(
     removed,
     closed,
   )
+
+
+def _rounding(graph: Graph) -> float:
+  """The default tolerance: that of the coarsest float of a program."""
+  dtypes = {
+    value.dtype
+    for eqn, _ in all_equations(graph.program)
+    for value in eqn.outputs
+    if value.dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact)
+  }
+  steps = [float(jnp.finfo(dtype).eps) for dtype in dtypes]
+  coarsest = max(steps, default=float(jnp.finfo(jnp.float32).eps))
+  if coarsest <= float(jnp.finfo(jnp.float64).eps):
+    return 1e-10
+  if coarsest <= float(jnp.finfo(jnp.float32).eps):
+    return 1e-5
+  return 4 * coarsest
 
 
 def _are_closed(graph: Graph, plan: plans.Plan, params: tree.PyTree) -> bool:
@@ -240,12 +270,12 @@ def _counting(graph: Graph, plan: plans.Plan) -> str:
 
 
 def _moved(x: Any) -> Any:
-  """Another input: floats and noise, integers (tokens) in reverse order.
+  """Another input: numbers and noise, integers (tokens) in reverse order.
 
   A constant would not do: a norm of the first layer takes it away.
   """
   dtype = jnp.asarray(x).dtype
-  if jnp.issubdtype(dtype, jnp.floating):
+  if jnp.issubdtype(dtype, jnp.inexact):
     return x + jax.random.normal(jax.random.key(1), np.shape(x), dtype)
   if jnp.issubdtype(dtype, jnp.integer) and np.ndim(x):
     return jnp.flip(x, -1)
@@ -258,7 +288,11 @@ def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """fn with the gradient of <cotangents, outputs> by its float params."""
+  """fn with the gradient of <cotangents, outputs> by its float params.
+
+  Of complex numbers it is that of the real part of the sum, which sees both
+  parts of each.
+  """
 
   def call(params: Any, cotangents: Any, *args: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
@@ -272,11 +306,11 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
         full[k] = x
       outs = fn(jax.tree.unflatten(structure, full), *args)
       dots = [
-        jnp.vdot(c, out)
+        jnp.real(jnp.vdot(c, out))
         for c, out in zip(
           jax.tree.leaves(cotangents), jax.tree.leaves(outs), strict=True
         )
-        if jnp.issubdtype(out.dtype, jnp.floating)
+        if jnp.issubdtype(out.dtype, jnp.inexact)
       ]
       return sum(dots), outs
 
@@ -292,8 +326,13 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cotangents(key: jax.Array, specs: Any) -> Any:
   leaves, structure = jax.tree.flatten(specs)
+  is_complex = lambda spec: jnp.issubdtype(spec.dtype, jnp.complexfloating)
   draws = [
-    jax.random.normal(jax.random.fold_in(key, k), spec.shape, jnp.float32)
+    jax.random.normal(
+      jax.random.fold_in(key, k),
+      spec.shape,
+      jnp.complex64 if is_complex(spec) else jnp.float32,
+    )
     for k, spec in enumerate(leaves)
   ]
   return jax.tree.unflatten(structure, draws)
@@ -312,7 +351,7 @@ def _error(a: Any, b: Any, share: float = 0.0) -> float:
 def _errors(a: Any, b: Any, share: float) -> list[float]:
   """:func:`_error` of each leaf; infinite where one is not finite."""
   pairs = [
-    (np.asarray(x, np.float64), np.asarray(y, np.float64))
+    (_exact(x), _exact(y))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   ]
   sizes = [_size(y) for _, y in pairs]
@@ -325,8 +364,17 @@ def _errors(a: Any, b: Any, share: float) -> list[float]:
   ]
 
 
+def _exact(x: Any) -> np.ndarray:
+  """Numbers in double precision, both parts of complex ones."""
+  is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+  return np.asarray(x, np.complex128 if is_complex else np.float64)
+
+
 def _size(x: Any) -> float:
-  return float(np.max(np.abs(x), initial=0.0))
+  # NumPy's largest of half precision warns of what it does not hold.
+  dtype = np.result_type(jnp.result_type(x))
+  wide = dtype if np.issubdtype(dtype, np.number) else np.float32
+  return float(np.max(np.abs(np.asarray(x, wide)), initial=0.0))
 
 
 def _worst_leaf(a: Any, b: Any) -> str:
@@ -467,7 +515,7 @@ def _slopes(
 ) -> dict[Any, Any]:
   """The gradient of <cotangents, outputs> by each float value, in order."""
   values = [*program.inputs, *(out for eqn in live for out in eqn.outputs)]
-  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.floating)
+  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.inexact)
   zeros = {
     value: jnp.zeros_like(known[value])
     for value in values
@@ -485,7 +533,7 @@ def _slopes(
         for value, x in zip(eqn.outputs, outs, strict=True)
       )
     return sum(
-      jnp.vdot(run.take(c, value.axes), run.read(env, value))
+      jnp.real(jnp.vdot(run.take(c, value.axes), run.read(env, value)))
       for c, value in zip(cotangents, program.outputs, strict=True)
       if is_float(value) and c is not None
     )

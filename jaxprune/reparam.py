@@ -151,7 +151,8 @@ def movement(
 
   def cut(w, s, mask):
     lift = (s - lax.stop_gradient(s)).astype(w.dtype)  # 0, with a gradient.
-    return jnp.where(mask, w, 0) + lift * lax.stop_gradient(w)
+    finite = jnp.where(jnp.isfinite(w), w, 0)  # 0 inf would be NaN.
+    return jnp.where(mask, w, 0) + lift * lax.stop_gradient(finite)
 
   return tree.map_pruned(cut, params, scores, masks)
 
@@ -167,7 +168,8 @@ def _straight_through_fwd(w, mask, decay):
 
 def _straight_through_bwd(residuals, g):
   w, mask, decay = residuals
-  return g + decay * jnp.where(mask, 0, w), None, None
+  pulled = jnp.where(mask | ~jnp.isfinite(w), 0, w)  # 0 inf would be NaN.
+  return g + decay * pulled, None, None
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)

@@ -9,11 +9,12 @@ the update period, so that every schedule reaches its target.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from jaxprune import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ def polynomial(
   """
   _check(sparsity, begin, end)
   _check(initial, begin, end)
+  checks.real('power', power, above=0)
 
   def fn(step):
     left = (1 - _progress(step, begin, end)) ** power
@@ -182,8 +184,7 @@ def iterative(
     >>> [float(schedule(step)) for step in (9, 10, 19, 20)]
     [0.0, 0.5, 0.5, 0.75]
   """
-  if rounds < 1:
-    raise ValueError(f'`rounds` must be at least 1, got {rounds}.')
+  checks.whole('rounds', rounds, 1)
   _check(sparsity, begin, end + (rounds == 1))
   cuts = [
     begin + (end - begin) * k // max(rounds - 1, 1) for k in range(rounds)
@@ -220,6 +221,7 @@ def prune_then_regrow(
     [0.0, 0.9, 0.7, 0.5]
   """
   _check(sparsity, turn, end)
+  checks.sparsity(peak)
   if not sparsity <= peak:
     raise ValueError(
       f'`peak` must be at least the sparsity {sparsity}, got {peak}.'
@@ -262,8 +264,7 @@ def warm_restarts(
     >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 15, 20)]
     [0.0, 0.7, 0.0, 0.7, 0.8]
   """
-  if cycles < 1:
-    raise ValueError(f'`cycles` must be at least 1, got {cycles}.')
+  checks.whole('cycles', cycles, 1)
   _check(sparsity, begin, end)
   _check(initial, begin, end)
 
@@ -289,8 +290,9 @@ def _between(step, begin, end, before, during, after) -> jax.Array:
 
 
 def _check(sparsity: float, begin: int, end: int) -> None:
-  if not (math.isfinite(sparsity) and 0 <= sparsity <= 1):
-    raise ValueError(f'A sparsity must be in [0, 1], got {sparsity}.')
+  checks.sparsity(sparsity)
+  checks.whole('begin', begin)
+  checks.whole('end', end)
   if not 0 <= begin < end:
     raise ValueError(
       f'Steps must satisfy 0 <= begin < end, got begin={begin}, end={end}.'

@@ -6,6 +6,16 @@ look at the weights, or at gradients that the caller has; those of the second
 half take the loss and batches. Lookahead scores are in
 :mod:`jaxprune.lookahead`.
 
+Every score of a tree keeps the order of what its formula gives, for weights of
+every size that float32 holds, subnormal ones included: products are formed
+over powers of two, and where the largest would leave 1e-29 to 1e36 all scores
+come out by one power of two larger or smaller. What that cannot mend: an entry
+1e-38 times the largest product (1e-19 times, where the score is a square)
+counts as 0 and ranks by position; ``taylor`` and ``obd`` of 'fisher' square
+gradients, and ``wanda`` inputs, which must lie between 1e-18 and 1e18;
+``movement``, a sum over steps, is plain products. Leaves of float64 are scored
+in float64.
+
 A ``which`` argument says which leaves to score, as for
 :func:`jaxprune.tree.prunable`; wherever it is taken, ValueError is raised if a
 rule in it matches no path or if no leaf is left.
@@ -20,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import distributions, placement, tree
+from jaxprune import checks, distributions, floats, placement, tree
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
@@ -73,7 +83,7 @@ def random(
 
 
 def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
-  """Returns layer-adaptive magnitudes, comparable between leaves, float32.
+  """Returns layer-adaptive magnitudes, comparable between leaves.
 
   score(w_u) = w_u^2 / sum of w_v^2 over |w_v| >= |w_u| in the same leaf. The
   order within a leaf is that of the magnitudes, the lower index first among
@@ -83,6 +93,9 @@ def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   Args:
     params: a pytree of arrays.
     which: the leaves to score.
+
+  Returns:
+    A pytree like ``params``, float32 or wider, in [0, 1].
 
   References:
     Lee et al. (2021), arXiv:2010.07611, Eq. 4; confirmed from the authors'
@@ -139,12 +152,12 @@ def fpgm(
 
   def score(w):
     filters = jnp.moveaxis(placement.whole(w), axis, 0)
-    filters = filters.reshape(w.shape[axis], -1)
-    filters = filters.astype(jnp.float32)
+    filters, exponent = floats.split(filters.reshape(w.shape[axis], -1))[0]
     far = lambda f: jnp.sum(jnp.linalg.norm(filters - f[None], axis=1))
     shape = [1] * w.ndim
     shape[axis] = w.shape[axis]
-    scores = lax.map(far, filters).reshape(shape)
+    scores = floats.join(floats.Scaled(lax.map(far, filters), exponent))
+    scores = scores.reshape(shape)
     return placement.like(jnp.broadcast_to(scores, w.shape), w)
 
   return jax.tree.map(score, tree.prunable(params, which))
@@ -169,8 +182,9 @@ def saliency(
     [[9. 1.]]
   """
   chosen = tree.prunable(params, which)
-  grads = tree.restrict(grads, chosen)
-  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
+  return jax.tree.map(
+    jnp.abs, floats.products(chosen, tree.restrict(grads, chosen))
+  )
 
 
 def movement(
@@ -201,7 +215,7 @@ def movement(
   """
   chosen = tree.prunable(params, which)
   grads = tree.restrict(grads, chosen)
-  step = jax.tree.map(lambda w, g: -_wide(w) * g, chosen, grads)
+  step = jax.tree.map(lambda w, g: -floats.wide(w) * g, chosen, grads)
   return step if previous is None else jax.tree.map(jnp.add, previous, step)
 
 
@@ -238,7 +252,7 @@ def snip(
   """
   chosen = tree.prunable(params, which)
   grads = _mean(_gradient(loss), params, chosen, batches)
-  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
+  return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
 def taylor(
@@ -273,9 +287,11 @@ def taylor(
 
   def squares(params, chosen, batch):
     grads = gradient(params, chosen, batch)
-    return jax.tree.map(lambda w, g: jnp.square(_wide(w) * g), chosen, grads)
+    return jax.tree.map(lambda g: jnp.square(floats.wide(g)), grads)
 
-  return _mean(squares, params, chosen, batches)
+  return floats.products(
+    chosen, chosen, _mean(squares, params, chosen, batches)
+  )
 
 
 def obd(
@@ -307,8 +323,9 @@ def obd(
     samples: how many v per batch, for ``'hutchinson'``; static.
 
   Raises:
+    TypeError: if samples is no integer.
     ValueError: if there is no batch, if hutchinson has no key, if hessian is
-      unknown, or as the module says.
+      unknown, if samples is below 1, or as the module says.
 
   References:
     LeCun, Denker and Solla (1989), Eq. 5; Hutchinson (1989) and Bekas et al.
@@ -333,7 +350,7 @@ def obd(
 
     def sample(key):
       v = optax.tree.random_like(key, chosen, jax.random.rademacher)
-      return jax.tree.map(lambda v, h: v * _wide(h), v, product(v))
+      return jax.tree.map(lambda v, h: v * floats.wide(h), v, product(v))
 
     keys = jax.random.split(key, samples)
     return jax.tree.map(lambda x: x.mean(0), lax.map(sample, keys))
@@ -342,10 +359,11 @@ def obd(
     def squares(sample):
       alone = jax.tree.map(lambda x: x[None], sample)
       grads = gradient(params, chosen, alone)
-      return jax.tree.map(lambda g: jnp.square(_wide(g)), grads)
+      return jax.tree.map(lambda g: jnp.square(floats.wide(g)), grads)
 
     return jax.tree.map(lambda x: x.mean(0), jax.vmap(squares)(batch))
 
+  checks.whole('samples', samples, 1)
   ways = {'exact': exact, 'hutchinson': hutchinson, 'fisher': fisher}
   if hessian not in ways:
     raise ValueError(f'`hessian` is one of {list(ways)}, got {hessian!r}.')
@@ -355,7 +373,8 @@ def obd(
     keyed = enumerate(batches)
     batches = ((jax.random.fold_in(key, i), batch) for i, batch in keyed)
   h = _mean(ways[hessian], params, chosen, batches)
-  return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(_wide(w)), chosen, h)
+  half = jax.tree.map(lambda h: 0.5 * h, h)
+  return floats.products(half, chosen, chosen)
 
 
 def grasp(
@@ -400,7 +419,7 @@ def grasp(
     return _product(gradient, params, weights, batch)(grads)
 
   product = _mean(flow, params, (chosen, grads), batches)
-  return jax.tree.map(jnp.multiply, chosen, product)
+  return floats.products(chosen, product)
 
 
 def synflow(
@@ -439,7 +458,7 @@ def synflow(
   )
   chosen = tree.prunable(sizes, which)
   grads = _gradient(total)(sizes, chosen, ones)
-  return jax.tree.map(lambda w, g: jnp.abs(_wide(w) * g), chosen, grads)
+  return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
 def wanda(
@@ -496,17 +515,14 @@ def wanda(
   def score(path, w):
     shape = [1] * w.ndim
     shape[axis] = w.shape[axis]
-    return jnp.abs(w) * jnp.sqrt(sums[path]).reshape(shape)
+    norms = jnp.sqrt(sums[path]).reshape(shape)
+    pair = *floats.split(jnp.abs(w)), *floats.split(norms)
+    return floats.join(floats.times(*pair))
 
   return tree.map_with_path(score, chosen)
 
 
 # What the scores share.
-
-
-def _wide(x: jax.Array) -> jax.Array:
-  """Returns x in float32 or wider: products of half precision are not exact."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _gradient(loss: Loss) -> Callable[[Any, Any, Any], tree.PyTree]:

@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxprune import counts, placement, select, tree
+from jaxprune import checks, counts, placement, select, tree
 from jaxprune import masks as masks_lib
 
 NByM = tuple[int, int]  # Keep n of every m.
@@ -87,10 +88,12 @@ def pdp_init(
     A :class:`PDPState` with ramp 0: the identity, until it is raised.
 
   Raises:
+    TypeError: if a count is no integer, or another argument no number.
     ValueError: if weights are not finite, if a sparsity or a count is out of
       range, if not exactly one of sparsity, ``n_by_m`` and ``pruned`` is given,
-      if ``n_by_m`` is not 0 < n < m, if tau or c is negative or both are zero,
-      or as :func:`jaxprune.tree.prunable`.
+      if ``n_by_m`` is not 0 < n < m, if tau or c is NaN, infinite or negative
+      or both are zero, if a leaf has 2**32 weights or more, or as
+      :func:`jaxprune.tree.prunable`.
 
   References:
     Cho, Adya and Naik (2023), arXiv:2305.11203. The global threshold, tau and
@@ -104,15 +107,15 @@ def pdp_init(
   weights = tree.prunable(params, which)
   if sum(x is not None for x in (sparsity, n_by_m, pruned)) != 1:
     raise ValueError('Give one of `sparsity`, `n_by_m` and `pruned`.')
-  for name, value in (('tau', tau), ('c', c)):
-    if isinstance(value, float | int) and value < 0:
-      raise ValueError(f'`{name}` must be at least 0, got {value}.')
+  checks.real('tau', tau, 0)
+  checks.real('c', c, 0)
+  _check_weights(weights)
   fixed = isinstance(tau, float | int) and isinstance(c, float | int)
   if fixed and tau == c == 0:
     raise ValueError('`tau` and `c` are both 0: a mask needs a temperature.')
   if n_by_m is not None:
     n, m = _check_n_by_m(n_by_m)
-    goal = jax.tree.map(lambda w: jnp.uint32(w.size // m * (m - n)), weights)
+    goal = jax.tree.map(lambda w: _uint32(w.size // m * (m - n)), weights)
   elif pruned is not None:
     goal = _counted(weights, _checked(weights, pruned))
   elif isinstance(sparsity, Mapping):
@@ -257,7 +260,7 @@ def sides(
   views = jax.tree.map(jnp.abs, _views(params, state, n_by_m, axis))
   ks = _counts(state, n_by_m)
   if n_by_m is None:
-    keep = jax.tree.map(lambda x, k: jnp.uint32(x.size) - k, views, ks)
+    keep = jax.tree.map(lambda x, k: _uint32(x.size) - k, views, ks)
     masks = select.top_masks(views, keep)
   else:
     draw = lambda x, k: _top_of_group(x, n_by_m[0], axis) | (k == 0)
@@ -334,17 +337,17 @@ def diagnose(
 
   def hardness(x, t):
     m = _soft_mask(x.astype(jnp.float32), t, state.tau, state.c)
-    return jnp.mean(4 * m * (1 - m))
+    return _mean(4 * m * (1 - m))
 
-  steep = jax.tree.map(lambda t: jnp.mean(t * t / temper(t)), ts)
+  steep = jax.tree.map(lambda t: _mean(t * t / temper(t)), ts)
   if before is None:
     moved = jax.tree.map(lambda _: jnp.float32(0), ts)
   else:
     now = sides(params, state, n_by_m=n_by_m, axis=axis)
-    moved = jax.tree.map(lambda a, b: jnp.mean(a != b), now, before)
-  density = lambda x, n: (jnp.uint32(x.size) - n).astype(jnp.float32) / x.size
+    moved = jax.tree.map(lambda a, b: _mean(a != b), now, before)
+  density = lambda x, n: (_uint32(x.size) - n) / jnp.float32(x.size)
   return Diagnosis(
-    threshold=jax.tree.map(jnp.mean, ts),
+    threshold=jax.tree.map(_mean, ts),
     hardness=jax.tree.map(hardness, views, ts),
     steepness=steep,
     gain=jax.tree.map(lambda x: 0.5 + 0.5 * x, steep),
@@ -354,6 +357,16 @@ def diagnose(
 
 
 # The maths of PDP.
+
+
+def _uint32(count: int) -> jax.Array:
+  """Returns a count that an int32 may not hold."""
+  return jnp.asarray(np.uint32(count))
+
+
+def _mean(x: jax.Array) -> jax.Array:
+  """Returns the mean in float32, also of more entries than an int32 counts."""
+  return jnp.sum(x, dtype=jnp.float32) / jnp.float32(x.size)
 
 
 def _temperature(t: jax.Array, tau: jax.Array, c: jax.Array) -> jax.Array:
@@ -404,8 +417,9 @@ def _counts(state: PDPState, n_by_m: NByM | None) -> tree.PyTree:
   def count(n):
     if n_by_m is not None:  # No group can lose a part of a weight.
       return jnp.where(ramp > 0, n, 0)
-    part = jnp.round(ramp * n.astype(jnp.float32)).astype(jnp.uint32)
-    return jnp.where(ramp >= 1, n, part)  # float32 would blur a large count.
+    limbs = jnp.stack([n & 0xFFFF, n >> 16, jnp.zeros_like(n)])
+    high, low = counts.part(limbs, ramp)
+    return (high << 16) | low
 
   return jax.tree.map(count, state.pruned)
 
@@ -423,8 +437,8 @@ def _thresholds(
     ts = jax.tree.map(lambda x: _group_threshold(x, n_by_m[0], axis), scores)
     return ts if through else jax.tree.map(lax.stop_gradient, ts)
   clip = lambda x, k: jnp.clip(
-    jnp.uint32(x.size) - k, 1, max(x.size - 1, 1)
-  ).astype(jnp.uint32)
+    _uint32(x.size) - k, np.uint32(1), np.uint32(max(x.size - 1, 1))
+  )
   keep = jax.tree.map(clip, scores, _counts(state, n_by_m))
   low, high = select.boundaries(scores, keep)
   if through:
@@ -503,18 +517,33 @@ def _back(w: jax.Array, view: jax.Array) -> jax.Array:
 
 def _check_n_by_m(n_by_m: NByM) -> NByM:
   n, m = n_by_m
+  checks.whole('n', n)
+  checks.whole('m', m)
   if not 0 < n < m:
     raise ValueError(f'`n_by_m` must be (n, m) with 0 < n < m, got {n_by_m}.')
   return n, m
 
 
+def _check_weights(weights: tree.PyTree) -> None:
+  """Raises unless weights are finite, and as many as a count can tell."""
+  large = [
+    path for path, w in tree.leaves(weights).items() if w.size >= 1 << 32
+  ]
+  if large:
+    raise ValueError(
+      f'PDP counts the weights of a leaf in 32 bits, and {", ".join(large)} '
+      'has 2**32 or more: split it, or leave it out with `which`.'
+    )
+  masks_lib.check_finite(weights)
+
+
 def _global_counts(
   weights: tree.PyTree, sparsity: float | jax.Array
 ) -> tree.PyTree:
+  checks.sparsity(sparsity)
   if isinstance(sparsity, float | int) and not 0 <= sparsity < 1:
     raise ValueError(f'`sparsity` must be in [0, 1), got {sparsity}.')
   scores = jax.tree.map(jnp.abs, weights)
-  masks_lib.check_finite(scores)
   keep = counts.kept(tree.size(weights), sparsity)
   masks = select.top_masks(scores, keep)
   return jax.tree.map(lambda mask: jnp.sum(~mask, dtype=jnp.uint32), masks)
@@ -524,6 +553,8 @@ def _checked(
   weights: tree.PyTree, pruned: Mapping[str, int]
 ) -> Mapping[str, int]:
   named = tree.leaves(weights)
+  for path, n in pruned.items():
+    checks.whole(f'pruned[{path!r}]', n)
   wrong = [
     f'{path!r} is no leaf to prune'
     if path not in named
@@ -540,13 +571,15 @@ def _checked(
 
 
 def _counted(weights: tree.PyTree, pruned: Mapping[str, int]) -> tree.PyTree:
-  count = lambda path, _: jnp.uint32(pruned.get(path, 0))
+  count = lambda path, _: _uint32(int(pruned.get(path, 0)))
   return tree.map_with_path(count, weights)
 
 
 def _shares(weights: tree.PyTree, rules: Mapping[str, float]) -> dict[str, int]:
   named = tree.leaves(weights)
   given = tree.match(rules, named, 0.0)
+  for path, r in given.items():
+    checks.real(f'sparsity[{path!r}]', r)
   odd = [f'{path}: {r}' for path, r in given.items() if not 0 <= r < 1]
   if odd:
     raise ValueError(f'A sparsity must be in [0, 1), got {", ".join(odd)}.')

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import soft, tree
+from jaxprune import floats, soft, tree
 
 Groups = Mapping[str, Any]  # Name of a group -> array of its size.
 
@@ -260,9 +260,13 @@ def kernel_channels(
 
 
 def _norm(w: jax.Array, axis: int) -> jax.Array:
-  total = jnp.sum(jnp.square(w.astype(jnp.float32)), _others(w, axis))
+  # Squares must not leave the range that the norms themselves are in.
+  (_, exponent), *_ = floats.split(jax.lax.stop_gradient(w))
+  scale = floats.power(jnp.clip(exponent, -120, 120), jnp.float32)
+  total = jnp.sum(jnp.square(w.astype(jnp.float32) / scale), _others(w, axis))
   # The gradient of a filter of zeros is zero, not 0 / 0.
-  return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
+  root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
+  return scale * root
 
 
 def _others(w: Any, axis: int) -> tuple[int, ...]:

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import placement, soft, soft_channels, transforms, tree
+from jaxprune import (
+  checks,
+  placement,
+  soft,
+  soft_channels,
+  transforms,
+  tree,
+  zeros,
+)
 
 
 def ramp(
@@ -62,10 +70,8 @@ def ramp_schedule(
     >>> [round(float(f(step)), 3) for f in (stairs, slope) for step in (0, 2)]
     [0.1, 0.1, 0.1, 0.15]
   """
-  if steps_per_epoch < 1:
-    raise ValueError(
-      f'`steps_per_epoch` must be at least 1, got {steps_per_epoch}.'
-    )
+  checks.whole('steps_per_epoch', steps_per_epoch, 1)
+  checks.real('rate', rate, above=0)
   if by not in ('epoch', 'step'):
     raise ValueError(f"`by` must be 'epoch' or 'step', got {by!r}.")
 
@@ -101,8 +107,8 @@ def is_warm(
     >>> is_warm([0.2, 0.6, 0.7], patience=2)
     True
   """
-  if patience < 1:
-    raise ValueError(f'`patience` must be at least 1, got {patience}.')
+  checks.whole('patience', patience, 1)
+  checks.real('upper', upper)
   recent = accuracies[-patience:]
   return len(recent) == patience and min(recent) > upper / 2
 
@@ -165,6 +171,7 @@ class TrackPDPState(NamedTuple):
   pdp: soft.PDPState  # In force at the next forward pass; itself not hardened.
   masks: tree.PyTree | None  # Like pdp.pruned; bool, all True until hardened.
   hard: jax.Array  # Whether the masks have taken over; bool, shape [].
+  revived: jax.Array  # As in :class:`jaxprune.transforms.SparsifyState`.
 
 
 _NEVER = 2**31 - 1
@@ -228,7 +235,12 @@ def track_pdp(
     >>> print(optax.apply_updates(params, updates)['kernel'])
     [[ 0.  0.  6. -8.]]
   """
-  first = 0 if begin is None else begin
+  first = 0 if begin is None else checks.whole('begin', begin)
+  if end is not None:
+    checks.whole('end', end)
+  for name, value in (('tau', tau), ('c', c)):
+    if not callable(value):
+      checks.real(name, value, 0)
   if first < 0 or (end is not None and end <= first):
     raise ValueError(
       f'track_pdp needs 0 <= begin < end, got begin={begin}, end={end}.'
@@ -268,7 +280,8 @@ def track_pdp(
       like = params if channels is None else channels.reduce(params)
       full = lambda x: placement.like(jnp.ones(x.shape, bool), x)
       masks = jax.tree.map(full, tree.restrict(like, state.pruned))
-    return TrackPDPState(step, start, state, masks, jnp.zeros([], bool))
+    hard, revived = jnp.zeros([], bool), jnp.zeros([], jnp.int32)
+    return TrackPDPState(step, start, state, masks, hard, revived)
 
   def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
     if params is None:
@@ -290,11 +303,14 @@ def track_pdp(
     masks = lax.cond(
       step == end, lambda: hardened(after, pdp_state), lambda: state.masks
     )
-    cuts = masks
+    cuts, before = masks, state.masks
     if channels is not None:
       cuts = soft_channels.leaf_masks(params, masks, channels)
+      before = soft_channels.leaf_masks(params, state.masks, channels)
+    age = jnp.maximum(step - end, 0)
+    revived = zeros.most_revived(params, before, state.revived, age)
     updates = transforms.project(updates, params, cuts)
-    return updates, new._replace(masks=masks, hard=step >= end)
+    return updates, new._replace(masks=masks, hard=step >= end, revived=revived)
 
   return optax.GradientTransformation(init_fn, update_fn)
 

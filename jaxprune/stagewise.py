@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import cost, placement, plans, recovery, tree
+from jaxprune import checks, cost, placement, plans, recovery, tree
 from jaxprune.structure import Graph, trace
 from jaxprune.structure.stages import Stage
 
@@ -94,6 +94,9 @@ def choices(
     >>> choices(graph, [0.25, 0.5])
     {'a': array([2, 4, 8])}
   """
+  checks.whole('round_to', round_to, 1)
+  for fraction in fractions:
+    checks.real('fractions', fraction)
   wrong = [f for f in fractions if not 0 < f <= 1]
   if wrong:
     raise ValueError(f'Fractions must be in (0, 1], got {wrong}.')

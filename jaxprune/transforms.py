@@ -5,11 +5,14 @@ about to be applied, and gives a pruned weight the update -w, so that
 ``optax.apply_updates`` alone leaves exact zeros. What that asks of a chain:
 
 * Weight decay, clipping and learning rates come before; a link after it, such
-  as ``optax.scale``, breaks the zeros.
+  as ``optax.scale``, breaks the zeros. ``docs/optax_wrappers.md`` has a table
+  of every link and wrapper of optax, by where it may stand.
 * ``optax.MultiSteps`` goes around the whole chain, so that steps are real
   ones. So does ``optax.apply_if_finite``, or NaN gets past it.
 * With ``optax.lookahead``: ``chain(lookahead(...), sparsify(...))``, which
   holds both copies; ``lookahead(chain(..., sparsify))`` overwrites the zeros.
+* No update makes a weight zero that is NaN or infinite: such a one stays as it
+  is, and counts as one that came back. ``masks.apply`` sets it to zero.
 * An average of the params (EMA) has exact zeros only once it is masked itself:
   ``masks.apply(optax.tree.get(state, 'masks'), average)``. So has what
   ``optax.contrib.schedule_free_eval_params`` returns, which is an average: of
@@ -28,8 +31,10 @@ about to be applied, and gives a pruned weight the update -w, so that
   so: where that is too much memory use ``AxisType.Auto``, with which the
   compiler decides.
 
-``check`` finds a chain that does not hold. State is found by name, under jit
-too: ``optax.tree.get(opt_state, 'masks')``, ``'mask_sparsity'``.
+A chain that does not hold says so: ``'revived'`` in its state counts weights
+that came back, and ``jaxprune.check_sparse`` names them. State is found by
+name, under jit too: ``optax.tree.get(opt_state, 'masks')``,
+``'mask_sparsity'``, ``'revived'``.
 """
 
 from collections.abc import Mapping
@@ -39,10 +44,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import checks, drawing, schedules, zeros
 from jaxprune import distributions as distributions_lib
-from jaxprune import drawing, schedules
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
+from jaxprune.zeros import check_sparse as check  # noqa: F401
 
 
 class SparsifyState(NamedTuple):
@@ -53,12 +59,16 @@ class SparsifyState(NamedTuple):
   # dict of them by rule; masks.sparsity(masks) counts what came of it. Not
   # `sparsity`, which optax.inject_hyperparams may hold.
   masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
+  revived: jax.Array | int = 0  # The most weights at once that were pruned and
+  # not zero on entry, int32, shape []; 0 of a chain that holds.
 
 
 class KeepSparseState(NamedTuple):
   """State of :func:`keep_sparse`."""
 
   masks: tree_lib.PyTree  # Like params; bool, or uint8 where packed.
+  step: jax.Array  # Updates seen so far; int32, shape [].
+  revived: jax.Array  # As in :class:`SparsifyState`.
 
 
 def sparsify(
@@ -130,7 +140,7 @@ def sparsify(
     >>> float(optax.tree.get(state, 'mask_sparsity'))
     0.5
   """
-  _check_every(every)
+  checks.whole('every', every, 1)
   recipe = drawing.Recipe.of(sparsity, distribution, granularity, which, regrow)
 
   def init_fn(params):
@@ -139,6 +149,7 @@ def sparsify(
       step=jnp.zeros([], jnp.int32),
       mask_sparsity=jax.tree.map(lambda _: jnp.float32(0), recipe.sparsity),
       masks=masks_lib.pack(masks) if packed else masks,
+      revived=jnp.zeros([], jnp.int32),
     )
 
   def update_fn(updates, state, params=None, *, scores=None, **extra):
@@ -161,6 +172,7 @@ def sparsify(
       step=next_step(state.step),
       mask_sparsity=last,
       masks=masks_lib.pack(masks) if packed else masks,
+      revived=zeros.most_revived(params, old, state.revived, state.step),
     )
     return project(updates, params, masks), new
 
@@ -222,10 +234,10 @@ def soft_shrinkage(
     [4. 1.]
     [4. 0.]
   """
+  checks.real('factor', factor)
   if not 0 <= factor < 1:
     raise ValueError(f'`factor` must be in [0, 1), got {factor}.')
-  if end < 0:
-    raise ValueError(f'`end` must be at least 0, got {end}.')
+  checks.whole('end', end, 0)
   recipe = drawing.Recipe.of(
     sparsity, distribution, granularity, which, regrow=True
   )
@@ -238,6 +250,7 @@ def soft_shrinkage(
       step=jnp.zeros([], jnp.int32),
       mask_sparsity=jax.tree.map(lambda _: jnp.float32(0), recipe.sparsity),
       masks=masks_lib.pack(masks) if packed else masks,
+      revived=jnp.zeros([], jnp.int32),
     )
 
   def update_fn(updates, state, params=None, *, scores=None, **extra):
@@ -264,7 +277,9 @@ def soft_shrinkage(
 
     masks = jax.lax.cond(due, redraw, lambda: old)
     held = masks_lib.pack(masks) if packed else masks
-    new = SparsifyState(next_step(state.step), levels, held)
+    age = jnp.maximum(state.step - end, 0)  # Before, what is pruned shrinks.
+    revived = zeros.most_revived(params, old, state.revived, age)
+    new = SparsifyState(next_step(state.step), levels, held, revived)
     return jax.tree.map(shrink, params, updates, masks), new
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -304,13 +319,15 @@ def keep_sparse(
   """
 
   def init_fn(params):
+    start = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
     if not jax.tree.leaves(params):  # Optax asks with a placeholder.
-      return KeepSparseState(params)
+      return KeepSparseState(params, *start)
     held = masks
     if held is None:
       held = jax.tree.map(lambda w: w != 0, tree_lib.prunable(params, which))
     masks_lib.check_like(held, params)
-    return KeepSparseState(masks_lib.pack(held) if packed else held)
+    zeros.check_finite(params, held)
+    return KeepSparseState(masks_lib.pack(held) if packed else held, *start)
 
   def update_fn(updates, state, params=None, **extra):
     del extra
@@ -319,7 +336,12 @@ def keep_sparse(
     held = state.masks
     if packed:
       held = masks_lib.unpack(held, params)
-    return project(updates, params, held), state
+    new = KeepSparseState(
+      state.masks,
+      next_step(state.step),
+      zeros.most_revived(params, held, state.revived, state.step),
+    )
+    return project(updates, params, held), new
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -364,13 +386,13 @@ def mask_moments(
   def update_fn(updates, state, params=None, **extra):
     updates, state = inner.update(updates, state, params, **extra)
     masks = masks_lib.unpacked(optax.tree.get(state, 'masks'), params)
-    zeros = jax.tree.map(jnp.zeros_like, state)
+    blank = jax.tree.map(jnp.zeros_like, state)
     pruned = jax.tree.map(
       lambda w, mask: mask if masks_lib.is_dense(mask) else ~mask,
       params,
       masks,
     )
-    return updates, replace_in_state(inner, state, zeros, params, pruned)
+    return updates, replace_in_state(inner, state, blank, params, pruned)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -428,7 +450,8 @@ def project(
 
   u where mask, else -w; w + (-w) is 0 in every floating type. Updates that
   are narrower than their params take the type of the two together, as a
-  bfloat16 holds no -w of float32.
+  bfloat16 holds no -w of float32. A weight that is NaN or infinite, which no
+  update brings to zero, has the update 0 and stays what it is.
 
   Args:
     updates: pytree like params; None where a leaf is not updated.
@@ -447,42 +470,6 @@ def project(
     return jnp.where(mask, u, _minus(w, u))
 
   return jax.tree.map(one, params, updates, masks)
-
-
-def check(params: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
-  """Raises if a pruned weight is not zero: the chain does not hold its masks.
-
-  Args:
-    params: pytree of arrays, concrete.
-    masks: pytree of bool, such as ``optax.tree.get(opt_state, 'masks')`` of
-      the step that made the params.
-
-  Raises:
-    ValueError: naming every leaf with how many of its weights came back.
-
-  Examples:
-    >>> check({'w': jnp.array([0.0, 2.0])}, {'w': jnp.array([False, True])})
-  """
-  masks = masks_lib.unpacked(masks, params)
-  revived = {}
-
-  def look(path, w, mask):
-    if not masks_lib.is_dense(mask):
-      revived[path] = int(jnp.sum((w != 0) & ~mask))
-
-  tree_lib.map_with_path(look, params, masks)
-  bad = [f'{path} ({count})' for path, count in revived.items() if count]
-  if bad:
-    raise ValueError(
-      f'Pruned weights are not zero in {", ".join(bad)}. The transformation '
-      'that prunes must be the last link of its chain, and inside of '
-      '`lookahead` it cannot hold.'
-    )
-
-
-def _check_every(every: int) -> None:
-  if every < 1:
-    raise ValueError(f'`every` must be at least 1, got {every}.')
 
 
 def _check_end(recipe: drawing.Recipe, end: int) -> None:
@@ -526,8 +513,9 @@ def _due(
 
 
 def _minus(w: jax.Array, u: jax.Array) -> jax.Array:
-  """Returns -w, exactly, in the type of w and u together."""
-  return -w.astype(jnp.promote_types(u.dtype, w.dtype))
+  """Returns -w, exactly, in the type of w and u together; 0 if not finite."""
+  minus_w = -w.astype(jnp.promote_types(u.dtype, w.dtype))
+  return jnp.where(jnp.isfinite(w), minus_w, 0)  # inf - inf would be NaN.
 
 
 def applied(params, updates) -> tree_lib.PyTree:

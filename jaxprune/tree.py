@@ -6,8 +6,9 @@ and plain dicts, and chooses leaves by *rules*: a mapping from a regular
 expression over paths to a value, in which the first match wins.
 """
 
+import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ Rules = Mapping[str, Any]  # Regular expression over paths -> value.
 Which = Callable[[str, Any], bool] | Mapping[str, bool] | None
 T = TypeVar('T')
 
+_VARIABLE_VALUE = jax.tree_util.GetAttrKey('value')
 _WEIGHT_NAMES = ('kernel', 'weight', 'w')
 _DENSE_NAMES = ('bias', 'b', 'scale', 'offset', 'embedding', 'embeddings')
 
@@ -27,7 +29,8 @@ _DENSE_NAMES = ('bias', 'b', 'scale', 'offset', 'embedding', 'embeddings')
 def path_string(path: tuple[Any, ...]) -> str:
   """Returns a key path as one string, the same for every framework.
 
-  Flax NNX ends its paths in ``value``, which is no name of a leaf and goes.
+  Flax NNX ends its paths in the attribute ``value`` of a variable, which does
+  not name a leaf and goes; an entry of a dict of that name stays.
 
   Args:
     path: a key path, as ``jax.tree_util.tree_flatten_with_path`` gives it.
@@ -36,9 +39,13 @@ def path_string(path: tuple[Any, ...]) -> str:
     >>> leaves, _ = jax.tree_util.tree_flatten_with_path({'a': [1.0, 2.0]})
     >>> [path_string(path) for path, _ in leaves]
     ['a/0', 'a/1']
+    >>> leaves, _ = jax.tree_util.tree_flatten_with_path({'a': {'value': 1.0}})
+    >>> path_string(leaves[0][0])
+    'a/value'
   """
-  name = jax.tree_util.keystr(path, simple=True, separator='/')
-  return name.removesuffix('/value')
+  if len(path) > 1 and path[-1] == _VARIABLE_VALUE:
+    path = path[:-1]
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def match(
     raise ValueError(
       f'No {what} matches {", ".join(map(repr, idle))}. A rule is a regular '
       f'expression that must match a whole path; the paths are: '
-      f'{", ".join(paths) or "none"}.'
+      f'{_nearest(paths, idle[0]) or "none"}.'
     )
   first = lambda path: next(
     (
@@ -160,14 +167,23 @@ def match(
   return {path: first(path) for path in paths}
 
 
+def _nearest(paths: Sequence[str], rule: str, most: int = 12) -> str:
+  """Returns paths as a text: all of a few, else those most like a rule."""
+  if len(paths) <= most:
+    return ', '.join(paths)
+  likeness = lambda path: difflib.SequenceMatcher(None, rule, path).ratio()
+  near = sorted(paths, key=likeness, reverse=True)[:most]
+  return f'{", ".join(near)} and {len(paths) - most} more'
+
+
 def is_prunable(path: str, leaf: Any) -> bool:
   """Whether a leaf is a weight that pruning may thin out, by default.
 
   True for a floating-point leaf with at least two axes whose last name is
-  ``kernel``, ``weight`` or ``w``, and for one of any other name, ``bias``,
-  ``scale``, ``offset`` and ``embedding`` excepted, with at least two axes
-  longer than one. Norm scales, biases (also Equinox's, of shape (n, 1, 1)),
-  embeddings and integer leaves stay dense.
+  ``kernel``, ``weight`` or ``w``, and for one of any other name with at least
+  two axes longer than one. Dense stay, by name, ``bias``, ``b``, ``scale``,
+  ``offset``, ``embedding`` and ``embeddings``; by shape, norm scales and biases
+  (also Equinox's, of shape (n, 1, 1)); and integer leaves.
 
   Args:
     path: the leaf's path.
@@ -179,14 +195,32 @@ def is_prunable(path: str, leaf: Any) -> bool:
     >>> is_prunable('conv/bias', jnp.zeros((8, 1, 1)))
     False
   """
+  return not why_dense(path, leaf)
+
+
+def why_dense(path: str, leaf: Any) -> str:
+  """Returns why a leaf stays dense by default; nothing if it is prunable.
+
+  Args:
+    path: the leaf's path.
+    leaf: an array or ``jax.ShapeDtypeStruct``.
+
+  Examples:
+    >>> why_dense('linear/b', jnp.zeros((4, 8)))
+    "leaves named 'b' stay dense by default"
+    >>> why_dense('conv/bias_term', jnp.zeros((8, 1, 1)))
+    'fewer than two of its axes are longer than 1'
+  """
   dtype = getattr(leaf, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    return False
+    return f'its dtype is {dtype}, and only floats are weights'
   name = path.rsplit('/', 1)[-1]
   if name in _DENSE_NAMES:
-    return False
+    return f'leaves named {name!r} stay dense by default'
   wide = sum(n > 1 for n in leaf.shape)
-  return len(leaf.shape) >= 2 and (wide >= 2 or name in _WEIGHT_NAMES)
+  if len(leaf.shape) < 2 or (wide < 2 and name not in _WEIGHT_NAMES):
+    return 'fewer than two of its axes are longer than 1'
+  return ''
 
 
 def prunable(params: PyTree, which: Which = None) -> PyTree:

@@ -71,6 +71,20 @@ def largest(folder):
   return max(files, key=lambda f: f.stat().st_size)
 
 
+def test_dicts_come_back_in_the_order_of_the_template(tmp_path):
+  moments = optax.adam(1e-3).init({'z': jnp.ones(2), 'a': jnp.ones(2)})
+  stages = {'dense': jnp.zeros(2), 'channel': {'z': 1, 'a': [{'y': 2, 'b': 3}]}}
+  state = {'stages': stages, 'moments': moments}
+  with checkpoint.Checkpointer(tmp_path) as keeper:
+    keeper.save(0, state)
+    state = keeper.restore(state).state
+  assert list(state) == ['stages', 'moments']
+  assert list(state['stages']) == ['dense', 'channel']
+  assert list(state['stages']['channel']) == ['z', 'a']
+  assert list(state['stages']['channel']['a'][0]) == ['y', 'b']
+  assert jax.tree.structure(state['moments']) == jax.tree.structure(moments)
+
+
 def test_every_kind_of_leaf_comes_back(tmp_path):
   state = make_state()
   with checkpoint.Checkpointer(tmp_path) as checkpoints:

@@ -32,7 +32,7 @@ def test_every_leaf_is_decided_by_name():
   assert list(rows) == [
     'conv/bias', 'conv/kernel', 'depthwise/kernel', 'head/kernel'
   ]  # fmt: skip
-  assert rows['conv/bias'].why == 'no weight by its name and shape'
+  assert rows['conv/bias'].why == "leaves named 'bias' stay dense by default"
   assert rows['conv/kernel'][2:5] == ('pruned', 0.5, '2:4')
   assert rows['depthwise/kernel'].verdict == 'refused'
   assert 'length 1 (a depthwise kernel?)' in rows['depthwise/kernel'].why

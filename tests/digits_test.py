@@ -60,7 +60,9 @@ def test_prepare_says_why_it_cannot_write(tmp_path, monkeypatch):
 
 
 def test_prepare_clears_what_a_killed_process_left(tmp_path):
-  old, young = tmp_path / 'digits-old', tmp_path / 'digits-young'
+  old, young = (
+    tmp_path / f'.jaxprune-digits-{age}' for age in ('old', 'young')
+  )
   old.mkdir()
   young.mkdir()
   os.utime(old, (time.time() - 7200,) * 2)
@@ -82,7 +84,7 @@ def test_prepare_by_many_processes_and_a_killed_one(tmp_path):
   code = 'import sys; from jaxprune import digits; digits.prepare(sys.argv[1])'
   start = lambda: subprocess.Popen([sys.executable, '-c', code, str(tmp_path)])
   killed = start()
-  while not list(tmp_path.glob('digits-*/**/*.array_record*')):
+  while not list(tmp_path.glob('.jaxprune-digits-*/**/*.array_record*')):
     assert killed.poll() is None
     time.sleep(0.002)
   killed.kill()
@@ -91,4 +93,6 @@ def test_prepare_by_many_processes_and_a_killed_one(tmp_path):
   others = [start() for _ in range(3)]
   assert [p.wait() for p in others] == [0, 0, 0]
   assert len(list((tmp_path / 'digits').iterdir())) == 1
-  assert len(list(tmp_path.glob('digits-*'))) == 1  # The killed one's, young.
+  assert (
+    len(list(tmp_path.glob('.jaxprune-digits-*'))) == 1
+  )  # The killed one's, young.

@@ -15,11 +15,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The layers, the lowest first. A module may import the layers below its own,
 # and modules of its own layer so long as no two need each other.
 LAYERS = {
-  'ground': 'placement tree',
+  'ground': 'checks floats placement tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
   'training': (
     'decisions drawing dynamic gates recovery reparam soft soft_channels '
-    'soft_training transforms'
+    'soft_training transforms zeros'
   ),
   'structure': 'cost plans proof structure',
   'search': 'estimator evolution joint stagewise',

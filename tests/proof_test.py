@@ -1,5 +1,7 @@
 """A check measures, catches what is wrong, and cannot pass by accident."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from jaxprune import plans, structure
 from jaxprune.proof import CheckError, check
 from jaxprune.structure import axes as ax
-from jaxprune.structure import program, rules, run
+from jaxprune.structure import literals, program, rules, run
 
 
 def normal(*shape):
@@ -62,6 +64,57 @@ def test_a_check_catches_a_wrong_index_of_a_leaf(monkeypatch):
   monkeypatch.setattr(plans, 'shrink', swapped)
   with pytest.raises(CheckError, match='differs from the masked one'):
     check(graph, plan, params, X)
+
+
+COMPLEX = {**PARAMS, 'b': PARAMS['b'] + 1j * normal(6, 3)[::-1]}
+
+
+def test_complex_numbers_are_compared_whole():
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')  # As of an imaginary part that is dropped.
+    proof = check(graph, plan, COMPLEX, X)
+  assert max(proof.values, proof.gradients, proof.parameters) <= 1e-5
+  scores = graph.reduce({'b': 1j * np.arange(18.0).reshape(6, 3)}, norm='l1')
+  assert scores['a'].tolist() == [3, 12, 21, 30, 39, 48]
+
+
+def test_a_check_catches_an_error_of_an_imaginary_part(monkeypatch):
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  good = plans.shrink
+
+  def conjugated(graph, plan, values):
+    small = good(graph, plan, values)
+    return {**small, 'b': jnp.conj(small['b'])}
+
+  monkeypatch.setattr(plans, 'shrink', conjugated)
+  with pytest.raises(CheckError, match='differs from the masked one'):
+    check(graph, plan, COMPLEX, X)
+
+
+@pytest.mark.slow
+def test_a_check_catches_an_error_of_an_imaginary_gradient(monkeypatch):
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  good = plans.specialise
+
+  @jax.custom_vjp
+  def bent(y):
+    return y
+
+  bent.defvjp(lambda y: (y, None), lambda _, slope: (jnp.conj(slope),))
+  bend = lambda graph, plan: lambda *xs: bent(good(graph, plan)(*xs))
+  monkeypatch.setattr(plans, 'specialise', bend)
+  with pytest.raises(CheckError, match='gradients by'):
+    check(graph, plan, COMPLEX, X)
+
+
+def test_a_complex_constant_is_a_number_where_it_is_real():
+  value = lambda x: rules.Value((), np.dtype(np.complex64), constant=x)
+  assert literals.number_of(value(np.complex64(8))) == 8
+  assert literals.number_of(value(np.complex64(8 + 1j))) is None
 
 
 def test_a_check_catches_a_wrong_rule(monkeypatch):
@@ -213,3 +266,53 @@ def test_a_check_catches_a_derivative_that_is_lost(monkeypatch):
   message = "the original one on masked params: .*most at the gradient of 'a'"
   with pytest.raises(CheckError, match=message):
     proved()
+
+
+def deep(params, x):
+  """Four layers and a norm over the batch, in the dtype of the params."""
+  h = x.astype(params['a'].dtype)
+  for name in 'abc':
+    h = jax.nn.gelu(h @ params[name])
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, 0, keepdims=True) + 1e-2)
+  return (h @ params['d']).astype(x.dtype)
+
+
+def deep_case(dtype):
+  """Params of a dtype, data of float32 or finer, a graph and half a plan."""
+  shapes = {'a': (6, 32), 'b': (32, 32), 'c': (32, 24), 'd': (24, 5)}
+  params = {
+    name: normal(*shape).astype(dtype) for name, shape in shapes.items()
+  }
+  x = jax.random.normal(jax.random.key(1), (16, 6))
+  x = x.astype(jnp.promote_types(dtype, jnp.float32))
+  graph = structure.trace(deep, params, x)
+  half = {n: np.arange(0, g.size, 2) for n, g in graph.groups.items()}
+  return params, x, graph, plans.from_kept(graph, half)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'float64'])
+def test_the_default_tolerance_is_that_of_the_dtype(dtype):
+  with jax.enable_x64(dtype == 'float64'):
+    params, x, graph, plan = deep_case(dtype)
+    proof = check(graph, plan, params, x)
+    assert proof.mutation > 10 * proof.values
+    # The controls do not move with the tolerance.
+    for tolerance in (0.05, 0.5):
+      loose = check(graph, plan, params, x, tolerance=tolerance)
+      assert loose.mutation == proof.mutation
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('tolerance', [None, 0.9])
+def test_a_wrong_cut_is_refused_in_every_dtype(dtype, tolerance, monkeypatch):
+  params, x, graph, plan = deep_case(dtype)
+  right = plans.shrink
+
+  def wrong(graph, plan, tree):
+    small = right(graph, plan, tree)
+    shifted = {'b': jnp.roll(small['b'], 1, 0)}
+    return {**small, **shifted} if tree is params else small
+
+  monkeypatch.setattr(plans, 'shrink', wrong)
+  with pytest.raises(CheckError):
+    check(graph, plan, params, x, tolerance=tolerance)

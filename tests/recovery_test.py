@@ -71,16 +71,107 @@ def test_order_and_the_old_statistics_do_not_matter():
   close(once, again, 1e-7)
 
 
-def test_dtypes_and_structure_stay():
+def law(momentum, float32=False):
+  """A training step by hand: r' = m r + (1 - m) b, of 3 channels."""
+  m = np.float32(momentum) if float32 else momentum
+  move = lambda r, b: m * r + (1 - m) * b
+  return lambda stats, x: {
+    'mean': move(stats['mean'], x.mean(0)),
+    'var': move(stats['var'], x.var(0)),
+  }
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_statistics_are_numpys_for_every_dtype_and_momentum(dtype):
+  """To some roundings of float32, and one of the dtype they are kept in."""
+  x = np.random.default_rng(1).normal(5, 2, (24, 3)).astype(np.float32)
+  momenta = (0.0, 0.1, 0.9, 0.99, 0.999, 0.9999)
+  norms = {
+    f'{momentum} {float32}': law(momentum, float32)
+    for momentum in momenta
+    for float32 in (False, True)
+  }
+  update = lambda stats, x: {k: norms[k](stats[k], x) for k in norms}
+  norm = {'mean': jnp.zeros(3, dtype), 'var': jnp.ones(3, dtype)}
+  stats, batches = dict.fromkeys(norms, norm), [x[:3], x[3:17], x[17:]]
+  wanted = {'mean': x.mean(0, np.float64), 'var': x.var(0, np.float64)}
+  tolerance = 2e-6 + float(jnp.finfo(dtype).eps) / 2
+  whole = recovery.batch_statistics(update, stats, batches)
+  for norm in whole.values():
+    for name, value in wanted.items():
+      assert norm[name].dtype == dtype
+      np.testing.assert_allclose(np.float64(norm[name]), value, rtol=tolerance)
+
+
+def test_a_mean_far_from_0_is_not_squared():
+  """A variance of 1 around 3,000: from squares float32 had no digit left."""
+  x = np.random.default_rng(1).normal(3000, 1, (24, 3)).astype(np.float32)
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  whole = recovery.batch_statistics(law(0.99), stats, [x[:10], x[10:]])
+  np.testing.assert_allclose(whole['var'], x.var(0, np.float64), rtol=2e-3)
+
+
+def test_an_update_that_insists_on_float32_is_as_exact_as_its_momentum():
+  """m is known to 2^-25 only, and 1 - m with it."""
+  x = np.random.default_rng(1).normal(5, 2, (24, 3)).astype(np.float32)
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  for momentum in (0.9, 0.99, 0.9999):
+    insists = lambda s, x, m=momentum: law(m)(
+      jax.tree.map(lambda r: r.astype(jnp.float32), s), x
+    )
+    whole = recovery.batch_statistics(insists, stats, [x])
+    bound = 1e-6 + 2**-25 / (1 - momentum)
+    np.testing.assert_allclose(whole['mean'], x.mean(0), rtol=bound)
+
+
+def test_an_update_without_a_form_in_64_bits_is_run_in_32():
+  """Such as a scan whose carry is of float32."""
+
+  def scanned(stats, x):
+    step = lambda total, row: (total + row, None)
+    total, _ = jax.lax.scan(step, jnp.zeros_like(stats['mean']), x)
+    return law(0.99)(stats, x) | {
+      'mean': 0.99 * stats['mean'] + 0.01 * total.astype(jnp.float32) / len(x)
+    }
+
+  def refuses(stats, x):
+    carry = jnp.zeros(3, jnp.float32)
+    step = lambda c, row: (c + row + 0 * stats['mean'], None)
+    total, _ = jax.lax.scan(step, carry, x)
+    return law(0.99)(stats, x) | {
+      'mean': 0.99 * stats['mean'] + 0.01 * total / len(x)
+    }
+
+  x = np.random.default_rng(1).normal(5, 2, (24, 3)).astype(np.float32)
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  for update in (scanned, refuses):
+    whole = recovery.batch_statistics(update, stats, [x])
+    np.testing.assert_allclose(whole['mean'], x.mean(0), rtol=5e-6)
+    np.testing.assert_allclose(whole['var'], x.var(0), rtol=5e-6)
+
+
+def test_flax_in_bfloat16_has_the_statistics_of_float32():
+  """At the momentum 0.99, which bfloat16 holds as 0.98828: 15 % off."""
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), STATS)
-  cast = lambda s, x: jax.tree.map(
-    lambda a: a.astype(jnp.bfloat16),
-    update(jax.tree.map(lambda a: a.astype(jnp.float32), s), x),
-  )
-  found = recovery.batch_statistics(cast, half, [DATA])
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), half
-  )
+  batches = [DATA[:10], DATA[10:]]
+  whole = recovery.batch_statistics(update, half, batches)
+  assert {x.dtype for x in jax.tree.leaves(whole)} == {jnp.dtype('bfloat16')}
+  wanted = recovery.batch_statistics(update, STATS, batches)
+  for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_array_equal(x, y.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('place', ['before', 'after'])
+def test_an_update_that_rounds_below_float32_is_refused(dtype, place):
+  cast = lambda s: jax.tree.map(lambda r: r.astype(dtype), s)
+  rounding = {
+    'before': lambda s, x: law(0.99)(cast(s), x),
+    'after': lambda s, x: cast(law(0.99)(s, x)),
+  }[place]
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  with pytest.raises(ValueError, match=r'below float32: mean, var; .* Let it'):
+    recovery.batch_statistics(rounding, stats, [jnp.ones((4, 3))])
 
 
 def test_logit_distillation_by_hand():

@@ -414,7 +414,7 @@ def test_chains_that_do_not_hold_are_found(chain):
   )
   assert zeros[-1].sum() < 224
   with pytest.raises(
-    ValueError, match=r'conv/kernel \(\d+\), head/kernel \(\d+'
+    ValueError, match=r'conv/kernel \(\d+ of 144\), head/kernel \(\d+ of 80'
   ):
     transforms.check(params, optax.tree.get(state, 'masks'))
 

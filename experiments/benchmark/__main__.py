@@ -177,9 +177,13 @@ def _step(params: dict[str, jax.Array], sparsity: float) -> Pair:
     scores.magnitude(params),
     distributions.uniform({k: w.shape for k, w in params.items()}, sparsity),
   )
-  # The state after the one drawing: from here masks rest.
+  # The state after the one drawing: from here masks rest. Every 16th step also
+  # counts what has come back; this one does not.
   state = transforms.SparsifyState(
-    step=jnp.int32(1), mask_sparsity=jnp.float32(sparsity), masks=drawn
+    step=jnp.int32(1001),
+    mask_sparsity=jnp.float32(sparsity),
+    masks=drawn,
+    revived=jnp.int32(0),
   )
   chain = optax.chain(adam, link)
 

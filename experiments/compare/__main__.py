@@ -394,7 +394,8 @@ def masked_steps(task: Task) -> Callable[..., Any]:
 def finetune_masked(task: Task, state: train.State, drawn: Any) -> train.State:
   """Trains what is left, with zeros in between."""
   adam = jax.vmap(optax.adam(_RATE.value).init)(state.params)
-  held = (adam, transforms.KeepSparseState(drawn))
+  hold = lambda masks, w: transforms.keep_sparse(masks).init(w)
+  held = (adam, jax.vmap(hold)(drawn, state.params))
   state = train.own(state._replace(opt_state=held))
   for i in range(_STEPS.value):
     state = masked_steps(task)(state, i)

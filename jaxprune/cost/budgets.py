@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import checks, counts, plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
@@ -70,9 +70,11 @@ def budget(
     raise ValueError(
       'A budget needs a bound: `macs`, `parameters`, `bytes` or `ms`.'
     )
-  if ms is not None and not ms > 0:
-    raise ValueError(f'`ms` must be above 0, got {ms}.')
+  if ms is not None:
+    checks.real('ms', ms, above=0)
   for name, bound in found._replace(ms=None)._asdict().items():
+    if bound is not None:
+      checks.real(name, bound)
     if isinstance(bound, float) and not 0 < bound <= 1:
       raise ValueError(
         f'`{name}` as a fraction must lie in (0, 1], got {bound}; an absolute '
@@ -448,7 +450,7 @@ def _ranges(
     if not isinstance(pitch, int) or pitch < 1:
       raise ValueError(f'`round_to` must be at least 1, got {pitch}.')
     if isinstance(least, float):
-      least = math.ceil(least * group.size)
+      least = counts.least(group.size, least)
     if not 0 <= least <= group.size:
       raise ValueError(
         f'Group {name!r} has {group.size} units and cannot keep {least} of '

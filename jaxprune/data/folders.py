@@ -5,13 +5,14 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune import digits
 
+MOST_CLASSES = 2**16  # Of labels without names: larger ones are identities.
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -19,20 +20,72 @@ class DataError(ValueError):
   """A data set that is unknown, missing or damaged; the message is one line."""
 
 
-def features(builder: Any) -> tuple[str, str, tuple[str, ...]]:
-  """Returns the names of image, label and classes of a set."""
-  image, label = builder.info.supervised_keys or ('image', 'label')
-  return image, label, classes_of(builder, (image, label))
+class Features(NamedTuple):
+  """The features of a set that are read."""
+
+  image: str
+  label: str | None  # None if its labels are not read.
+  classes: tuple[str, ...] | None  # None if the labels are integers alone.
+
+
+def features(builder: Any, names: Sequence[str] | None) -> Features:
+  """Returns the features of a set that hold image and label.
+
+  Args:
+    builder: of the set.
+    names: of image and label, or of the image alone; None for those that the
+      set itself names, else ``('image', 'label')``.
+
+  Raises:
+    DataError: if there is no such feature, or if the label is no integer.
+  """
+  image, *label = _names(builder, names)
+  _check_names(builder, (image, *label))
+  if not label:
+    return Features(image, None, None)
+  feature = builder.info.features[label[0]]
+  classes = getattr(feature, 'names', None)
+  if classes:
+    return Features(image, label[0], tuple(classes))
+  dtype = np.dtype(getattr(feature, 'np_dtype', None) or object)
+  if getattr(feature, 'shape', None) != () or dtype.kind not in 'iu':
+    raise DataError(
+      f'The label {label[0]!r} of {builder.name} is {feature!r}, but one '
+      f'integer is needed. {_NAMING} jaxprune.data.save numbers texts.'
+    )
+  return Features(image, label[0], None)
+
+
+_NAMING = (
+  "Name image and label by `features`, such as features=('image', 'label'), or "
+  "the image alone, as features=('image',), for labels of -1."
+)
+
+
+def _names(builder: Any, names: Sequence[str] | None) -> Sequence[str]:
+  """Returns the names of image and label, or of the image alone."""
+  if names is not None:
+    if isinstance(names, str) or len(names) not in (1, 2):
+      raise DataError(f'`features` must name one or two, got {names!r}.')
+    return names
+  given = builder.info.supervised_keys or ()
+  is_pair = len(given) == 2 and all(isinstance(key, str) for key in given)
+  return given if is_pair else ('image', 'label')
+
+
+def _check_names(builder: Any, names: Sequence[str]) -> None:
+  """Raises DataError unless a set has all of these features."""
+  missing = [name for name in names if name not in builder.info.features]
+  if missing:
+    raise DataError(
+      f'{builder.name} has no feature {", ".join(map(repr, missing))}, but '
+      f'{", ".join(sorted(builder.info.features))}. {_NAMING}'
+    )
 
 
 def classes_of(builder: Any, features: Sequence[str]) -> tuple[str, ...]:
   """Returns the names of the labels, the last of the features of a set."""
-  missing = [key for key in features if key not in builder.info.features]
-  if missing:
-    raise DataError(
-      f'{builder.name} has no feature {", ".join(map(repr, missing))}, but '
-      f'{", ".join(sorted(builder.info.features))}.'
-    )
+  _check_names(builder, features)
   names = getattr(builder.info.features[features[-1]], 'names', None)
   if not names:
     raise DataError(
@@ -42,12 +95,96 @@ def classes_of(builder: Any, features: Sequence[str]) -> tuple[str, ...]:
   return tuple(names)
 
 
-def check_label(target: int, classes: tuple, index: int, where: str) -> None:
-  """Raises DataError unless a record has one of the labels of its set."""
-  if not 0 <= target < len(classes):
+def label_of(
+  example: Mapping[str, Any], columns: Features, index: int, where: str
+) -> int:
+  """Returns the label of a record, -1 if the set has none.
+
+  Raises:
+    DataError: if it is none of the labels of its set.
+  """
+  if columns.label is None:
+    return -1
+  target, classes = int(example[columns.label]), columns.classes
+  if classes is None and not 0 <= target < MOST_CLASSES:
+    raise DataError(
+      f'Record {index} of {where} has the label {target}, but labels count '
+      f'classes from 0, up to {MOST_CLASSES - 1}. Number them anew, as '
+      f'jaxprune.data.save does with texts.'
+    )
+  if classes is not None and not 0 <= target < len(classes):
     raise DataError(
       f'Record {index} of {where} has the label {target}, but the set has the '
       f'{len(classes)} labels 0 to {len(classes) - 1}.'
+    )
+  return target
+
+
+def numbers(builder: Any, columns: Features) -> tuple[str, ...]:
+  """Returns names '0' to the largest label of all splits, for none of its own.
+
+  Of all splits, so that each of them has the same classes.
+
+  Raises:
+    DataError: if a split cannot be read.
+  """
+  largest = 0
+  for split in builder.info.splits:
+    source = open_source(builder, split)
+    for start in range(0, len(source), 1024):
+      indices = list(range(start, min(start + 1024, len(source))))
+      with quiet():
+        examples = read(source, builder, split, indices)
+      labels = [int(example[columns.label]) for example in examples]
+      largest = max(largest, *labels)  # A split to predict may have -1 alone.
+  return tuple(str(i) for i in range(min(largest, MOST_CLASSES - 1) + 1))
+
+
+def image_of(
+  example: Mapping[str, Any],
+  columns: Features,
+  transform: Transform | None,
+  seeds: tuple[int, ...],
+  where: str,
+) -> np.ndarray:
+  """Returns the image of a record as its transform makes it.
+
+  An image without an axis of channels gets one of size 1, before the transform.
+
+  Args:
+    example: as it was read.
+    columns: which features are read.
+    transform: (image, rng) -> image; None leaves it as it is.
+    seeds: of rng; the last is the number of the record.
+    where: the set and the split, for the error.
+
+  Raises:
+    DataError: if it is no image, or if the transform raises; with the number of
+      the record.
+  """
+  image = example[columns.image]
+  dtype, shape = getattr(image, 'dtype', None), np.shape(image)
+  is_numbers = dtype is not None and np.dtype(dtype).kind in 'buif'
+  if not is_numbers or len(shape) not in (2, 3):
+    kind = f'{dtype}{list(shape)}' if is_numbers else type(image).__name__
+    raise DataError(
+      f'{columns.image!r} of record {seeds[-1]} of {where} is {kind}, but an '
+      f'image is numbers of [height, width] or [height, width, channels]. '
+      f'jaxprune.data.records reads other kinds, such as sound or video.'
+    )
+  if len(shape) == 2:
+    image = image[..., None]
+  return transformed(transform, image, seeds, where)
+
+
+def check_alike(image: Any, first: np.ndarray, index: int, where: str) -> None:
+  """Raises DataError unless an image has the shape and dtype of record 0."""
+  kind = lambda x: f'{getattr(x, "dtype", type(x))}{list(np.shape(x))}'
+  if kind(image) != kind(first):
+    raise DataError(
+      f'Record {index} of {where} is {kind(image)}, but record 0 is '
+      f'{kind(first)}, and all images must be alike. A set of many sizes '
+      f'needs a transform, such as jaxprune.augment.center_crop.'
     )
 
 
@@ -84,7 +221,8 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
   if given and not roots[0].is_dir():
     raise DataError(
       f'The data folder {given} does not exist. It is a folder of sets that '
-      f'TFDS prepared, such as {given}/mnist/3.0.1.'
+      f'TFDS prepared, such as {given}/mnist/3.0.1; jaxprune.data.save makes '
+      f'one of arrays.'
     )
   folders = [v for root in roots for v in _versions(root / name)]
   if name == 'digits' and not folders:
@@ -95,7 +233,8 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     raise DataError(
       f'There is no data set {name!r} {where}; there are: '
       f'{", ".join(sorted(known | {"digits"}))}. '
-      f'Another folder is given by data_dir or by JAXPRUNE_DATA.'
+      f'Another folder is given by data_dir or by JAXPRUNE_DATA; a set is made '
+      f'of arrays by jaxprune.data.save.'
     )
   if version and version not in [f.name for f in folders]:
     raise DataError(

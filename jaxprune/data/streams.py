@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.data import folders
-from jaxprune.data.folders import DataError
 from jaxprune.data.order import epoch_batches
 
 
@@ -29,6 +28,7 @@ def stream(
   transform: folders.Transform | None = None,
   host: tuple[int, int] = (0, 1),
   threads: int = 4,
+  features: Sequence[str] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Returns an iterator over the batches of a set too large for the memory.
 
@@ -51,16 +51,17 @@ def stream(
     start: the first step to yield, counted over all epochs.
     rows: int, [n]; the examples to read, as places in the split, as if they
       alone were the set; by default all.
-    transform: (image, rng) -> uint8 image of one shape, run on the host, such
-      as ``augment.random_resized_crop``; rng is seeded by (seed, epoch, index
-      of the example).
+    transform: (image, rng) -> image of one shape, run on the host, such as
+      ``augment.random_resized_crop``; rng is seeded by (seed, epoch, index of
+      the example).
     host: (index, count) of this process, such as ``(jax.process_index(),
       jax.process_count())``.
     threads: that read ahead.
+    features: as in :func:`load`.
 
   Returns:
-    An iterator over (images, labels): uint8 [batch / count, ...] and int32
-    [batch / count].
+    An iterator over (images, labels): [batch / count, ...] of the set's dtype,
+    and int32 [batch / count].
 
   Raises:
     DataError: as :func:`load`; for a damaged record, one of another shape or
@@ -81,15 +82,14 @@ def stream(
   builder = folders.open_builder(name, data_dir)
   source = folders.open_source(builder, split)
   label = f'{builder.name} {split!r}'
-  image_key, label_key, classes = folders.features(builder)
-  with folders.quiet():  # TFDS warns once.
-    first = folders.read(source, builder, split, [0])[0][image_key]
+  columns = folders.features(builder, features)
 
-  def changed(image, epoch, i):
+  def image_of(example, epoch, i):
     seeds = (seed, epoch, i)
-    return folders.transformed(transform, image, seeds, label)
+    return folders.image_of(example, columns, transform, seeds, label)
 
-  shape = changed(first, 0, 0).shape
+  with folders.quiet():  # TFDS warns once.
+    first = image_of(folders.read(source, builder, split, [0])[0], 0, 0)
 
   rows = np.arange(len(source)) if rows is None else np.asarray(rows)
   if rows.size and not 0 <= rows.min() <= rows.max() < len(source):
@@ -115,15 +115,9 @@ def stream(
     mine = np.split(order(epoch)[step], count)[index].tolist()
     images, labels = [], np.empty(len(mine), np.int32)
     for k, example in enumerate(folders.read(source, builder, split, mine)):
-      image, labels[k] = example[image_key], example[label_key]
-      folders.check_label(int(labels[k]), classes, mine[k], label)
-      image = changed(image, epoch, mine[k])
-      if image.shape != shape or image.dtype != np.uint8:
-        raise DataError(
-          f'Record {mine[k]} of {label} is {image.dtype}{list(image.shape)}, '
-          f'but an image of uint8{list(shape)} is needed, as of record 0: give '
-          f'a transform that makes all images such.'
-        )
+      image = image_of(example, epoch, mine[k])
+      folders.check_alike(image, first, mine[k], label)
+      labels[k] = folders.label_of(example, columns, mine[k], label)
       images.append(image)
     return np.stack(images), labels
 

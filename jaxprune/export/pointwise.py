@@ -71,10 +71,59 @@ def _clamp(tape: Any, eqn: Equation, low: str, x: str, high: str) -> str:
 
 
 def _cast(tape: Any, eqn: Equation, x: str) -> str:
-  dtype = np.dtype(eqn.params['new_dtype'])
-  if dtype == eqn.inputs[0].dtype:
+  source, dtype = eqn.inputs[0].dtype, np.dtype(eqn.params['new_dtype'])
+  if dtype == source:
     return x
+  to_integer = np.issubdtype(dtype, np.integer) and dtype != np.uint64
+  if np.issubdtype(source, np.floating) and to_integer:
+    return _saturated(tape, eqn, x, dtype)
   return tape.add('Cast', x, to=dtype)
+
+
+def _saturated(tape: Any, eqn: Equation, x: str, dtype: np.dtype) -> str:
+  """A float as an integer: what does not fit as the nearest, NaN as 0.
+
+  So XLA has it; ONNX leaves it undefined. The largest int32 is no float32, but
+  the integer after it is: from there on it is chosen, after the cast.
+  """
+  info = np.iinfo(dtype)
+  after = _number(tape, eqn, float(int(info.max) + 1))
+  above_lowest = tape.add('Max', x, _number(tape, eqn, float(info.min)))
+  fits = tape.add('Less', x, after)  # NaN does not.
+  inside = tape.add('Where', fits, above_lowest, _number(tape, eqn, 0))
+  integer = tape.add(
+    'Where',  # Runtimes have it for few integers, and for int64.
+    tape.add('GreaterOrEqual', x, after),
+    tape.constant(np.array(info.max, np.int64)),
+    tape.add('Cast', inside, to=np.dtype(np.int64)),
+  )
+  if dtype == np.int64:
+    return integer
+  return tape.add('Cast', integer, to=dtype)
+
+
+def _expm1(tape: Any, eqn: Equation, x: str) -> str:
+  """exp(x) - 1 = tanh(x / 2) (exp(x) + 1), where nothing cancels."""
+  half = tape.add('Mul', x, _number(tape, eqn, 0.5))
+  above = tape.add('Add', tape.add('Exp', x), _number(tape, eqn, 1))
+  return tape.add('Mul', tape.add('Tanh', half), above)
+
+
+def _log1p(tape: Any, eqn: Equation, x: str) -> str:
+  """log(1 + x), and what the sum rounds away.
+
+  With u the rounded 1 + x, e = x - (u - 1) is exact, and log(u + e) is
+  log(u) + e / u to the last digit: at 1e-8, u is 1, e 1e-8, and the sum
+  log(1) + 1e-8 / 1. Below -1/2 the sum 1 + x is exact, and above 1 the log does
+  not feel e: there e is that of -1/2 and 1, which is 0. (Of infinity it would
+  be NaN.)
+  """
+  one = _number(tape, eqn, 1)
+  near = tape.add('Clip', x, _number(tape, eqn, -0.5), one)
+  total = tape.add('Add', near, one)
+  lost = tape.add('Sub', near, tape.add('Sub', total, one))
+  log = tape.add('Log', tape.add('Add', x, one))
+  return tape.add('Add', log, tape.add('Div', lost, total))
 
 
 def _is_finite(tape: Any, eqn: Equation, x: str) -> str:
@@ -107,12 +156,8 @@ _POINTWISE: dict[str, Tensors] = {
   'square': lambda tape, eqn, x: tape.add('Mul', x, x),
   'integer_pow': _integer_pow,
   'exp2': lambda tape, eqn, x: tape.add('Pow', _number(tape, eqn, 2), x),
-  'expm1': lambda tape, eqn, x: tape.add(
-    'Sub', tape.add('Exp', x), _number(tape, eqn, 1)
-  ),
-  'log1p': lambda tape, eqn, x: tape.add(
-    'Log', tape.add('Add', x, _number(tape, eqn, 1))
-  ),
+  'expm1': _expm1,
+  'log1p': _log1p,
   'erfc': lambda tape, eqn, x: tape.add(
     'Sub', _number(tape, eqn, 1), tape.add('Erf', x)
   ),

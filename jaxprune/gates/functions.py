@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune import checks
+
 
 class Function(NamedTuple):
   """A gate function.
@@ -37,15 +39,15 @@ def scale(dead_zone: float = 0.05) -> Function:
     dead_zone: at least 0; static.
 
   Raises:
-    ValueError: if ``dead_zone`` is negative.
+    TypeError: if ``dead_zone`` is no number.
+    ValueError: if ``dead_zone`` is negative, infinite or NaN.
 
   Examples:
     >>> gate, theta = scale(0.1), jnp.array([0.7, 0.05])
     >>> print(gate.value(theta, gate.open(theta)))
     [0.7 0. ]
   """
-  if not dead_zone >= 0:
-    raise ValueError(f'`dead_zone` must be at least 0, got {dead_zone}.')
+  checks.real('dead_zone', dead_zone, 0)
 
   def is_open(theta):
     size = jnp.abs(theta)
@@ -90,11 +92,16 @@ def sharp(beta: float | jax.Array) -> Function:
     beta: inverse temperature, from 1 to 100 or so in the course of training;
       static or traced.
 
+  Raises:
+    TypeError: if a static ``beta`` is no number.
+    ValueError: if a static ``beta`` is not above 0, infinite or NaN.
+
   Examples:
     >>> gate, theta = sharp(100.0), jnp.array([0.0, 2.0])
     >>> print(gate.value(theta, gate.open(theta)))
     [0.5 1. ]
   """
+  checks.real('beta', beta, above=0)
   soft = lambda theta: jax.nn.sigmoid(beta * theta)
   hard = lambda theta: (theta >= 0).astype(theta.dtype)
 

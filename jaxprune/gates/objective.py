@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxprune import tree
+from jaxprune import checks, tree
 from jaxprune.gates.functions import lift
 from jaxprune.gates.records import Cost, Structure, Values, names_of, reach
 
@@ -118,6 +118,8 @@ def penalty(
     >>> print(penalty(jnp.float32(0.75), 2.0, target=0.5))
     0.5
   """
+  checks.real('target', target)
+  checks.real('strength', strength)
   if isinstance(target, float | int) and not 0 <= target <= 1:
     raise ValueError(f'`target` must be in [0, 1], got {target}.')
   return strength * jnp.maximum(rho - target, 0)
@@ -177,6 +179,8 @@ def partition(
     >>> print(*optax.apply_updates(p, updates).values())
     0.0 -2.0
   """
+  checks.real('low', low)
+  checks.real('high', high)
   if not low < high:
     raise ValueError(f'Gates need low < high, got {low} and {high}.')
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import checks, counts, plans, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure import stages as chain
 from jaxprune.structure.graph import Graph
@@ -117,8 +117,7 @@ def space(
     >>> space(graph, round_to=4).ladders.widths
     {'a': array([4, 8])}
   """
-  if round_to < 1:
-    raise ValueError(f'`round_to` must be at least 1, got {round_to}.')
+  checks.whole('round_to', round_to, 1)
   found = _stages(graph) if stages is None else _given_stages(graph, stages)
   both = set(found) & set(graph.groups)
   if both:
@@ -201,7 +200,7 @@ def _in_parts(
 
 
 def _least(name: str, least: float | int, size: int) -> int:
-  number = int(np.ceil(least * size)) if isinstance(least, float) else least
+  number = counts.least(size, least) if isinstance(least, float) else least
   if not 0 <= number <= size:
     raise ValueError(f'{name!r} has {size} and cannot keep {number}.')
   return number
@@ -335,9 +334,20 @@ def rounded(space: Space, vector: PruningVector) -> PruningVector:
     Python ints, int64 or int32 arrays of the same shapes.
 
   Raises:
-    ValueError: if the vector has other coordinates than the space.
+    ValueError: if the vector has other coordinates than the space, or one that
+      is NaN or infinite (a traced one cannot be told: it is the smallest).
   """
   check(space, vector)
+  odd = [
+    f'{path} = {np.asarray(x).tolist()}'
+    for path, x in tree.leaves(vector).items()
+    if checks.is_static(x) and not np.isfinite(x).all()
+  ]
+  if odd:
+    raise ValueError(
+      f'A pruning vector holds finite numbers, got {", ".join(odd)}; a loss '
+      'that is not finite makes such a gradient.'
+    )
 
   def nearest(x: Any, ladder: np.ndarray) -> Any:
     middles = (ladder[1:] + ladder[:-1]) / 2
@@ -417,6 +427,9 @@ def plan(space: Space, vector: PruningVector) -> plans.Plan:
 def to_json(vector: PruningVector) -> str:
   """Returns a vector of numbers as JSON, one coordinate a line.
 
+  Raises:
+    ValueError: naming every coordinate that is NaN or infinite.
+
   Examples:
     >>> print(to_json(PruningVector({'a': 3}, {}, 28)))
     {
@@ -429,7 +442,7 @@ def to_json(vector: PruningVector) -> str:
     }
   """
   plain = jax.tree.map(lambda x: x.item() if hasattr(x, 'item') else x, vector)
-  return json.dumps({'version': FORMAT, **plain._asdict()}, indent=1)
+  return checks.dumps({'version': FORMAT, **plain._asdict()}, indent=1)
 
 
 def from_json(text: str) -> PruningVector:
@@ -443,7 +456,7 @@ def from_json(text: str) -> PruningVector:
     version = data.pop('version')
     vector = PruningVector(**data)
     sound = isinstance(vector.widths, dict) and isinstance(vector.depths, dict)
-    sound &= all(isinstance(x, int | float) for x in jax.tree.leaves(vector))
+    sound &= all(_is_number(x) for x in jax.tree.leaves(vector))
   except (ValueError, KeyError, TypeError, AttributeError):
     sound, version, vector = False, FORMAT, PruningVector({}, {})
   if not sound:
@@ -457,3 +470,8 @@ def from_json(text: str) -> PruningVector:
       f'reads formats {" and ".join(map(str, READABLE))}.'
     )
   return vector
+
+
+def _is_number(x: Any) -> bool:
+  plain = isinstance(x, int | float) and not isinstance(x, bool)
+  return plain and bool(np.isfinite(x))

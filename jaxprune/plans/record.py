@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune import checks
 from jaxprune.plans import rules
 from jaxprune.structure import axes as ax
 from jaxprune.structure.branches import severed
@@ -151,7 +152,7 @@ def from_kept(
   entries = []
   for name, index in sorted(kept.items()):
     size = group(graph, name).size
-    chosen = sorted({int(i) for i in index})
+    chosen = sorted({_unit(name, i) for i in index})
     if name in cut or len(chosen) != len(index):
       raise ValueError(
         f'Group {name!r} must keep one or more indices, each once, got '
@@ -178,6 +179,10 @@ def from_kept(
     now = there
   plan = Plan(graph.fingerprint, tuple(entries), closed, sides)
   return dataclasses.replace(plan, resized=tuple(changes))
+
+
+def _unit(name: str, index: Any) -> int:
+  return int(checks.whole(f'kept[{name!r}]', index))
 
 
 def from_masks(
@@ -236,6 +241,7 @@ def from_widths(
   kept = {}
   for name, width in widths.items():
     size = group(graph, name).size
+    checks.whole(f'widths[{name!r}]', width)
     if not 1 <= width <= size:
       raise ValueError(
         f'Group {name!r} can keep 1 to {size} units, got {width}.'
@@ -424,15 +430,15 @@ def to_json(plan: Plan) -> str:
     }
   """
   lines = [
-    f'  {json.dumps(name)}: {json.dumps(list(index))}'
+    f'  {json.dumps(name)}: {checks.dumps(list(index))}'
     for name, index in plan.kept
   ]
   kept = '{\n' + ',\n'.join(lines) + '\n }' if lines else '{}'
   return (
     f'{{\n "version": {plan.version},\n "graph": {json.dumps(plan.graph)},\n'
     f' "kept": {kept},\n "dropped": {json.dumps(list(plan.dropped))},\n'
-    f' "resolution": {json.dumps(plan.resolution)},\n'
-    f' "resized": {json.dumps(plan.resized)}\n}}'
+    f' "resolution": {checks.dumps(plan.resolution)},\n'
+    f' "resized": {checks.dumps(plan.resized)}\n}}'
   )
 
 

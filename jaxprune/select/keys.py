@@ -81,8 +81,8 @@ def kept(x: jax.Array, cut: Cutoff, split: Split) -> jax.Array:
 def surplus(cut: Cutoff, split: Split) -> jax.Array:
   """Whether a cutoff keeps only some of the entries that equal it."""
   if split.lead:
-    return cut.lead < math.prod(split.shape[: split.lead])
-  return cut.trail < split.size
+    return cut.lead < np.uint32(math.prod(split.shape[: split.lead]))
+  return cut.trail < np.uint32(split.size)  # Beyond what an int32 holds.
 
 
 def before(x: jax.Array, cut: Cutoff, split: Split) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import checks
 from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
 from jaxprune.counts import Keep, Limbs
@@ -46,7 +47,8 @@ def top_mask(
     bool, the shape of ``x``, with exactly ``keep`` true entries.
 
   Raises:
-    TypeError: if ``x`` is not floating, or narrower than 16 bits.
+    TypeError: if ``x`` is not floating, or narrower than 16 bits, or if
+      ``keep`` is no integer.
     ValueError: if ``method`` is unknown, if a static ``keep`` is out of range,
       or if histograms are asked for with ``spec`` or for 2**31 entries and
       more.
@@ -81,7 +83,8 @@ def top_masks(
     pytree of bool like ``scores``.
 
   Raises:
-    TypeError: if a leaf is not floating, or narrower than 16 bits.
+    TypeError: if a leaf is not floating, or narrower than 16 bits, or if a
+      count is no integer.
     ValueError: as :func:`top_mask`, or if ``keep`` does not match ``scores``.
 
   Examples:
@@ -115,6 +118,8 @@ def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
     >>> print(kth_largest(jnp.array([5.0, -1.0, 7.0, 5.0]), 2))
     5.0
   """
+  if isinstance(k, float | bool):
+    checks.whole('k', k)
   if isinstance(k, int | np.integer) and k < 1:
     raise ValueError(f'k must be at least 1, got {k}.')
   xs, _, keep, splits = _arguments(x, k, None)
@@ -226,6 +231,9 @@ def _arguments(scores: Any, keep: Any, specs: Any):
         f'of the scores; got {len(counts)}.'
       )
   for (name, limit), count in zip(limits.items(), counts, strict=True):
+    if not isinstance(count, tuple):
+      remedy = 'A fraction of zeros is what masks.top(scores, sparsity) takes.'
+      checks.whole(f'keep` of `{name}', count, remedy=remedy)
     if isinstance(count, int | np.integer) and not 0 <= count <= limit:
       raise ValueError(
         f'`keep` of {name!r} must be between 0 and {limit}, got {count}.'
@@ -238,7 +246,8 @@ def _is_count(keep: Any) -> bool:
   """Whether this is one count: a scalar, or a pair of limbs."""
   if type(keep) is tuple and len(keep) == 2:
     return all(getattr(limb, 'dtype', None) == jnp.uint32 for limb in keep)
-  return isinstance(keep, int | np.integer | np.ndarray | jax.Array)
+  number = int | float | np.generic | np.ndarray | jax.Array
+  return isinstance(keep, number)
 
 
 def _split(x: jax.Array, spec: jax.sharding.PartitionSpec | None) -> keys.Split:

@@ -4,13 +4,12 @@ A rule names groups by a regular expression and says what may become of them;
 scores meet other scores over the whole network or among groups of one shape.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune import tree
+from jaxprune import counts, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
@@ -108,8 +107,8 @@ def limits(choice: Choice | None, name: str, size: int) -> tuple[int, int, int]:
       f'`round_to` of group {name!r} must be at least 1, got {step}.'
     )
   least, most = choice.least, size if choice.most is None else choice.most
-  least = math.ceil(least * size) if isinstance(least, float) else least
-  most = math.floor(most * size) if isinstance(most, float) else most
+  least = counts.least(size, least) if isinstance(least, float) else least
+  most = counts.most(size, most) if isinstance(most, float) else most
   least = max(least, 1)
   if not least <= most <= size:
     raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.base import known_entries
 
 
 class Binding(NamedTuple):
@@ -56,7 +57,8 @@ class Flow:
   def is_zero(self, value: Value) -> bool:
     """Whether a value is a constant zero, of whatever shape."""
     if value.constant is not None:
-      return not np.any(value.constant)
+      entries = known_entries(value.constant)
+      return entries is not None and not np.any(entries)
     if len(self.makers.get(value, [])) != 1:
       return False
     (step,) = self.makers[value]

@@ -141,7 +141,7 @@ class Graph:
     for path, leaf in self.leaves.items():
       if path not in named:
         continue
-      score = jnp.abs(jnp.asarray(named[path], jnp.float32))
+      score = jnp.abs(jnp.asarray(named[path])).astype(jnp.float32)
       for k, axis in enumerate(leaf.axes):
         found = [
           (names[atom], labels)

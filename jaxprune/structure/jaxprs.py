@@ -16,6 +16,9 @@ INLINED = frozenset(
   ['jit', 'pjit', 'closed_call', 'core_call', 'core_closed_call', 'xla_call']
 )
 
+# Files whose lines say nothing of where an operation comes from.
+_INSIDE = ('site-packages/jax/', 'site-packages/jaxlib/', 'jaxprune/structure/')
+
 
 def eliminate_dead_code(jaxpr: Any) -> Any:
   """Returns a ``jax.extend.core.Jaxpr`` without its dead equations.
@@ -29,28 +32,47 @@ def eliminate_dead_code(jaxpr: Any) -> Any:
 
 
 def line_of(source_info: Any, outer: str) -> str:
-  """Returns the innermost line outside of libraries, else that of the caller.
+  """Returns where an equation comes from: the user's line, and a library's.
+
+  The innermost line outside of libraries is the user's; where a library (Flax,
+  an installed model) called the operation, its own line follows in brackets,
+  since one call of such a model is the same line for all its operations::
+
+    reduce_sum at train.py:12 (flax/linen/normalization.py:226)
 
   Args:
     source_info: of an equation.
     outer: the line that called it, for what has no line of its own.
   """
-  back = source_info.traceback
-  found = back.as_python_traceback() if back is not None else None
-  lines = []
-  while found is not None:
-    code = found.tb_frame.f_code
-    lines.append((code.co_filename, found.tb_lineno))
-    found = found.tb_next
-  own = [
-    (name, line)
-    for name, line in lines
-    if not any(part in name for part in ('site-packages', 'jaxprune/structure'))
-  ]
-  if not own:
+  lines = _lines(source_info.traceback)
+  own = [line for line in lines if 'site-packages' not in line[0]]
+  if not lines:
     return outer or source_info_util.summarize(source_info)
-  name, line = own[-1]
-  return f'{pathlib.PurePath(name).name}:{line}'
+  file, number = lines[-1]
+  inner = f'{_in_library(file)}:{number}'
+  if not own:  # The call of the library is that of the caller.
+    return (
+      f'{outer} ({inner})' if outer and '(' not in outer else outer or inner
+    )
+  user = f'{pathlib.PurePath(own[-1][0]).name}:{own[-1][1]}'
+  return user if lines[-1] == own[-1] else f'{user} ({inner})'
+
+
+def _lines(traceback: Any) -> list[tuple[str, int]]:
+  """(file, line) of the calls outside of JAX and this room, outermost first."""
+  frame = traceback.as_python_traceback() if traceback is not None else None
+  lines = []
+  while frame is not None:
+    file = frame.tb_frame.f_code.co_filename
+    if not any(folder in file for folder in _INSIDE):
+      lines.append((file, frame.tb_lineno))
+    frame = frame.tb_next
+  return lines
+
+
+def _in_library(file: str) -> str:
+  """A file as its library knows it: flax/linen/normalization.py."""
+  return file.replace('\\', '/').rpartition('site-packages/')[2]
 
 
 def body_of(

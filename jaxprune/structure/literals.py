@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.base import known_entries
 
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
 # Numbers of formulas, rather than of widths.
@@ -36,13 +37,17 @@ UNCHANGED = frozenset(_NAMES.split())
 
 
 def number_of(value: Value) -> float | None:
-  """Returns the number that a constant is, in every entry."""
+  """Returns the number that a constant is, in every entry; None if none is.
+
+  A complex number is one where it has no imaginary part: it is no size else.
+  """
   if value.constant is None or not jnp.issubdtype(value.dtype, jnp.number):
     return None
-  array = np.asarray(value.constant)
-  if not array.size or np.any(array != array.flat[0]):
+  array = known_entries(value.constant)
+  if array is None or not array.size or np.any(array != array.flat[0]):
     return None
-  return float(array.flat[0])
+  number = array.flat[0]
+  return None if np.imag(number) else float(np.real(number))
 
 
 def fold(eqn: Equation, known: Sequence[Any]) -> float | None:
@@ -101,9 +106,14 @@ def varying_axes(value: Value) -> list[Axis]:
   if value.constant is None or not value.shape:
     return []
   live = [k for k, axis in enumerate(value.axes) if is_live([axis])]
-  if not live or not jnp.issubdtype(value.dtype, jnp.number):
+  is_plain_type = any(
+    jnp.issubdtype(value.dtype, kind) for kind in (jnp.number, jnp.bool_)
+  )
+  if not live or not is_plain_type:
     return []
-  table = np.asarray(value.constant)
+  table = known_entries(value.constant)
   return [
-    value.axes[k] for k in live if np.any(table != np.take(table, [0], k))
+    value.axes[k]
+    for k in live
+    if table is None or np.any(table != np.take(table, [0], k))
   ]

@@ -19,7 +19,7 @@ import numpy as np
 from jaxprune import placement
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules import Equation, Value, contraction
 
 Kept = Mapping[Axis, np.ndarray]  # Atom -> indices that are kept, ascending.
 Program = Any  # A jaxprune.structure.program.Program, whose module needs this.
@@ -74,6 +74,9 @@ class Run:
       mask = np.zeros(axis.size, bool)
       mask[self.kept[axis]] = True
       return mask
+    if axis.order is not None:
+      mask = self.mask(axis.parts[0])
+      return None if mask is None else mask[axis.order]
     masks = [self.mask(part) for part in axis.parts]
     if all(mask is None for mask in masks):
       return None
@@ -106,7 +109,12 @@ class Run:
     """Returns what is left of a constant of the program."""
     if value.recompute is not None:
       return self.take(value.recompute(self.size), value.axes)
-    return self.take(value.constant, value.axes)
+    mask = None if value.indexes is None else self.mask(value.indexes)
+    if mask is None or self.masked:
+      return self.take(value.constant, value.axes)
+    # Entries are numbered anew: of [3, 1, 0] without entry 2 is left [2, 1, 0].
+    numbers = np.cumsum(mask, dtype=value.constant.dtype) - 1
+    return numbers[self.take(value.constant, value.axes)]
 
   def fill(self, array: Any, axes: Sequence[Axis], value: Any) -> Any:
     """Returns an array with ``value`` where an entry is removed."""
@@ -222,6 +230,9 @@ class Switched:
     axis = ax.find(axis)
     if axis.kind == 'atom':
       return self.masks.get(axis)
+    if axis.order is not None:
+      mask = self.mask(axis.parts[0])
+      return None if mask is None else mask[axis.order]
     masks = [self.mask(part) for part in axis.parts]
     if all(mask is None for mask in masks):
       return None
@@ -311,9 +322,10 @@ def mixed(eqn: Equation) -> Iterator[tuple[int, dict[int, Axis]]]:
 
   Of a product it is enough to clear one operand: data rather than weights.
   """
-  if eqn.primitive.name == 'dot_general':
-    data = [k for k, value in enumerate(eqn.inputs) if value.has_data] or [0]
-    (contract, _) = eqn.params['dimension_numbers']
+  contract = contraction(eqn)
+  if contract is not None:
+    factors = enumerate(eqn.inputs[:2])
+    data = [k for k, value in factors if value.has_data] or [0]
     for k in data:
       yield k, {axis: eqn.inputs[k].axes[axis] for axis in contract[k]}
   elif eqn.primitive.name == 'conv_general_dilated':

@@ -17,7 +17,9 @@ _LINEAR_NAMES = """
 """
 _LINEAR = frozenset(_LINEAR_NAMES.split())
 _SUMS = frozenset(['add', 'add_any', 'concatenate', 'stack', 'sub'])
-_PRODUCTS = frozenset(['conv_general_dilated', 'div', 'dot_general', 'mul'])
+_PRODUCTS = frozenset(
+  ['conv_general_dilated', 'div', 'dot_general', 'mul', 'ragged_dot_general']
+)
 _POSITIVE = frozenset(
   ['abs', 'reduce_max', 'reduce_min', 'reduce_window_max', 'reduce_window_min']
 )
@@ -139,4 +141,4 @@ def _operands(
     return inputs[:1] if stream.is_zero(inputs[1]) else None
   if name == 'select_n':
     return [v for v in inputs[1:] if not stream.is_zero(v)]
-  return list(inputs) if name in _PRODUCTS else None
+  return inputs[:2] if name in _PRODUCTS else None

@@ -1,7 +1,7 @@
 """From functions to their graph: trace on shapes, type every axis, collect.
 
-Nothing is computed: the functions run on shapes alone, their jaxprs are typed,
-and the atoms that nothing locked are the groups.
+The functions run on shapes alone, their jaxprs are typed, and the atoms that
+nothing locked are the groups.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.structure import absence, choices, rescale, twins
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices, rescale, twins
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
@@ -39,13 +39,17 @@ def trace(
 ) -> Graph:
   """Returns the groups of a function by tracing it on shapes alone.
 
-  Nothing is computed and no memory taken: params and args may be
-  ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
-  but for those that have the path and shape of a leaf of the params (the
-  state of an optimizer, a statistic that a training step hands back), which
-  are cut like that leaf; an output whose path is but one name, only where it
-  has the units of the leaf besides. ``str(graph)`` names them. A leaf that the
-  function does not use, but to hand it back unchanged, stays whole.
+  Params and args may be ``jax.ShapeDtypeStruct``, for no network is computed
+  and no memory taken: but for small tables that depend on no argument, as the
+  angles of a rotary embedding (see :mod:`jaxprune.structure.constants`). Each
+  use of such a table is cut on its own.
+
+  The inputs and outputs of the function stay whole, but for those that have the
+  path and shape of a leaf of the params (the state of an optimizer, a statistic
+  that a training step hands back), which are cut like that leaf; an output
+  whose path is but one name, only where it has the units of the leaf besides.
+  ``str(graph)`` names them. A leaf that the function does not use, but to hand
+  it back unchanged, stays whole.
 
   Several functions of the same params (a network as it is evaluated and a
   step of its training) have one graph: what any of them ties or protects is
@@ -282,6 +286,11 @@ def _graphs(
     rescale.apply(how.find(programs[0], proven))
     for program in programs[1:]:
       rescale.apply(rescale.patterns(program, proven))
+  for program in programs:
+    for eqn, axis in absence.counted(program):
+      if how.reductions == 'protect':
+        ax.lock(axis, f'{eqn.why} {absence.WHY}')
+      eqn.reductions.append(axis)
   if how.reductions == 'protect':
     for atom, why in _reduced(programs).items():
       ax.lock(atom, f'{why[0]} reduces over it')
@@ -386,7 +395,9 @@ def _is_tied(value: Value, leaf: Leaf) -> bool:
 
 def _parts(axis: Axis) -> Any:
   axis = ax.find(axis)
-  return [axis.kind, *map(_parts, axis.parts)] if axis.parts else axis
+  if not axis.parts:
+    return axis
+  return [axis.kind, _order(axis), *map(_parts, axis.parts)]
 
 
 def _read(program: Program) -> set[Value]:
@@ -476,4 +487,10 @@ def _describe(axis: Axis, names: Mapping[Axis, str]) -> Any:
     return names[axis]
   if ax.is_locked(axis):
     return axis.size
-  return [axis.kind, [_describe(part, names) for part in axis.parts]]
+  parts = [_describe(part, names) for part in axis.parts]
+  return [axis.kind, parts] if axis.order is None else [_order(axis), parts]
+
+
+def _order(axis: Axis) -> list[int] | None:
+  """The order of a permuted axis, as plain data."""
+  return None if axis.order is None else axis.order.tolist()

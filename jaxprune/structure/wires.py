@@ -498,8 +498,11 @@ class _Second:
   def number(self, value: Value) -> float | None:
     """The number that a constant holds, if it is one throughout."""
     value, _ = self.origin(value, _LAYOUT)
-    found = np.unique(value.constant) if value.constant is not None else ()
-    return float(found[0]) if len(found) == 1 else None
+    if value.constant is None:
+      return None
+    found = np.unique(value.constant)
+    is_number = len(found) == 1 and not np.any(np.imag(found))
+    return float(np.real(found[0])) if is_number else None
 
 
 def _times(

@@ -3,13 +3,16 @@
 A *names* function maps the layers of a network of :mod:`jaxprune.models` to the
 names that another library has for them; :func:`from_torch` and
 :func:`from_keras` bring the arrays into our layout, exactly: nothing is
-rounded, nothing is guessed, and a name that is missing or left over is an
-error::
+rounded unless ``allow_rounding`` says so, nothing is guessed, and a name that
+is missing or left over is an error::
 
   model = models.resnet50()
   like = jax.eval_shape(model.init, jax.random.key(0), images)
   arrays = weights.read('resnet50.safetensors')
   variables = weights.from_torch(arrays, like, weights.torch_resnet)
+
+Names may stand under a prefix, such as ``model.`` or ``_orig_mod.``, and
+weights may be pruned by ``torch.nn.utils.prune``.
 
 A norm's epsilon and the padding of a strided convolution are no weights: give
 the network those of the source, by ``epsilon`` and ``tensorflow_padding``. A

@@ -2,17 +2,30 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.weights import faults, prefixes
 from jaxprune.weights.names import Named, Names
 
 PyTree = Any
 Arrays = Mapping[str, np.ndarray]
+
+
+class _Library(NamedTuple):
+  """How a library names and lays out the arrays of its layers."""
+
+  separator: str  # Between the layers of a name.
+  # Its layer, our layer, our kind of array -> its name of the array.
+  leaf_name: Callable[[str, str, str], str]
+  # A kernel of its layout, its layer, our layer -> the kernel in our layout.
+  to_ours: Callable[[np.ndarray, Named, str], np.ndarray]
+  # And back.
+  to_theirs: Callable[[np.ndarray, Named, str], np.ndarray]
 
 
 def from_torch(
@@ -22,38 +35,50 @@ def from_torch(
   *,
   ignore: Sequence[str] = (),
   keep: Sequence[str] = (),
+  allow_rounding: bool = False,
 ) -> PyTree:
   """Returns the variables of a network from a PyTorch state dict.
 
   A convolution OIHW becomes HWIO and a dense layer OI becomes IO; if it reads a
-  flattened feature map, its inputs are reordered from CHW to HWC. A leading
-  ``module.`` and counters of batches and positions are dropped; ``gamma`` and
-  ``beta`` are read as ``weight`` and ``bias``.
+  flattened feature map, its inputs are reordered from CHW to HWC. Counters of
+  batches and positions are dropped; ``gamma`` and ``beta`` are read as
+  ``weight`` and ``bias``.
+
+  What wraps a network may stay in the names: ``module.`` and ``_orig_mod.``
+  anywhere, and any prefix, such as ``model.`` or ``backbone.``, under which all
+  names of the network are found. Of a network pruned by
+  ``torch.nn.utils.prune`` the weights are ``weight_orig`` where ``weight_mask``
+  is 1 and zero where it is 0: what the network computes with. The masks are
+  then ``jax.tree.map(lambda w: w != 0, params)``.
 
   Args:
     arrays: name -> array, such as :func:`read` gives.
     like: variables of the network, or their shapes by ``jax.eval_shape``.
     names: a function of this module, such as :func:`torch_resnet`.
     ignore: regular expressions over whole names to leave unused, such as
-      ``'aux.*'``.
+      ``'aux.*'``; with or without the prefix of the network.
     keep: regular expressions over whole paths to take from ``like``, such as
       ``'params/head/.*'`` for another number of classes.
+    allow_rounding: whether values may be rounded to the dtype of ``like``, such
+      as those of a float32 file to bfloat16; to the nearest, ties to even.
 
   Returns:
     pytree like ``like``, of jax arrays with its dtypes.
 
   Raises:
     ValueError: if a name is missing or left over, or an array has another
-      shape, a value that is not finite or one that the dtype of ``like`` would
-      round, all of them listed; if two names become one; if a rule of
-      ``ignore`` or ``keep`` matches nothing.
+      shape, the layout of another library, a value that is not finite or one
+      that the dtype of ``like`` would round, each kind listed (and counted
+      where there are many); if two names become one, or the network is there
+      under two prefixes; if a mask is not of 0 and 1; if a rule of ``ignore``
+      or ``keep`` matches nothing.
     TypeError: if arrays are no floats, in the same list, or if ``keep`` meets a
       leaf of ``like`` that is a shape without values.
   """
   counters = ('num_batches_tracked', 'position_ids')
   weights = {k: x for k, x in arrays.items() if not k.endswith(counters)}
-  found = _renamed(weights, _torch_name)
-  return _convert(found, like, names, _torch_leaf, _from_torch, ignore, keep)
+  weights = _masked(_renamed(weights, _torch_name))
+  return _convert(weights, like, names, _TORCH, ignore, keep, allow_rounding)
 
 
 def from_keras(
@@ -63,11 +88,13 @@ def from_keras(
   *,
   ignore: Sequence[str] = (),
   keep: Sequence[str] = (),
+  allow_rounding: bool = False,
 ) -> PyTree:
   """Returns the variables of a network from the weights of a Keras model.
 
-  Names are ``layer/weight``, such as ``conv_dw_1/depthwise_kernel``; a trailing
-  ``:0`` is dropped. A depthwise kernel HWC1 becomes HW1C.
+  Names are ``layer/weight``, such as ``conv_dw_1/depthwise_kernel``, all under
+  one prefix if there is one; a trailing ``:0`` is dropped. A depthwise kernel
+  HWC1 becomes HW1C.
 
   Args:
     arrays: name -> array, such as :func:`read` gives.
@@ -75,6 +102,7 @@ def from_keras(
     names: :func:`keras_mobilenet_v1`, ``_v2`` or ``_v3``.
     ignore: regular expressions over whole names to leave unused.
     keep: regular expressions over whole paths to take from ``like``.
+    allow_rounding: as in :func:`from_torch`.
 
   Returns:
     pytree like ``like``, of jax arrays with its dtypes.
@@ -83,8 +111,8 @@ def from_keras(
     ValueError: as :func:`from_torch`.
     TypeError: as :func:`from_torch`.
   """
-  found = _renamed(arrays, lambda name: name.removesuffix(':0'))
-  return _convert(found, like, names, _keras_leaf, _from_keras, ignore, keep)
+  weights = _renamed(arrays, lambda name: name.removesuffix(':0'))
+  return _convert(weights, like, names, _KERAS, ignore, keep, allow_rounding)
 
 
 def to_torch(variables: PyTree, names: Names) -> dict[str, np.ndarray]:
@@ -101,103 +129,153 @@ def to_torch(variables: PyTree, names: Names) -> dict[str, np.ndarray]:
     ValueError: if ``names`` has no name for a layer; all such are listed.
   """
   leaves = tree.leaves(variables)
-  known = names(_layers(leaves))
-  lost = [path for path in leaves if _split(path)[0] not in known]
-  if lost:
-    raise ValueError(f'No name is known for {_list(lost)}.')
-  found = {}
+  their_layers = names(_layers(leaves))
+  unnamed = [path for path in leaves if _split(path)[0] not in their_layers]
+  if unnamed:
+    raise ValueError(f'No name is known for {faults.summary(unnamed, "/")}.')
+  state = {}
   for path, leaf in leaves.items():
     layer, kind = _split(path)
-    their = known[layer]
+    their_layer = their_layers[layer]
     array = np.asarray(leaf)
     if kind == 'kernel':
-      array = _to_torch(array, their)
-    found[_torch_leaf(their.name, layer, kind)] = array
-  return found
+      array = _to_torch(array, their_layer, layer)
+    state[_torch_leaf(their_layer.name, layer, kind)] = array
+  return state
 
 
 def _convert(
   arrays: Arrays,
   like: PyTree,
   names: Names,
-  leaf_name: Callable[[str, str, str], str],
-  layout: Callable[[np.ndarray, Named, str], np.ndarray],
+  library: _Library,
   ignore: Sequence[str],
   keep: Sequence[str],
+  allow_rounding: bool,
 ) -> PyTree:
+  """Returns variables from the arrays of a library, or lists all faults."""
   leaves = tree.leaves(like)
-  known = names(_layers(leaves))
-  kept = tree.match(dict.fromkeys(keep, True), leaves, False)
-  ignored = tree.match(dict.fromkeys(ignore, True), arrays, False)
-  taken, used = {}, set()
-  missing, wrong, other, infinite, rounded = [], [], [], [], []
-  for path, leaf in leaves.items():
-    if kept[path]:
-      taken[path] = _as_array(path, leaf)
-      continue
+  is_kept = tree.match(dict.fromkeys(keep, True), leaves, False)
+  their_layers = names(_layers(leaves))
+  wrong: dict[str, list[str]] = {kind: [] for kind in faults.REMEDIES}
+  expected = {}  # Path -> the name that the library has for it.
+  for path in leaves:
     layer, kind = _split(path)
-    their = known.get(layer)
-    if their is None:
-      missing.append(f'{path} (no name is known)')
+    if is_kept[path]:
       continue
-    name = leaf_name(their.name, layer, kind)
-    if name not in arrays:
-      missing.append(f'{name} (for {path})')
-      continue
-    used.add(name)
-    array = np.asarray(arrays[name])
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      other.append(f'{name} {array.dtype}')
-      continue
-    try:
-      ours = layout(array, their, layer) if kind == 'kernel' else array
-    except ValueError:
-      ours = array
-    if ours.shape != tuple(leaf.shape):
-      wrong.append(f'{name} {array.shape} for {path} {tuple(leaf.shape)}')
-    elif not np.all(np.isfinite(ours)):
-      infinite.append(name)
-    elif not _exact(ours, leaf.dtype):
-      rounded.append(f'{name} {array.dtype} for {path} {leaf.dtype}')
+    if layer in their_layers:
+      their_name = their_layers[layer].name
+      expected[path] = library.leaf_name(their_name, layer, kind)
     else:
-      taken[path] = jnp.asarray(ours, leaf.dtype)
-  left = [name for name in arrays if name not in used and not ignored[name]]
-  faults = [
-    f'{what}: {_list(which)}'
-    for what, which in (
-      ('missing', missing),
-      ('left over', left),
-      ('of another shape', wrong),
-      ('no floats', other),
-      ('not finite', infinite),
-      ('rounded by the dtype', rounded),
-    )
-    if which
+      wrong['missing'].append(f'{path} (no name is known)')
+  prefix, named = prefixes.locate(arrays, expected, library.separator, ignore)
+  converted = {}
+  for path, leaf in leaves.items():
+    if is_kept[path]:
+      converted[path] = _as_array(path, leaf)
+    elif path in named and named[path] not in arrays:
+      wrong['missing'].append(f'{named[path]} (for {path})')
+    elif path in named:
+      array = np.asarray(arrays[named[path]])
+      fault, ours = _converted(
+        array, path, leaf, their_layers, library, allow_rounding
+      )
+      if fault:
+        wrong[fault].append(f'{named[path]} {ours}'.rstrip())
+      else:
+        converted[path] = jnp.asarray(ours, leaf.dtype)
+  short = {name: name.removeprefix(prefix) for name in arrays}
+  rules = dict.fromkeys(ignore, True)
+  is_ignored = tree.match(rules, {*short.values(), *short}, False, 'name')
+  used = set(named.values())
+  wrong['left over'] = [
+    name
+    for name in arrays
+    if name not in used and not (is_ignored[name] or is_ignored[short[name]])
   ]
-  if faults:
-    error = TypeError if other else ValueError
-    raise error(
-      f'The weights do not fit the network. {". ".join(faults)}. Check the '
-      f'network and its arguments; `ignore` leaves names unused, `keep` takes '
-      f'leaves from `like`.'
-    )
-  return tree.map_with_path(lambda path, _: taken[path], like)
+  faults.check(wrong, library.separator)
+  return tree.map_with_path(lambda path, _: converted[path], like)
+
+
+def _converted(
+  array: np.ndarray,
+  path: str,
+  leaf: Any,
+  their_layers: Mapping[str, Named],
+  library: _Library,
+  allow_rounding: bool,
+) -> tuple[str, Any]:
+  """Returns ('', the array in our layout), or (a fault, its description)."""
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    return 'no floats', array.dtype
+  layer, kind = _split(path)
+  shape, ours = tuple(leaf.shape), array
+  wanted = shape  # As the library lays it out.
+  if kind == 'kernel':
+    try:
+      blank = np.broadcast_to(np.float32(0), shape)
+      wanted = library.to_theirs(blank, their_layers[layer], layer).shape
+      ours = library.to_ours(array, their_layers[layer], layer)
+    except ValueError:
+      ours = None  # It is no kernel of such a layer.
+  if ours is None or ours.shape != shape:
+    # The sizes of a kernel in another order: it was laid out by someone else.
+    is_turned = array.ndim > 1 and sorted(array.shape) == sorted(wanted)
+    if is_turned and array.shape != wanted:
+      return 'transposed', f'{array.shape}, not {wanted}, for {path}'
+    return 'of another shape', f'{array.shape} for {path} {shape}'
+  if not np.all(np.isfinite(ours)):
+    return 'not finite', ''
+  if not _exact(ours, leaf.dtype):
+    if not allow_rounding:
+      return 'rounded by the dtype', f'{array.dtype} for {path} {leaf.dtype}'
+    with np.errstate(over='ignore'):
+      if not np.all(np.isfinite(ours.astype(leaf.dtype))):
+        return 'beyond the dtype', f'{array.dtype} for {path} {leaf.dtype}'
+  return '', ours
 
 
 def _renamed(arrays: Arrays, rename: Callable[[str], str]) -> Arrays:
   """Returns the arrays under new names, of which no two may be the same."""
-  found: dict[str, str] = {}
+  old_names: dict[str, str] = {}
   pairs = [
-    f'{found[new]} and {old}'
+    f'{old_names[new]} and {old}'
     for old in arrays
-    if found.setdefault(new := rename(old), old) != old
+    if old_names.setdefault(new := rename(old), old) != old
   ]
   if pairs:
+    listed = faults.summary(pairs, '.')
     raise ValueError(
-      f'Two arrays are of one name in the network: {_list(pairs)}. Remove one '
-      f'of each.'
+      f'Two arrays are of one name in the network: {listed}. Remove one of '
+      f'each.'
     )
-  return {new: arrays[old] for new, old in found.items()}
+  return {new: arrays[old] for new, old in old_names.items()}
+
+
+def _masked(arrays: Arrays) -> Arrays:
+  """Returns the arrays with each ``x_orig`` times ``x_mask`` as ``x``."""
+  products = {}
+  for name, mask in arrays.items():
+    stem = name.removesuffix('_mask')
+    if stem == name or f'{stem}_orig' not in arrays:
+      continue
+    whole, mask = np.asarray(arrays[f'{stem}_orig']), np.asarray(mask)
+    if mask.shape != whole.shape or not np.all((mask == 0) | (mask == 1)):
+      raise ValueError(
+        f'{name} must hold 0 and 1 in the shape {whole.shape} of {stem}_orig, '
+        f'got {mask.dtype}{list(mask.shape)} of other values or shape.'
+      )
+    if stem in arrays:
+      raise ValueError(
+        f'The file has {stem} and also {stem}_orig and {name}: remove one of '
+        f'them, or remove the pruning by torch.nn.utils.prune.remove.'
+      )
+    # Chosen, not multiplied: a pruned infinity is 0.
+    products[stem] = np.where(mask == 1, whole, np.zeros((), whole.dtype))
+  ends = ('_orig', '_mask')
+  is_joined = lambda name: name.endswith(ends) and name[:-5] in products
+  rest = {name: x for name, x in arrays.items() if not is_joined(name)}
+  return rest | products
 
 
 def _exact(array: np.ndarray, dtype: Any) -> bool:
@@ -234,12 +312,20 @@ def _split(path: str) -> tuple[str, str]:
   return layer, kind
 
 
-def _list(names: Sequence[str]) -> str:
-  return ', '.join(names)
+# Modules that wrap another one and add their name to all of its names.
+_WRAPPERS = (
+  r'(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)'
+)
 
 
 def _torch_name(name: str) -> str:
-  name = name.removeprefix('module.')
+  """Returns a name without the modules that wrap others, and of our time.
+
+  Examples:
+    >>> _torch_name('module._orig_mod.encoder.module.norm.gamma')
+    'encoder.norm.weight'
+  """
+  name = re.sub(rf'(?<![^.]){_WRAPPERS}\.', '', name)
   return re.sub(
     r'\.(gamma|beta)$',
     lambda match: '.weight' if match[1] == 'gamma' else '.bias',
@@ -265,7 +351,7 @@ def _from_torch(array: np.ndarray, their: Named, layer: str) -> np.ndarray:
   return kernel.reshape(-1, len(array)) if their.side else kernel
 
 
-def _to_torch(array: np.ndarray, their: Named) -> np.ndarray:
+def _to_torch(array: np.ndarray, their: Named, layer: str) -> np.ndarray:
   """Returns a kernel OIHW or OI of one HWIO or IO."""
   if array.ndim == 4:
     return array.transpose(3, 2, 0, 1)
@@ -295,3 +381,16 @@ def _from_keras(array: np.ndarray, their: Named, layer: str) -> np.ndarray:
   if their.side and array.ndim == 4:
     return array.reshape(-1, array.shape[-1])
   return array
+
+
+def _to_keras(array: np.ndarray, their: Named, layer: str) -> np.ndarray:
+  """Returns a kernel HWIO, HWC1 or IO of one of our shape."""
+  if layer.endswith('depthwise'):
+    return array.transpose(0, 1, 3, 2)
+  if their.side:
+    return array.reshape(their.side, their.side, -1, array.shape[-1])
+  return array
+
+
+_TORCH = _Library('.', _torch_leaf, _from_torch, _to_torch)
+_KERAS = _Library('/', _keras_leaf, _from_keras, _to_keras)

@@ -18,27 +18,56 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   array, the bytes. Arrays are views of the mapped file.
 
   Args:
-    path: a file; pickles are refused.
+    path: a file, its ending in either case; pickles are refused.
 
   Raises:
-    ValueError: if the file is of another kind, damaged, or has an array of an
-      unknown dtype; it is named.
+    ValueError: if the file is of another kind (with a line that converts it),
+      damaged, or has an array of an unknown dtype; it is named.
     FileNotFoundError: if there is none.
   """
   path = os.fspath(path)
-  if path.endswith('.npz'):
+  kind = path.lower()
+  if kind.endswith('.npz'):
     try:
       return _read_npz(path)
     except FileNotFoundError:
       raise
     except Exception as error:  # Whatever is raised by zip, zlib and parsers.
       raise ValueError(f'{path!r} is no whole .npz file: {error}.') from error
-  if path.endswith('.safetensors'):
+  if kind.endswith('.safetensors'):
     return _read_safetensors(path)
-  raise ValueError(
-    f'{path!r} must end in .npz or .safetensors. Save a PyTorch checkpoint as '
-    f'one of them first, for example with numpy.savez(path, **{{name: array}}).'
+  remedy = next(
+    (text for ends, text in _CONVERSIONS.items() if kind.endswith(ends)),
+    'Save its arrays by numpy.savez(path, **arrays).',
   )
+  raise ValueError(f'{path!r} must end in .npz or .safetensors. {remedy}')
+
+
+# Endings of other files -> how to make one of ours of them, in one line.
+_CONVERSIONS = {
+  ('.pt', '.pth', '.bin', '.ckpt', '.pth.tar'): (
+    "In PyTorch: numpy.savez('a.npz', **{k: x.float().numpy() for k, x in "
+    "torch.load(path, map_location='cpu', weights_only=True).items()}); take "
+    "its entry 'state_dict' or 'model' first if it has one."
+  ),
+  ('.h5', '.hdf5', '.keras'): (
+    "In Keras: numpy.savez('a.npz', **{w.path: w.numpy() for w in "
+    'keras.saving.load_model(path).weights}); of a file of weights alone, '
+    'build the model and call load_weights first.'
+  ),
+  ('.msgpack',): (
+    'It holds the variables of a Flax network, in our layout: '
+    'flax.serialization.msgpack_restore(open(path, "rb").read()) returns them.'
+  ),
+  ('.npy',): (
+    'A .npy is a single array: name it by '
+    "numpy.savez('a.npz', **{name: numpy.load(path)})."
+  ),
+  ('.safetensors.index.json',): (
+    'It is a list of the files that hold the arrays: read each, and join what '
+    'they return by `|`.'
+  ),
+}
 
 
 def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:

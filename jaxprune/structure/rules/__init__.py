@@ -10,3 +10,4 @@ from jaxprune.structure.rules.base import Equation as Equation
 from jaxprune.structure.rules.base import Value as Value
 from jaxprune.structure.rules.base import infer as infer
 from jaxprune.structure.rules.base import lock_all as lock_all
+from jaxprune.structure.rules.products import contraction as contraction

@@ -11,6 +11,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from jax import core
+
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis, Size
 
@@ -30,6 +33,7 @@ class Value:
     sources: paths of the leaves it is computed from, if from leaves alone.
     has_data: whether it depends on an argument of the function.
     recompute: its value at other sizes, if it follows from them.
+    indexes: the axis whose entries a constant numbers; None if it does not.
   """
 
   shape: tuple[Size, ...]
@@ -39,6 +43,7 @@ class Value:
   sources: frozenset[str] = frozenset()
   has_data: bool = False
   recompute: Callable[[SizeOf], Any] | None = None
+  indexes: Axis | None = None
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -139,6 +144,18 @@ def elementwise(eqn: Equation) -> None:
     ax.atom(n) if axis is None else axis
     for axis, n in zip(axes, out.shape, strict=True)
   ]
+
+
+def known_entries(array: Any) -> np.ndarray | None:
+  """Returns the entries of an array on the host; None if they are not known.
+
+  Those of a trace around this one are not, nor are those of other processes.
+  """
+  if isinstance(array, core.Tracer):
+    return None
+  return (
+    np.asarray(array) if getattr(array, 'is_fully_addressable', True) else None
+  )
 
 
 def drop(axes: Sequence[Axis], gone: Sequence[int]) -> list[Axis]:

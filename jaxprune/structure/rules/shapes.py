@@ -43,6 +43,13 @@ def _broadcast(eqn: Equation) -> Resize:
   return lambda size: {'shape': shape(out, size)}
 
 
+@rule('empty')
+def _empty(eqn: Equation) -> Resize:
+  (out,) = eqn.outputs
+  out.axes = [ax.atom(n) for n in out.shape]
+  return lambda size: {'shape': shape(out, size)}
+
+
 @rule('iota')
 def _iota(eqn: Equation) -> Resize:
   (out,) = eqn.outputs
