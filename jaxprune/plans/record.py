@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune import checks
+from jaxprune.plans import rules
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices
 from jaxprune.structure.branches import severed
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.run import Run
@@ -36,9 +36,9 @@ class Plan:
     resolution: sides of the first argument after its batch, (rows, columns) of
       images; None for those of the trace.
     resized: where the resolution changes on the way, in order, (cut, sides):
-      from the first operation on data on that reads a leaf whose path the
-      regular expression ``cut`` matches, the function works as at these sides
-      of its first argument, and the feature that crosses is resized.
+      from the first operation on data on that reads the leaf at the path
+      ``cut`` (a literal path, no pattern), the function works as at these
+      sides of its first argument, and the feature that crosses is resized.
     version: of the format.
   """
 
@@ -130,9 +130,9 @@ def from_kept(
       is left out.
 
   Raises:
-    ValueError: if a group or block is unknown, the indices of a group are none,
-      double or out of range, a rule of the graph allows no such width, or a
-      side is no positive int.
+    ValueError: if a group, block or cut is unknown, the indices of a group are
+      none, double or out of range, a rule of the graph allows no such width, or
+      a side is no positive int.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -164,16 +164,14 @@ def from_kept(
       )
     if len(chosen) < size and name not in lost:
       entries.append((name, tuple(chosen)))
-  for name, found in graph.groups.items():
-    width = len(kept.get(name, range(found.size)))
-    if name not in lost and (width or found.least > 1):
-      choices.check_width(found, width)
+  rules.check_widths(graph, kept, lost)
   sides = None
   if resolution is not None:
-    sides = _positive('resolution', resolution)
+    sides = rules.positive('resolution', resolution)
   now, changes = sides, []
   for cut, asked in resized:
-    there = _positive('resized', asked)
+    rules.check_cut(graph, cut)
+    there = rules.positive('resized', asked)
     if now is None:
       now = tuple(graph.args[0].shape[1 : 1 + len(there)])
     if there != now:
@@ -185,15 +183,6 @@ def from_kept(
 
 def _unit(name: str, index: Any) -> int:
   return int(checks.whole(f'kept[{name!r}]', index))
-
-
-def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
-  found = tuple(int(side) for side in sides)
-  if not found or min(found) < 1 or found != tuple(sides):
-    raise ValueError(
-      f'`{what}` must be positive ints, one or more, got {sides}.'
-    )
-  return found
 
 
 def from_masks(
@@ -503,9 +492,13 @@ def check(graph: Graph, plan: Plan) -> None:
 
   Raises:
     ValueError: if it is of another graph, keeps an index that a group does not
-      have, indices that do not ascend, or none where one must stay, or drops a
-      block that is not there.
+      have, indices that do not ascend, none where one must stay, or as many as
+      no rule of the graph allows, cuts a group that a rule protects, drops a
+      block that is not there, or has sides that are no positive ints or a cut
+      that is no path of a leaf.
   """
+  for name, _ in plan.kept:
+    rules.check_protected(graph, name)
   if plan.graph != graph.fingerprint:
     raise ValueError(
       f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
@@ -526,7 +519,14 @@ def check(graph: Graph, plan: Plan) -> None:
   empty = [name for name, index in plan.kept if not index]
   if empty and (cut := severed(graph, empty)):
     raise ValueError(f'Group {cut[0]!r} must keep one or more units, got none.')
-  _with_inner(graph, plan.dropped)
+  closed = _with_inner(graph, plan.dropped)
+  if plan.kept:  # One that cuts no group, as costs take it, is the network.
+    rules.check_widths(graph, dict(plan.kept), vanished_groups(graph, closed))
+  if plan.resolution is not None:
+    rules.positive('resolution', plan.resolution)
+  for cut, sides in plan.resized:
+    rules.check_cut(graph, cut)
+    rules.positive('resized', sides)
 
 
 def kept_indices(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -545,6 +545,7 @@ def group(graph: Graph, name: str) -> Group:
   Raises:
     ValueError: if there is none.
   """
+  rules.check_protected(graph, name)
   if name not in graph.groups:
     raise ValueError(
       f'There is no group {name!r}; the groups are: '

@@ -16,6 +16,7 @@ from jaxprune.structure.graph import Graph
 from jaxprune.structure.slices import Group
 
 Over = Literal['group', 'isomorphic']
+PROTECTED = 'a rule protects it'
 
 
 class Choice(NamedTuple):
@@ -62,7 +63,7 @@ def apply(
   ties: dict[str, list[Axis]] = {}
   for atom, choice in chosen.items():
     if choice.protect:
-      ax.lock(atom, 'a rule protects it')
+      ax.lock(atom, PROTECTED)
     if choice.tie is not None:
       ties.setdefault(choice.tie, []).append(atom)
   for word, (first, *others) in ties.items():
@@ -134,7 +135,8 @@ def check_width(group: Group, width: int) -> None:
   if not (group.least <= width <= group.most and (rounded or whole)):
     raise ValueError(
       f'Group {group.name!r} must keep {group.least} to {group.most} units in '
-      f'steps of {group.round_to} by the rules of its graph, got {width}.'
+      f'steps of {group.round_to} by the rules of its graph, got {width}: '
+      f'change the plan, or the rules with graph.constrain.'
     )
 
 

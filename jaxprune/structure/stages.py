@@ -162,6 +162,34 @@ def leaves_of(graph: Graph, at: Sequence[str]) -> tuple[frozenset[str], ...]:
   return tuple(found)
 
 
+def paths(graph: Graph, at: Sequence[str]) -> tuple[str, ...]:
+  """Returns the literal cuts that patterns stand for, as a plan holds them.
+
+  Args:
+    graph: as :func:`cut`.
+    at: as :func:`cut`.
+
+  Returns:
+    For each cut the path of the first leaf that is read behind it.
+
+  Raises:
+    ValueError: if a cut matches no leaf that the function uses.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 1))}
+    >>> mlp = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
+    >>> paths(trace(mlp, params, jnp.ones((1, 2))), ['[b-z]'])
+    ('b',)
+  """
+  first = _first_reads(graph)
+  return tuple(
+    min(_matching(graph, first, pattern), key=first.__getitem__)
+    for pattern in at
+  )
+
+
 def _parts(graph: Graph, at: Sequence[str]) -> list[Program]:
   """The programs of the stages: inputs are all leaves and one feature."""
   program = graph.program
@@ -210,8 +238,8 @@ def _handed_back(graph: Graph, program: Program) -> list[str]:
   return [str(paths[value]) for value in program.outputs[1:]]
 
 
-def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
-  """The equation that each cut falls before."""
+def _first_reads(graph: Graph) -> dict[str, int]:
+  """path of a leaf -> the first equation on data that reads it."""
   from_leaf: dict[Value, set[str]] = {
     value: {path}
     for path, value in zip(graph.leaves, graph.program.inputs, strict=False)
@@ -224,15 +252,31 @@ def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
         first.setdefault(path, k)
     else:
       from_leaf.update(dict.fromkeys(eqn.outputs, reads))
+  return first
+
+
+def _matching(
+  graph: Graph, first: Mapping[str, int], pattern: str
+) -> list[str]:
+  """The leaves in use that a cut names: a path stands for itself alone."""
+  if pattern in graph.leaves:
+    matching = [pattern] if pattern in first else []
+  else:
+    matching = [path for path in first if re.fullmatch(pattern, path)]
+  if not matching:
+    raise ValueError(
+      f'The cut {pattern!r} matches no leaf that the function uses; the '
+      f'leaves are: {", ".join(graph.leaves)}.'
+    )
+  return matching
+
+
+def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
+  """The equation that each cut falls before."""
+  first = _first_reads(graph)
   starts: list[int] = []
   for pattern in at:
-    matching = [k for path, k in first.items() if re.fullmatch(pattern, path)]
-    if not matching:
-      raise ValueError(
-        f'The cut {pattern!r} matches no leaf that the function uses; the '
-        f'leaves are: {", ".join(graph.leaves)}.'
-      )
-    start = min(matching)
+    start = min(first[path] for path in _matching(graph, first, pattern))
     while start and _leads(graph.program.equations[start - 1]):
       start -= 1
     if start <= (starts[-1] if starts else 0):
