@@ -16,6 +16,25 @@ from jaxprune.structure.rules.base import known_entries
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
 # Numbers of formulas, rather than of widths.
 _PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
+# What a width may become on its way into a program, beside its powers: of
+# random features, of temperatures, of neighbours and positions.
+_FORMS: tuple[Callable[[int], float], ...] = (
+  lambda d: 2 * d,
+  lambda d: d / 2,
+  lambda d: (2 * d) ** 0.5,
+  lambda d: (d / 2) ** 0.5,
+  lambda d: 3 * d,
+  lambda d: (3 * d) ** 0.5,
+  lambda d: (d / 3) ** 0.5,
+  lambda d: math.log(d),
+  lambda d: math.log2(d),
+  lambda d: math.log(d) ** 0.5,
+  lambda d: math.log1p(d),
+  lambda d: d + 1,
+  lambda d: d - 1,
+  lambda d: (d + 1) ** 0.5,
+  lambda d: (d - 1) ** 0.5,
+)
 _UNIFORM: dict[str, Callable[..., float]] = {
   'add': lambda a, b: a + b,
   'sub': lambda a, b: a - b,
@@ -28,6 +47,10 @@ _UNIFORM: dict[str, Callable[..., float]] = {
   'sqrt': math.sqrt,
   'rsqrt': lambda a: 1 / math.sqrt(a),
   'square': lambda a: a * a,
+  'cbrt': math.cbrt,
+  'exp': math.exp,
+  'log': math.log,
+  'log1p': math.log1p,
 }
 # What hands a number on: it scales what comes out as what goes in.
 UNCHANGED = where(moves=(*LAYOUT, 'negates'))
@@ -96,6 +119,34 @@ def power_of(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
     if abs(abs(number) - wanted) <= tolerance * wanted:
       return power
   return None
+
+
+def may_be_of(value: Value, number: float, axes: Iterable[Axis]) -> bool:
+  """Whether a number may have been computed from the size of axes.
+
+  Of a number of few digits, which a formula has as often as a width (the 6 of
+  ``relu6`` is half of 12), only the powers of the size and its neighbours are.
+  """
+  axes = list(axes)
+  if power_of(value, number, axes) is not None:
+    return True
+  count = count_of(axes)
+  if not isinstance(count, int) or count < 3 or not number:
+    return False
+  tolerance = 2 * rounding(value)
+  if _is_short(number, tolerance):
+    return abs(number) in (count - 1, count + 1)
+  sizes = [form(count) for form in _FORMS]
+  return any(
+    math.isclose(abs(number), wanted, rel_tol=tolerance)
+    for size in sizes
+    for wanted in (size, 1 / size)
+  )
+
+
+def _is_short(number: float, tolerance: float) -> bool:
+  """Whether two digits write a number."""
+  return math.isclose(float(f'{number:.1e}'), number, rel_tol=tolerance)
 
 
 def varying_axes(value: Value) -> list[Axis]:
