@@ -32,3 +32,5 @@ from jaxprune.plans.running import at as at
 from jaxprune.plans.running import masked as masked
 from jaxprune.plans.running import specialise as specialise
 from jaxprune.plans.running import supernet as supernet
+from jaxprune.plans.states import Cut as Cut
+from jaxprune.plans.states import register_state as register_state
