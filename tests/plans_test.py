@@ -171,12 +171,12 @@ def small(path):
       lambda: plans.shrink(
         GRAPH, plans.Plan(GRAPH.fingerprint, (('a', (7,)),)), PARAMS
       ),
-      r"'a' has units 0 to 5, the plan keeps \[7\]",
+      r"'a' has units 0 to 5, got \[7\]",
     ),
-    (lambda: kept(-1, 2), r"'a' has units 0 to 5, the plan keeps \[-1, 2\]"),
+    (lambda: kept(-1, 2), r"'a' has units 0 to 5, got \[-1, 2\]"),
     (lambda: kept(2, 2), r"ascending units of group 'a', .* got \[2, 2\]"),
     (lambda: kept(3, 1), r"ascending units of group 'a', .* got \[3, 1\]"),
-    (lambda: kept(), "Group 'a' must keep one or more units, got none"),
+    (lambda: kept(), "Group 'a' must keep one or more indices"),
     (
       lambda: plans.from_json(
         '{"version": 2, "graph": "x", "kept": {"a": [0.5]}}'

@@ -35,9 +35,9 @@ class Plan:
     resolution: sides of the first argument after its batch, (rows, columns) of
       images; None for those of the trace.
     resized: where the resolution changes on the way, in order, (cut, sides):
-      from the first operation on data on that reads a leaf whose path the
-      regular expression ``cut`` matches, the function works as at these sides
-      of its first argument, and the feature that crosses is resized.
+      from the first operation on data on that reads the leaf of the path
+      ``cut``, the function works as at these sides of its first argument, and
+      the feature that crosses is resized.
     version: of the format.
   """
 
@@ -130,8 +130,8 @@ def from_kept(
 
   Raises:
     ValueError: if a group or block is unknown, the indices of a group are none,
-      double or out of range, a rule of the graph allows no such width, or a
-      side is no positive int.
+      double or out of range, a rule of the graph allows no such width, a side
+      is no positive int, or a cut is no path of a leaf.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -146,27 +146,18 @@ def from_kept(
   """
   closed = _with_inner(graph, dropped)
   lost = vanished_groups(graph, closed)
-  empty = [name for name, index in kept.items() if not len(index)]
-  cut = severed(graph, [name for name in empty if name in graph.groups])
   entries = []
   for name, index in sorted(kept.items()):
     size = group(graph, name).size
     chosen = sorted({int(i) for i in index})
-    if name in cut or len(chosen) != len(index):
+    if len(chosen) != len(index):
       raise ValueError(
         f'Group {name!r} must keep one or more indices, each once, got '
         f'{list(index)}.'
       )
-    if chosen and (chosen[0] < 0 or chosen[-1] >= size):
-      raise ValueError(
-        f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
-      )
+    _check_range(name, size, index)
     if len(chosen) < size and name not in lost:
       entries.append((name, tuple(chosen)))
-  for name, found in graph.groups.items():
-    width = len(kept.get(name, range(found.size)))
-    if name not in lost and (width or found.least > 1):
-      choices.check_width(found, width)
   sides = None
   if resolution is not None:
     sides = _positive('resolution', resolution)
@@ -178,8 +169,9 @@ def from_kept(
     if there != now:
       changes.append((str(cut), there))
     now = there
-  plan = Plan(graph.fingerprint, tuple(entries), closed, sides)
-  return dataclasses.replace(plan, resized=tuple(changes))
+  plan = Plan(graph.fingerprint, tuple(entries), closed, sides, tuple(changes))
+  check(graph, plan)
+  return plan
 
 
 def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
@@ -276,7 +268,7 @@ def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
 
 def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   """Returns block -> 1 if it stays, 0 if the plan drops it."""
-  check(graph, plan)
+  _check_graph(graph, plan)
   closed = _with_inner(graph, plan.dropped)
   return {name: int(name not in closed) for name in graph.blocks}
 
@@ -407,12 +399,13 @@ def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
     had, has = {*before.get(name, whole)}, {*after.get(name, whole)}
     if had != has and name not in lost:
       groups[name] = Change(tuple(sorted(had - has)), tuple(sorted(has - had)))
+  closed = _with_inner(graph, first.dropped), _with_inner(graph, second.dropped)
   agree = first.resolution == second.resolution
   alike = first.resized == second.resized
   return Diff(
     groups,
-    tuple(name for name in second.dropped if name not in first.dropped),
-    tuple(name for name in first.dropped if name not in second.dropped),
+    tuple(name for name in closed[1] if name not in closed[0]),
+    tuple(name for name in closed[0] if name not in closed[1]),
     None if agree else (first.resolution, second.resolution),
     None if alike else (first.resized, second.resized),
   )
@@ -493,24 +486,23 @@ def from_json(text: str) -> Plan:
 
 
 def check(graph: Graph, plan: Plan) -> None:
-  """Raises unless a plan is of a graph and asks for what is there.
+  """Raises unless a plan is of a graph, asks for what is there and keeps its
+  rules, wherever the plan comes from.
 
   Raises:
-    ValueError: if it is of another graph, keeps an index that a group does not
-      have, indices that do not ascend, or none where one must stay, or drops a
-      block that is not there.
+    ValueError: if it is of another graph (or cuts what a rule of this one
+      protects), keeps an index that a group does not have, indices that do not
+      ascend, none where one must stay, or a width that a rule does not allow,
+      has a group twice, drops a block that is not there, or has sides that are
+      no positive ints, or a cut that is no path of a leaf.
   """
-  if plan.graph != graph.fingerprint:
-    raise ValueError(
-      f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
-      f'trace the function and params that it was made for.'
-    )
+  _check_graph(graph, plan)
+  names = [name for name, _ in plan.kept]
   for name, index in plan.kept:
-    size = group(graph, name).size
-    if index and not (0 <= min(index) <= max(index) < size):
+    _check_range(name, group(graph, name).size, index)
+    if names.count(name) > 1:
       raise ValueError(
-        f'Group {name!r} has units 0 to {size - 1}, the plan keeps '
-        f'{list(index)}.'
+        f'The plan has group {name!r} twice; make plans with plans.from_kept.'
       )
     if any(first >= second for first, second in itertools.pairwise(index)):
       raise ValueError(
@@ -519,8 +511,59 @@ def check(graph: Graph, plan: Plan) -> None:
       )
   empty = [name for name, index in plan.kept if not index]
   if empty and (cut := severed(graph, empty)):
-    raise ValueError(f'Group {cut[0]!r} must keep one or more units, got none.')
-  _with_inner(graph, plan.dropped)
+    raise ValueError(
+      f'Group {cut[0]!r} must keep one or more indices, each once, got [].'
+    )
+  closed = _with_inner(graph, plan.dropped)
+  lost, kept = vanished_groups(graph, closed), dict(plan.kept)
+  for name, found in graph.groups.items():
+    width = len(kept.get(name, range(found.size)))
+    if name not in lost and (width or found.least > 1):
+      choices.check_width(found, width)
+  if plan.resolution is not None:
+    _positive('resolution', plan.resolution)
+  check_cuts(graph, plan.resized)
+
+
+def check_cuts(graph: Graph, resized: Resized) -> None:
+  """Raises unless resolutions change at leaves of a graph, to positive sides.
+
+  Raises:
+    ValueError: if a cut is no path of a leaf or a side is no positive int.
+  """
+  for cut, sides in resized:
+    _positive('resized', sides)
+    if cut not in graph.leaves:
+      raise ValueError(
+        f'`resized` must name a leaf by its whole path, got {cut!r}: '
+        f'structure.first_read(graph, [rule]) gives that of a rule. The leaves '
+        f'are: {", ".join(graph.leaves)}.'
+      )
+
+
+def _check_range(name: str, size: int, index: Sequence[int]) -> None:
+  if len(index) and not 0 <= min(index) <= max(index) < size:
+    raise ValueError(
+      f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
+    )
+
+
+def _check_graph(graph: Graph, plan: Plan) -> None:
+  """Raises unless a plan is of a graph; names what a rule keeps or ties."""
+  if plan.graph == graph.fingerprint:
+    return
+  for name, index in plan.kept:
+    if name in graph.groups or name not in graph.ruled:
+      continue
+    raise ValueError(
+      f'Group {name!r} stays whole or goes with another, for '
+      f'{graph.ruled[name]}, and the plan keeps {len(index)} units of it: plan '
+      f'on this graph, or trace without the rule.'
+    )
+  raise ValueError(
+    f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: trace '
+    f'the function and params that it was made for, with its rules.'
+  )
 
 
 def kept_indices(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -53,6 +53,8 @@ class Graph:
       the same plans, a program of their own.
     constrain: the graph of the same trace under other rules (of which
       :func:`trace` speaks): ``graph.constrain({'head.*': Choice(...)})``.
+    ruled: name of a group that a rule protects or ties to another -> that rule,
+      in words.
     refit: the graph of the same trace with another function of the params in
       the place of this one: ``graph.refit(fn, *args)``.
   """
@@ -72,6 +74,7 @@ class Graph:
   also: tuple['Graph', ...] = dataclasses.field(repr=False)
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
   refit: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+  ruled: Mapping[str, str] = dataclasses.field(repr=False)
 
   @functools.cached_property
   def flow(self) -> Flow:

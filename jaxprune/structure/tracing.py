@@ -288,9 +288,11 @@ def _graphs(
     for program in programs:
       for axis, why in rescale.scaled(program):
         ax.lock(axis, why)
-  chosen = choices.apply(rules, _names(programs, _members(leaves)))
+  free = _names(programs, _members(leaves))
+  chosen = choices.apply(rules, free)
   members = _members(leaves)
   names = _names(programs, members)
+  ruled = choices.ruled(rules, set(free.values()) - set(names.values()))
   reduced = _reduced(programs)
   groups = {
     name: Group(
@@ -323,6 +325,7 @@ def _graphs(
     also=also,
     constrain=constrain,
     refit=refit,
+    ruled=ruled,
   )
   first, *others = zip(forms, typed, retraces, refits, strict=True)
   also = [graph(*other, ()) for other in others]
