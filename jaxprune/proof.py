@@ -70,7 +70,8 @@ def check(
   removes closed already: zero, or read by kernels through rows of zeros. Then
   what was trained is the user's own function of these very params, and the
   smaller one must compute that too. Behind a norm over the units it does not,
-  for its statistics count a closed unit.
+  for its statistics count a closed unit. (The control of a block that is closed
+  already opens it with noise in its leaves.)
 
   Args:
     graph: the graph.

@@ -197,8 +197,13 @@ def test_what_is_left_is_the_masked_network(form, plan):
 
 
 def test_a_block_that_adds_nothing_proves_nothing():
-  silent = {**PARAMS['params']['block1'], 'down': jnp.zeros((6, 4))}
-  dead = {**PARAMS, 'params': {**PARAMS['params'], 'block1': silent}}
+  """Its last kernel is not zero, so that nothing closed it on purpose."""
+  silent = {**PARAMS['params']['block1'], 'up': jnp.zeros((4, 6))}
+  stats = {**PARAMS['batch_stats'], 'mean1': jnp.zeros(6)}
+  dead = {
+    'params': {**PARAMS['params'], 'block1': silent},
+    'batch_stats': stats,
+  }
   with pytest.raises(proof.CheckError, match='The dropped blocks change the o'):
     proof.check(GRAPH, ONLY, dead, X)
 

@@ -248,20 +248,6 @@ def _scan(eqn: Equation, plain: bool) -> None:
   eqn.evaluate = evaluate
 
 
-def _begin(
-  run: Run, values: Sequence[Any], carried: Sequence[Value]
-) -> tuple[Any, ...]:
-  """What a loop carries at first; zeros where a dropped block alone read it.
-
-  Of h = tanh(w x + u h) without u h the last step is all that is needed.
-  """
-  shape = lambda v: v.shape if run.masked else tuple(map(run.size, v.axes))
-  return tuple(
-    jnp.zeros(shape(like), like.dtype) if value is None else jnp.asarray(value)
-    for value, like in zip(values, carried, strict=True)
-  )
-
-
 def _while(eqn: Equation, plain: bool) -> None:
   params = eqn.params
   n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
@@ -336,6 +322,20 @@ def _remat(eqn: Equation, plain: bool) -> None:
 
 def _is_float(value: Any) -> bool:
   return value.dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _begin(
+  run: Run, values: Sequence[Any], carried: Sequence[Value]
+) -> tuple[Any, ...]:
+  """What a loop carries at first; zeros where a dropped block alone read it.
+
+  Of h = tanh(w x + u h) without u h the last step is all that is needed.
+  """
+  shape = lambda v: v.shape if run.masked else tuple(map(run.size, v.axes))
+  return tuple(
+    jnp.zeros(shape(like), like.dtype) if value is None else jnp.asarray(value)
+    for value, like in zip(values, carried, strict=True)
+  )
 
 
 def _original(eqn: Equation) -> Callable[..., Any]:
