@@ -287,6 +287,10 @@ def test_a_state_of_a_user_is_refused_until_it_is_registered():
 
 
 def test_what_cannot_be_cut_is_refused_in_words_of_the_user():
+  wider = {'gen': PARAMS, 'disc': {'a': normal(5, 9)}}
+  with pytest.raises(ValueError, match=r'another network .* follow=') as error:
+    shrink({'disc': wider['disc']})
+  assert "{'disc/a': False}" in str(error.value)
   state = optax.adafactor(0.1, min_dim_size_to_factor=2).init(PARAMS)
   with pytest.raises(
     ValueError, match=r"Adafactor .* 'a' as means .*register_state\(Factored"

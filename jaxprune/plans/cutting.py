@@ -230,7 +230,8 @@ def _map_leaves(
     want = 'nothing' if wanted is None else f'the shape {wanted}'
     wrong.append(
       f'{path!r} must have {want} of its param {name!r}, got {shape}'
-      f'{_remedy(states.kind_of(values, path))}'
+      f'{_remedy(states.kind_of(values, path))}; a leaf of another network '
+      f'stays as it is by follow={{{re.escape(path)!r}: False}}'
     )
     return value
 
