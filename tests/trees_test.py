@@ -239,8 +239,13 @@ def test_nnx_modules_and_optimizers_are_cut():
 
 @pytest.mark.parametrize(
   'tx',
-  [optax.sm3(0.1), optax.contrib.muon(0.1), optax.adafactor(0.1)],
-  ids=['sm3', 'muon', 'adafactor'],
+  [
+    optax.sm3(0.1),
+    optax.contrib.muon(0.1),
+    optax.adafactor(0.1),
+    optax.novograd(0.1),
+  ],
+  ids=['sm3', 'muon', 'adafactor', 'novograd'],
 )
 def test_states_of_another_form_are_those_of_the_masked_network(tx):
   """A step from the state, cut, is the cut of a step from it."""

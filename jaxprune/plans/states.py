@@ -119,6 +119,16 @@ def _muon(state: Any, cut: Cut) -> Any:
   return state._replace(mu=cut(state.mu))
 
 
+@register_state(optax.ScaleByNovogradState)
+def _novograd(state: Any, cut: Cut) -> Any:
+  """Momentum like the params; of each leaf one squared norm, to which removed
+  units, whose gradients are 0, add nothing.
+
+  (Ginsburg et al. (2019), arXiv:1905.11286.)
+  """
+  return state._replace(mu=cut(state.mu))
+
+
 @register_state(optax.FactoredState)
 def _factored(state: Any, cut: Cut) -> Any:
   """Moments in full where Adafactor keeps them so; its factors are refused.
