@@ -13,9 +13,9 @@ from jaxprune.plans.cutting import grow as grow
 from jaxprune.plans.cutting import leaf_masks as leaf_masks
 from jaxprune.plans.cutting import masks as masks
 from jaxprune.plans.cutting import shrink as shrink
+from jaxprune.plans.differences import Change as Change
+from jaxprune.plans.differences import Diff as Diff
 from jaxprune.plans.record import FORMAT as FORMAT
-from jaxprune.plans.record import Change as Change
-from jaxprune.plans.record import Diff as Diff
 from jaxprune.plans.record import Plan as Plan
 from jaxprune.plans.record import compose as compose
 from jaxprune.plans.record import diff as diff
