@@ -178,7 +178,7 @@ def check(
     )
   mutation = 0.0
   if plan.dropped:
-    opened = plans.masked(graph, dataclasses.replace(plan, dropped=()))
+    opened = plans.masked(graph, _with_blocks(graph, plan))
     lively = params if closed is None else _reopened(graph, plan, params)
     outs = cut(jax.jit(opened)(lively, *args))
     mutation = _error(small_outs, outs)
@@ -243,6 +243,16 @@ def _are_closed(graph: Graph, plan: plans.Plan, params: tree.PyTree) -> bool:
   blocks = dict.fromkeys(plan.dropped, 0.0)
   # What is closed does not change when it is closed once more.
   return _same(scale(graph, params, units, blocks, closable=False), params)
+
+
+def _with_blocks(graph: Graph, plan: plans.Plan) -> plans.Plan:
+  """The plan without dropped blocks, as wide in them as rules allow."""
+  kept = dict(plan.kept)
+  for name, (_, width) in plans.widths(graph, plan).items():
+    if not width and name not in kept:
+      kept[name] = tuple(range(graph.groups[name].most))
+  entries = tuple(sorted(kept.items()))
+  return dataclasses.replace(plan, kept=entries, dropped=())
 
 
 def _reopened(

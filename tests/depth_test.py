@@ -373,7 +373,7 @@ FLAT = structure.trace(
     ),
     (
       lambda: plans.at(PARTS, None, (('z', (2, 2)),)),
-      "from the path of a leaf on, literally, got 'z'",
+      r"name a leaf by its whole path, got 'z': structure\.first_read",
     ),
     (
       lambda: plans.from_kept(GRAPH, {}, resolution=(0, 4)),

@@ -237,7 +237,9 @@ def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   Returns:
     group -> width, and block -> 1 if it stays, else 0.
   """
-  plan = plans.Plan(graph.fingerprint) if plan is None else plan
+  if plan is None:
+    widths = {name: group.size for name, group in graph.groups.items()}
+    return {**widths, **dict.fromkeys(graph.blocks, 1)}
   widths = {
     name: after for name, (_, after) in plans.widths(graph, plan).items()
   }

@@ -16,6 +16,7 @@ from jaxprune.structure.slices import Group as Group
 from jaxprune.structure.slices import Leaf as Leaf
 from jaxprune.structure.slices import Member as Member
 from jaxprune.structure.stages import cut as cut
+from jaxprune.structure.stages import first_read as first_read
 from jaxprune.structure.stages import resized as resized
 from jaxprune.structure.tracing import trace as trace
 from jaxprune.structure.wires import unwired as unwired

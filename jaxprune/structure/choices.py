@@ -4,7 +4,8 @@ A rule names groups by a regular expression and says what may become of them;
 scores meet other scores over the whole network or among groups of one shape.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -82,6 +83,33 @@ def apply(
   return found
 
 
+def ruled(
+  rules: Mapping[str, Choice | None], gone: Collection[str]
+) -> dict[str, str]:
+  """Returns group -> the rule for which it stands alone no more, in words.
+
+  Args:
+    rules: as :func:`apply`.
+    gone: groups that were there without the rules.
+
+  Examples:
+    >>> ruled({'head': Choice(protect=True)}, ['head'])
+    {'head': "the rule 'head', which protects it"}
+  """
+  deciding = {
+    rule: (rule, choice)
+    for rule, choice in rules.items()
+    if any(re.fullmatch(rule, name) for name in gone)
+  }
+  found = {}
+  for name, (rule, choice) in tree.match(deciding, gone, ('', None)).items():
+    if choice is not None and choice.protect:
+      found[name] = f'the rule {rule!r}, which protects it'
+    elif choice is not None and choice.tie is not None:
+      found[name] = f'the rule {rule!r}, which ties it as {choice.tie!r}'
+  return found
+
+
 def limits(choice: Choice | None, name: str, size: int) -> tuple[int, int, int]:
   """Returns the fewest and most units of a group, and what they are rounded to.
 
@@ -135,8 +163,8 @@ def check_width(group: Group, width: int) -> None:
   if not (group.least <= width <= group.most and (rounded or whole)):
     raise ValueError(
       f'Group {group.name!r} must keep {group.least} to {group.most} units in '
-      f'steps of {group.round_to} by the rules of its graph, got {width}: '
-      f'change the plan, or the rules with graph.constrain.'
+      f'steps of {group.round_to} by the rules of its graph, got {width}: keep '
+      f'as many, or take a graph without the rule, graph.constrain(rules).'
     )
 
 

@@ -27,7 +27,7 @@ from jaxprune.structure.literals import (
 from jaxprune.structure.rules import Equation, Value
 
 # What leaves a number that scales its first operand a number that scales it.
-_ALIKE = UNCHANGED | {'abs', 'gather', 'name', 'slice', 'dynamic_slice'}
+_ALIKE = frozenset(['abs', 'gather', 'name', 'slice', 'dynamic_slice'])
 _ROOTS = {'sqrt': 0.5, 'rsqrt': -0.5, 'square': 2.0, 'cbrt': 1 / 3}
 # With one number and one value, these are about the value: a floor, an offset.
 _OFFSETS = frozenset(['add', 'max', 'min', 'sub'])
@@ -90,7 +90,7 @@ def _growths(
     return (Growth(tuple(rows), (-0.5,)),) if is_live(rows) else ()
   if name == 'select_n':
     return next((grown[v] for v in inputs[1:] if v in grown), ())
-  if name in _ALIKE:
+  if name in _ALIKE or name in UNCHANGED:
     return known
   if name in _ROOTS:
     return _times(known, _ROOTS[name])
