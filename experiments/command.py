@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from experiments import flags, workdir
-from jaxprune import data
+from jaxprune import data, extras
 
 
 def parse(
@@ -107,7 +107,8 @@ def job(
 ) -> int:
   """Runs a job that keeps what it finds; returns the exit code.
 
-  Flags or data that are not right end it with one line and code 2.
+  Flags or data that are not right, and packages that are missing, end it with
+  one line and code 2.
 
   Args:
     main: argv -> (the run folder, its table, kept there as ``results.md``), or
@@ -120,7 +121,11 @@ def job(
     return 0
   try:
     folder, text = main(argv)
-  except (flags.BadInputError, data.DataError) as error:
+  except (
+    flags.BadInputError,
+    data.DataError,
+    extras.MissingExtraError,
+  ) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   print(text)
@@ -136,7 +141,8 @@ def run(
   """Parses the flags and calls main; prints the help where it is asked for.
 
   Args:
-    main: what reads the flags; BadInputError ends it with one line.
+    main: what reads the flags; BadInputError and MissingExtraError end it with
+      one line.
     values: the flags.
     doc: what the help begins with.
   """
@@ -146,6 +152,6 @@ def run(
   try:
     parse(values, argv)
     main()
-  except flags.BadInputError as error:
+  except (flags.BadInputError, extras.MissingExtraError) as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)

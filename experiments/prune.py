@@ -42,6 +42,7 @@ from jaxprune import (
   cost,
   data,
   export,
+  extras,
   masks,
   models,
   plans,
@@ -450,7 +451,11 @@ def main(argv: Sequence[str]) -> int:
       print(flags.usage())
       return 0
     return run(config)
-  except (flags.BadInputError, data.DataError) as error:
+  except (
+    flags.BadInputError,
+    data.DataError,
+    extras.MissingExtraError,
+  ) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
 

@@ -24,7 +24,7 @@ from absl import flags
 
 from experiments import command
 from experiments.flags import BadInputError
-from jaxprune import cost, export, models, plans, structure
+from jaxprune import cost, export, extras, models, plans, structure
 
 MODELS = {
   'resnet50': models.resnet50,
@@ -78,8 +78,7 @@ def halve(name: str, side: int) -> tuple[list[tuple[Any, Any]], list[int]]:
 
 def in_onnx_runtime(fn: Any, params: Any, x: np.ndarray) -> Call:
   """Returns the function as a session of ONNX Runtime on one thread."""
-  import onnxruntime
-
+  onnxruntime = extras.require('onnxruntime')
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = options.inter_op_num_threads = 1
   with tempfile.NamedTemporaryFile(suffix='.onnx') as file:

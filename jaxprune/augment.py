@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import extras
+
 PIXELS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   # Mean and standard deviation per channel over the training split, in units
   # of the stored pixels (0..16 for digits, 0..255 for the others).
@@ -188,6 +190,9 @@ def center_crop(
 
   Returns:
     [side, side, channels], of the dtype of the image.
+
+  Raises:
+    MissingExtraError: if Pillow is not installed.
   """
   del rng
   height, width, _ = image.shape
@@ -212,6 +217,9 @@ def random_resized_crop(
 
   Returns:
     [side, side, channels], of the dtype of the image.
+
+  Raises:
+    MissingExtraError: if Pillow is not installed.
   """
   height, width, _ = image.shape
   for _ in range(10):
@@ -229,17 +237,16 @@ def random_resized_crop(
 
 def _resize(image: np.ndarray, box: tuple, side: int) -> np.ndarray:
   """Returns the box (left, top, right, bottom) of an image as a square."""
-  from PIL import Image
-
+  photos = extras.require('PIL.Image')
   resize = lambda photo: np.asarray(
-    photo.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    photo.resize((side, side), photos.Resampling.BICUBIC, box=box)
   )
   if image.dtype == np.uint8 and image.shape[-1] in (1, 3):
-    photo = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    photo = photos.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     return resize(photo).reshape(side, side, image.shape[-1])
   # Pillow has no other photos: each channel alone, in float32.
   channels = np.moveaxis(image.astype(np.float32), -1, 0)
-  square = np.stack([resize(Image.fromarray(c)) for c in channels], -1)
+  square = np.stack([resize(photos.fromarray(c)) for c in channels], -1)
   if image.dtype.kind in 'ui':
     info = np.iinfo(image.dtype)
     square = np.clip(np.round(square), info.min, info.max)

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import extras
+
 VERSION = '1.0.0'
 
 
@@ -32,7 +34,7 @@ def split() -> tuple[np.ndarray, np.ndarray]:
     (train, test): int arrays of shape [1437] and [360], in a mixed order.
 
   Raises:
-    ImportError: if scikit-learn is not installed.
+    MissingExtraError: if scikit-learn is not installed.
   """
   order = np.random.RandomState(0).permutation(1797)  # A frozen stream.
   labels = _digits().target[order]
@@ -49,7 +51,7 @@ def prepare(root: str | os.PathLike) -> pathlib.Path:
     root: a folder of sets; it is made if need be.
 
   Raises:
-    ImportError: if scikit-learn is not installed.
+    MissingExtraError: if scikit-learn or TFDS is not installed.
     OSError: if the folder cannot be written.
   """
   root = pathlib.Path(root)
@@ -110,14 +112,7 @@ def _silence() -> Iterator[None]:
 @functools.cache
 def _digits() -> Any:
   """Returns scikit-learn's digits."""
-  try:
-    from sklearn import datasets
-  except ImportError:
-    raise ImportError(
-      "The set 'digits' comes from scikit-learn, which is not installed: "
-      "pip install 'jaxprune[experiments]'."
-    ) from None
-  return datasets.load_digits()
+  return extras.require('sklearn.datasets').load_digits()
 
 
 @functools.cache
@@ -126,8 +121,8 @@ def _builder() -> Any:
 
   Its image is a Tensor: the encoder of TFDS's Image needs TensorFlow.
   """
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import registered
+  tfds = extras.tfds()
+  registered = extras.require('tensorflow_datasets.core.registered')
 
   with registered.skip_registration():
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxprune import extras
+
 # Told apart by colour-blind people too. The page replaces each by a variable
 # of the same name, which has another value on a dark screen.
 COLOURS = {
@@ -43,7 +45,7 @@ def metrics(records: Sequence[Mapping[str, Any]], width: float = 7.5) -> Any:
     width: in inches.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
     ValueError: if no record has anything to draw.
   """
   panels = [
@@ -96,7 +98,7 @@ def widths(layers: Mapping[str, tuple[int, int]], width: float = 7.5) -> Any:
     width: in inches.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
     ValueError: if there is no layer, or a width after is above the one before.
   """
   most = max((before for before, _ in layers.values()), default=0)
@@ -122,7 +124,7 @@ def sparsity(layers: Mapping[str, float], width: float = 7.5) -> Any:
     width: in inches.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
     ValueError: if there is no layer, or a fraction is not in [0, 1].
   """
   for name, fraction in layers.items():
@@ -149,7 +151,7 @@ def gates(
     unit: what the moments are.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
     ValueError: if there is no gate, or if their numbers change.
   """
   names = list(history[0]) if history else []
@@ -215,7 +217,7 @@ def scatter(
     width: in inches.
 
   Raises:
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
     ValueError: if there is no cloud, or one has no point or not as many x as y.
   """
   if not clouds:
@@ -244,13 +246,7 @@ def scatter(
 
 def _figure(width: float, height: float) -> Any:
   """Returns an empty figure that is not known to pyplot."""
-  try:
-    from matplotlib import figure
-  except ImportError:
-    raise ImportError(
-      'The plots need matplotlib, which is not installed: '
-      "pip install 'jaxprune[experiments]'."
-    ) from None
+  figure = extras.require('matplotlib.figure')
   return figure.Figure(figsize=(width, height))
 
 
@@ -452,8 +448,7 @@ def svg(figure: Any, name: str) -> str:
 
   Its text stays text; its ids get the name in front, for a page has many.
   """
-  import matplotlib
-
+  matplotlib = extras.require('matplotlib')
   buffer = io.StringIO()
   with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name}):
     dates = {'Date': None, 'Creator': None}

@@ -260,7 +260,7 @@ def write_html(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   Raises:
     ValueError: if a part is unknown, the title is missing, or a plot refuses
       its data.
-    ImportError: if matplotlib is not installed.
+    MissingExtraError: if matplotlib is not installed.
   """
   unknown = [part for part in record if part not in _PARTS]
   if unknown or 'title' not in record:

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -25,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune import data
+from jaxprune import data, extras
 
 Text = str | tuple[str, str]  # One sentence, or a pair of them.
 
@@ -77,6 +76,7 @@ def glue(
     A :class:`TextSet`, of pairs for ``mnli`` and ``qqp``.
 
   Raises:
+    MissingExtraError: if a package of jaxprune[data] is not installed.
     DataError: if the task is unknown, the folder or split is missing, a record
       is damaged, or it has no label, as in the ``test`` splits.
   """
@@ -342,7 +342,7 @@ def encode(
     second sentence of a pair), [n, length].
 
   Raises:
-    ImportError: if tokenizers is not installed.
+    MissingExtraError: if tokenizers is not installed.
     FileNotFoundError: if there is no such file.
     ValueError: if ``length`` is below 3, or if a special token is missing.
   """
@@ -354,13 +354,7 @@ def encode(
   missing = [token for token in _SPECIAL if token not in vocabulary]
   if missing:
     raise ValueError(f'The vocabulary has no {", ".join(missing)}.')
-  try:
-    tokenizers = importlib.import_module('tokenizers')
-  except ImportError:
-    raise ImportError(
-      'Encoding text needs tokenizers, which is not installed: '
-      'pip install tokenizers.'
-    ) from None
+  tokenizers = extras.require('tokenizers')
   tokenizer = tokenizers.BertWordPieceTokenizer(
     vocab=dict(vocabulary), lowercase=True
   )

@@ -74,7 +74,7 @@ def test_prepare_clears_what_a_killed_process_left(tmp_path):
 def test_scikit_learn_missing(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'sklearn', None)
   digits._digits.cache_clear()
-  with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments"):
+  with pytest.raises(ImportError, match=r"pip install 'jaxprune\[digits"):
     digits.prepare(tmp_path)
   assert not list(tmp_path.iterdir())
 

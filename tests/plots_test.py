@@ -127,7 +127,7 @@ def test_errors(plot, data, text):
 
 def test_matplotlib_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib', None)
-  with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments"):
+  with pytest.raises(ImportError, match=r"pip install 'jaxprune\[plots"):
     plots.widths({'a': (2, 1)})
 
 

@@ -278,5 +278,5 @@ def test_encode_errors(monkeypatch, tmp_path):
   with pytest.raises(FileNotFoundError, match=r'none\.txt'):
     text.encode(['ab'], tmp_path / 'none.txt')
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
-  with pytest.raises(ImportError, match='pip install tokenizers'):
+  with pytest.raises(ImportError, match=r"pip install 'jaxprune\[text"):
     text.encode(['ab'], pieces)

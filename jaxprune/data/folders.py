@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import digits
+from jaxprune import digits, extras
 
 MOST_CLASSES = 2**16  # Of labels without names: larger ones are identities.
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -242,8 +242,7 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
       f'{", ".join(f.name for f in folders)}.'
     )
   folder = next(f for f in folders if version in ('', f.name))
-  import tensorflow_datasets as tfds  # Slow to import: only when it is needed.
-
+  tfds = extras.tfds()  # Slow to import: only when it is needed.
   try:
     builder = tfds.builder_from_directory(folder)
     str(builder.info.features)
@@ -260,8 +259,6 @@ def _digits() -> pathlib.Path:
   root = pathlib.Path(cache, 'jaxprune')
   try:
     return digits.prepare(root)
-  except ImportError as error:
-    raise DataError(first_line(error)) from error
   except OSError as error:
     raise DataError(
       f'The digits cannot be prepared in {root} ({first_line(error)}). Name a '
@@ -305,10 +302,9 @@ def open_source(builder: Any, split: str) -> Any:
 
 def check_counts(builder: Any, split: str) -> None:
   """Raises DataError unless the files of a split are as long as they must."""
-  from array_record.python import array_record_module  # type: ignore
-
+  array_record = extras.require('array_record.python.array_record_module')
   for part in builder.info.splits[split].file_instructions:
-    reader = array_record_module.ArrayRecordReader(str(part.filename))
+    reader = array_record.ArrayRecordReader(str(part.filename))
     count = reader.num_records()
     reader.close()
     if count != part.examples_in_shard:

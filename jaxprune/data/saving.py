@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import digits
+from jaxprune import digits, extras
 from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
 
 Images = np.ndarray | Sequence[Any]
@@ -52,6 +52,7 @@ def save(
       a split's name is of another form, if there are no images, if images or
       labels are of another kind, unlike each other or not equally many, if a
       label is none of the classes, or if the folder cannot be written.
+    MissingExtraError: if a package of jaxprune[data] is not installed.
 
   Examples:
     >>> import tempfile
@@ -244,8 +245,8 @@ def _builder(
   labels: Mapping[str, np.ndarray],
 ) -> Any:
   """Returns the TFDS builder class of a set, which writes it in its order."""
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import registered
+  tfds = extras.tfds()
+  registered = extras.require('tensorflow_datasets.core.registered')
 
   shape, dtype = image
   # Its bytes as they are: the encoder of TFDS's Image needs TensorFlow.

@@ -61,6 +61,7 @@ def load(
     A :class:`Dataset`, in the order of the files.
 
   Raises:
+    MissingExtraError: if a package of jaxprune[data] is not installed.
     DataError: if the set, its folder, the split or a feature is missing, if a
       record is damaged, no image, of another shape or dtype than the first, or
       of an unknown label, if the labels are no integers, if the transform
@@ -115,6 +116,7 @@ def records(
     decodes them, and the names of the labels.
 
   Raises:
+    MissingExtraError: if a package of jaxprune[data] is not installed.
     DataError: if the set, its folder, the split or a feature is missing, if
       the last feature has no classes, if a record is damaged, or if a file
       holds another number of records than dataset_info.json says.
@@ -143,6 +145,7 @@ def count(
     data_dir: as in :func:`load`.
 
   Raises:
+    MissingExtraError: if a package of jaxprune[data] is not installed.
     DataError: if the set, its folder or the split is missing.
   """
   return len(folders.open_source(folders.open_builder(name, data_dir), split))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import extras
 from jaxprune.data import folders
 from jaxprune.data.order import epoch_batches
 
@@ -64,6 +65,7 @@ def stream(
     and int32 [batch / count].
 
   Raises:
+    MissingExtraError: if a package of jaxprune[data] is not installed.
     DataError: as :func:`load`; for a damaged record, one of another shape or
       dtype than record 0, or one at which the transform raises, when its step
       is read, and at once for record 0.
@@ -77,8 +79,7 @@ def stream(
       f'`batch` must be a multiple of the number of hosts and a host one of '
       f'0..count-1, got batch {batch} and host (index, count) {host}.'
     )
-  import grain
-
+  grain = extras.require('grain')
   builder = folders.open_builder(name, data_dir)
   source = folders.open_source(builder, split)
   label = f'{builder.name} {split!r}'

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import extras, tree
 from jaxprune.export import pointwise, products, shapes, translation
 from jaxprune.export.nodes import Node, Tape, simplify
 from jaxprune.export.stablehlo import open_batch, write
@@ -61,7 +61,7 @@ def save_onnx(
     The size of the file in bytes.
 
   Raises:
-    ImportError: if the package onnx is not installed.
+    MissingExtraError: if the package onnx is not installed.
     ValueError: if an operation has no translation, with its name and the line
       that called it; if ``args`` hold no array or one has no axis to leave
       open; or if the file would have more than 2 GiB.
@@ -69,7 +69,7 @@ def save_onnx(
   References:
     ONNX operators, opset 17.
   """
-  onnx = _library()
+  onnx = extras.require('onnx')
   specs = open_batch(args, batch)
   model = _model(onnx, fn, specs)
   if model.ByteSize() > _LARGEST:
@@ -79,17 +79,6 @@ def save_onnx(
     )
   onnx.checker.check_model(model)
   return write(path, model.SerializeToString(deterministic=True))
-
-
-def _library() -> Any:
-  try:
-    import onnx
-  except ImportError as error:
-    raise ImportError(
-      'jaxprune.export.save_onnx needs the package onnx: install '
-      'jaxprune[onnx].'
-    ) from error
-  return onnx
 
 
 def _model(onnx: Any, fn: Callable[..., Any], args: Sequence[Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import export
 
-from jaxprune import tree
+from jaxprune import extras, tree
 
 _SEAL = b'sha256:'  # Ends the file; what a reader of the format passes over.
 _SIZE = len(_SEAL) + 32
@@ -47,6 +47,7 @@ def save(
     The size of the file in bytes.
 
   Raises:
+    MissingExtraError: if flatbuffers is not installed.
     ValueError: if ``args`` hold no array, if one has no axis to leave open, or
       if a platform is unknown.
 
@@ -60,6 +61,7 @@ def save(
      [2. 2.]
      [2. 2.]]
   """
+  extras.require('flatbuffers')  # JAX, which does not declare it, writes by it.
   unknown = sorted(set(platforms) - {*PLATFORMS, 'rocm'})
   if unknown or not platforms:
     raise ValueError(
@@ -80,10 +82,12 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
     path: of the file.
 
   Raises:
+    MissingExtraError: if flatbuffers is not installed.
     FileNotFoundError: if there is no such file.
     ValueError: if the file is damaged; when the function is called, also if
       the arguments or the platform are not those it was exported for.
   """
+  extras.require('flatbuffers')
   content = pathlib.Path(path).read_bytes()
   body, seal = content[:-_SIZE], content[-_SIZE:]
   if seal != _SEAL + hashlib.sha256(body).digest():
