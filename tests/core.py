@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import jaxprune as jp
 from jaxprune import checkpoint, data, export, models, report
@@ -20,10 +21,18 @@ from jaxprune import checkpoint, data, export, models, report
 ROOMS = (data, export, report)
 
 
+def two_layers():
+  """Returns a network of Flax NNX as a function of its state, and the state."""
+  rngs = nnx.Rngs(0)
+  layers = nnx.Linear(6, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
+  graph, state = nnx.split(nnx.Sequential(layers[0], nnx.relu, layers[1]))
+  return lambda state, x: nnx.merge(graph, state)(x), state
+
+
 def cut(fn, params, x):
   """Returns a network at half of its multiply-adds, proven."""
   graph = jp.trace(fn, params, x)
-  scores = graph.reduce(jp.scores.magnitude(params['params']))
+  scores = graph.reduce(jp.scores.magnitude(params))
   plan = jp.plan(graph, scores, jp.budget(macs=0.5))
   small = jp.shrink(graph, plan, params)
   assert jp.specialise(graph, plan)(small, x).shape == (8, 10)
@@ -78,6 +87,7 @@ def main():
       mlp.apply(params, x), jnp.arange(8)
     ).mean()
 
+  cut(*two_layers(), x)
   small = cut(mlp.apply, params, x)
   sparse(loss, params)
   soften(loss, params)
