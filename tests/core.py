@@ -15,10 +15,11 @@ import optax
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune import checkpoint, data, export, models, report
+from jaxprune import data, io, models, report
+from jaxprune.io import checkpoint
 
 # Rooms whose functions may need an extra; to import them needs none.
-ROOMS = (data, export, report)
+ROOMS = (data, io, report)
 
 
 def two_layers():

@@ -13,7 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from experiments import command, runtime
-from jaxprune import augment, data, digits, export, extras, plots, text
+from jaxprune import data, extras, io
+from jaxprune.data import augment, digits, text
+from jaxprune.report import plots
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
@@ -104,14 +106,14 @@ CALLS = [  # The module that is hidden, its extra, and a call that needs it.
   ('sklearn', 'digits', lambda path: digits.prepare(path)),
   ('matplotlib', 'plots', lambda _: plots.widths({'a': (2, 1)})),
   ('tokenizers', 'text', lambda _: text.encode(['a'], text.word_pieces(['a']))),
-  ('onnx', 'onnx', lambda path: export.save_onnx(path / 'f', jnp.sin, X)),
+  ('onnx', 'onnx', lambda path: io.save_onnx(path / 'f', jnp.sin, X)),
   ('onnxruntime', 'onnx', lambda _: runtime.in_onnx_runtime(jnp.sin, X, X)),
   (
     'flatbuffers',
     'stablehlo',
-    lambda path: export.save(path / 'f', jnp.sin, X),
+    lambda path: io.save_stablehlo(path / 'f', jnp.sin, X),
   ),
-  ('flatbuffers', 'stablehlo', lambda path: export.load(path / 'f')),
+  ('flatbuffers', 'stablehlo', lambda path: io.load_stablehlo(path / 'f')),
 ]
 
 
