@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import distributions as distributions_lib
-from jaxprune import drawing
+from jaxprune import drawing, kinds
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
 
@@ -29,6 +29,7 @@ class Decision(NamedTuple):
   why: str  # Of a leaf that is not pruned, or of its sparsity; may be empty.
 
 
+@kinds.checked
 def decide(
   params: tree_lib.PyTree,
   sparsity: drawing.Sparsity | Mapping[str, drawing.Sparsity] | None = None,
@@ -105,6 +106,7 @@ def decide(
   return rows
 
 
+@kinds.checked
 def table(rows: Iterable[Decision]) -> str:
   """Returns decisions as lines of text, one for each leaf.
 

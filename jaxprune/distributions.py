@@ -13,14 +13,14 @@ through the scores of all leaves, and the scores decide.
 
 import fractions
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checks, floats, placement, select
+from jaxprune import checks, floats, kinds, placement, select
 from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
 from jaxprune.select import keys
@@ -38,6 +38,7 @@ class Pooled(NamedTuple):
 Distribution = Callable[[Shapes, float], Kept] | Pooled
 
 
+@kinds.checked
 def uniform(shapes: Shapes, sparsity: float) -> Kept:
   """Gives every leaf the same sparsity, to a weight.
 
@@ -76,6 +77,7 @@ def _evenly(sizes: Mapping[str, int], sparsity: float) -> Kept:
   return kept
 
 
+@kinds.checked
 def uniform_plus(
   first: str, last: str, *, last_density: float = 0.2
 ) -> Callable[[Shapes, float], Kept]:
@@ -122,6 +124,7 @@ def uniform_plus(
   return distribution
 
 
+@kinds.checked
 def erk(shapes: Shapes, sparsity: float) -> Kept:
   """Keeps weights in proportion to the sum of a leaf's dimensions.
 
@@ -149,6 +152,7 @@ def erk(shapes: Shapes, sparsity: float) -> Kept:
   return share(_sizes(shapes), weights, sparsity)
 
 
+@kinds.checked
 def by_macs(
   macs: Mapping[str, float], *, power: float = 0.5
 ) -> Callable[[Shapes, float], Kept]:
@@ -200,6 +204,13 @@ def by_macs(
   return distribution
 
 
+def _check_paths(name: str, given: Mapping, paths: Iterable[str]) -> None:
+  missing = [path for path in paths if path not in given]
+  if missing:
+    raise ValueError(f'`{name}` must name each leaf; not {", ".join(missing)}.')
+
+
+@kinds.checked
 def share(
   sizes: Mapping[str, int],
   weights: Mapping[str, float],
@@ -237,6 +248,7 @@ def share(
       f'{sum(lowest.values())} that bounded leaves hold; lower it, or the '
       'bounds.'
     )
+  _check_paths('weights', weights, paths)
   exact = _water(
     [fractions.Fraction(weights[path]) for path in paths],
     [lowest[path] for path in paths],
@@ -298,6 +310,7 @@ def _normalise(scores: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(one, scores)
 
 
+@kinds.checked
 def survival(x: jax.Array) -> jax.Array:
   """Returns each square over the sum of those at least as large.
 
@@ -353,6 +366,7 @@ normalised = Pooled(_normalise)
 lamp = Pooled(lambda scores: jax.tree.map(survival, scores))
 
 
+@kinds.checked
 def select_pooled(
   scores: tree_lib.PyTree, keep: counts_lib.Keep, distribution: Pooled
 ) -> tree_lib.PyTree:
@@ -382,6 +396,7 @@ def select_pooled(
   return select.top_masks(scores, keep)
 
 
+@kinds.checked
 def table(
   distribution: Callable[[Shapes, float], Kept],
   shapes: Shapes,
@@ -414,6 +429,7 @@ def table(
   multiples = [i / 128 for i in range(129)] if grid else []
   rows_at = sorted({np.float32(x): x for x in (*multiples, *levels)}.values())
   sizes = _sizes(shapes)
+  _check_paths('units', units, shapes)
   rows = []
   for sparsity in rows_at:
     try:
@@ -434,6 +450,7 @@ def table(
   return np.array(rows_at), np.array(rows, np.int64)
 
 
+@kinds.checked
 def interpolate(
   grid: np.ndarray, pruned: np.ndarray, sparsity: jax.Array
 ) -> counts_lib.Limbs:
@@ -487,6 +504,7 @@ def interpolate(
   return counts_lib.carry(whole[0][:-1], whole[1][:-1] + extra)
 
 
+@kinds.checked
 def counts(
   distribution: Callable[[Shapes, float], Kept],
   shapes: Shapes,
@@ -535,6 +553,7 @@ def counts(
   return counts_lib.minus(whole, pruned)
 
 
+@kinds.checked
 def uniform_counts(
   sizes: Sequence[int], sparsity: jax.Array, levels: Sequence[float]
 ) -> counts_lib.Limbs:

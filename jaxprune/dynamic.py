@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import checks, placement, select, transforms, zeros
+from jaxprune import checks, kinds, placement, select, transforms, zeros
 from jaxprune import counts as counts_lib
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
@@ -28,6 +28,7 @@ class DynamicState(NamedTuple):
   revived: jax.Array  # As in :class:`jaxprune.transforms.SparsifyState`.
 
 
+@kinds.checked
 def rigl(
   inner: optax.GradientTransformation,
   sparsity: float,
@@ -94,6 +95,7 @@ def rigl(
   )
 
 
+@kinds.checked
 def set_(
   inner: optax.GradientTransformation,
   sparsity: float,

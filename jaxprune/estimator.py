@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import checks, tree
+from jaxprune import checks, kinds, tree
 
 Baseline = Literal['none', 'mean', 'standard']
 Directions = Literal['normal', 'rademacher']
@@ -54,6 +54,7 @@ class Estimator(NamedTuple):
   update: Callable[[Losses, EstimatorState, Any], tuple[Any, EstimatorState]]
 
 
+@kinds.checked
 def directions(
   key: jax.Array,
   mean: tree.PyTree,
@@ -86,6 +87,7 @@ def directions(
   return jax.tree.unflatten(structure, drawn)
 
 
+@kinds.checked
 def estimate(
   noise: tree.PyTree,
   losses: jax.Array,
@@ -185,6 +187,7 @@ def _like(values: jax.Array, e: jax.Array) -> jax.Array:
   return values.reshape(-1, *[1] * (e.ndim - 1))
 
 
+@kinds.checked
 def estimator(
   *,
   n: int = 8,
@@ -311,6 +314,7 @@ def estimator(
   return Estimator(init_fn, ask_fn, tell_fn, update_fn)
 
 
+@kinds.checked
 def chunked(
   loss: Losses, size: int, *, loop: Literal['unroll', 'map'] = 'unroll'
 ) -> Losses:
@@ -368,6 +372,7 @@ def _after(last: jax.Array, vectors: Any) -> Any:
   return jax.tree.map(lambda x: lax.select(never, -x, x), vectors)
 
 
+@kinds.checked
 def spread(loss: Losses, axis_name: str) -> Losses:
   """Returns the same losses, each device computing its share of the vectors.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import joint
+from jaxprune import joint, kinds
 from jaxprune.joint import Coster, PruningVector, Space
 
 Score = Callable[[Sequence[PruningVector]], Any]  # -> float [n].
@@ -23,6 +23,7 @@ class Candidate(NamedTuple):
   vector: PruningVector
 
 
+@kinds.checked
 def draw(
   space: Space,
   cost: Coster,
@@ -47,6 +48,7 @@ def draw(
   return joint.project(space, cost, target, unit, tolerance=tolerance)
 
 
+@kinds.checked
 def search(
   space: Space,
   cost: Coster,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import kinds, plans, tree
 from jaxprune.structure.gating import scale
 from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.program import all_equations
@@ -50,6 +50,7 @@ class Proof(NamedTuple):
   closed: float | None = None
 
 
+@kinds.checked
 def check(
   graph: Graph,
   plan: plans.Plan,

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checks, tree
+from jaxprune import checks, kinds, tree
 
 
+@kinds.checked
 def batch_statistics(
   update: Callable[[tree.PyTree, Any], tree.PyTree],
   stats: tree.PyTree,
@@ -183,6 +184,7 @@ def _momenta(
   return momenta
 
 
+@kinds.checked
 def logit_distillation(
   logits: jax.Array, teacher: jax.Array, *, temperature: float = 4.0
 ) -> jax.Array:
@@ -225,6 +227,7 @@ def logit_distillation(
   return temperature**2 * divergence
 
 
+@kinds.checked
 def feature_distillation(
   features: jax.Array,
   teacher: jax.Array,

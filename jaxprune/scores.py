@@ -30,12 +30,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import checks, distributions, floats, placement, tree
+from jaxprune import checks, distributions, floats, kinds, placement, tree
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
 
 
+@kinds.checked
 def magnitude(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns the magnitude |w| of each prunable weight, in its own dtype.
 
@@ -60,6 +61,7 @@ def magnitude(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return jax.tree.map(jnp.abs, tree.prunable(params, which))
 
 
+@kinds.checked
 def random(
   key: jax.Array, params: tree.PyTree, which: tree.Which = None
 ) -> tree.PyTree:
@@ -82,6 +84,7 @@ def random(
   )
 
 
+@kinds.checked
 def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns layer-adaptive magnitudes, comparable between leaves.
 
@@ -109,6 +112,7 @@ def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return jax.tree.map(survive, tree.prunable(params, which))
 
 
+@kinds.checked
 def norm_scale(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns |gamma|, the score of each channel by the norm that follows it.
 
@@ -128,6 +132,7 @@ def norm_scale(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return magnitude(params, which)
 
 
+@kinds.checked
 def fpgm(
   params: tree.PyTree, which: tree.Which = None, *, axis: int = -1
 ) -> tree.PyTree:
@@ -163,6 +168,7 @@ def fpgm(
   return jax.tree.map(score, tree.prunable(params, which))
 
 
+@kinds.checked
 def saliency(
   params: tree.PyTree, grads: tree.PyTree, which: tree.Which = None
 ) -> tree.PyTree:
@@ -182,11 +188,13 @@ def saliency(
     [[9. 1.]]
   """
   chosen = tree.prunable(params, which)
+  tree.check_alike('Gradients', grads, params, shapes=True)
   return jax.tree.map(
     jnp.abs, floats.products(chosen, tree.restrict(grads, chosen))
   )
 
 
+@kinds.checked
 def movement(
   params: tree.PyTree,
   grads: tree.PyTree,
@@ -214,6 +222,7 @@ def movement(
     [[-1.5  0.5]]
   """
   chosen = tree.prunable(params, which)
+  tree.check_alike('Gradients', grads, params, shapes=True)
   grads = tree.restrict(grads, chosen)
   step = jax.tree.map(lambda w, g: -floats.wide(w) * g, chosen, grads)
   return step if previous is None else jax.tree.map(jnp.add, previous, step)
@@ -222,6 +231,7 @@ def movement(
 # Scores that need the loss and data.
 
 
+@kinds.checked
 def snip(
   loss: Loss,
   params: tree.PyTree,
@@ -255,6 +265,7 @@ def snip(
   return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
+@kinds.checked
 def taylor(
   loss: Loss,
   params: tree.PyTree,
@@ -294,6 +305,7 @@ def taylor(
   )
 
 
+@kinds.checked
 def obd(
   loss: Loss,
   params: tree.PyTree,
@@ -377,6 +389,7 @@ def obd(
   return floats.products(half, chosen, chosen)
 
 
+@kinds.checked
 def grasp(
   loss: Loss,
   params: tree.PyTree,
@@ -422,10 +435,11 @@ def grasp(
   return floats.products(chosen, product)
 
 
+@kinds.checked
 def synflow(
   apply_fn: Callable[[Any, Any], Any],
   params: tree.PyTree,
-  inputs: Any,
+  inputs: tree.Arrays,
   which: tree.Which = None,
 ) -> tree.PyTree:
   """Returns the synaptic flow |w| dR/d|w|, R the sum of outputs, without data.
@@ -461,6 +475,7 @@ def synflow(
   return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
+@kinds.checked
 def wanda(
   capture: Callable[[Any, Any], Mapping[str, jax.Array]],
   params: tree.PyTree,

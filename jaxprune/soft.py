@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import checks, counts, placement, select, tree
+from jaxprune import checks, counts, kinds, placement, select, tree
 from jaxprune import masks as masks_lib
 
 NByM = tuple[int, int]  # Keep n of every m.
@@ -50,6 +50,7 @@ class Diagnosis(NamedTuple):
   density: tree.PyTree  # Share of weights that the full ramp keeps.
 
 
+@kinds.checked
 def pdp_init(
   params: tree.PyTree,
   sparsity: float | jax.Array | Mapping[str, float] | None = None,
@@ -127,6 +128,7 @@ def pdp_init(
   return PDPState(goal, scalar(0.0), scalar(tau), scalar(c))
 
 
+@kinds.checked
 def pdp(
   params: tree.PyTree,
   state: PDPState,
@@ -186,6 +188,7 @@ def pdp(
   return tree.map_pruned(_back, params, soft)
 
 
+@kinds.checked
 def mask(
   params: tree.PyTree,
   state: PDPState,
@@ -229,6 +232,7 @@ def mask(
   return jax.tree.map(one, live, views, ts, _counts(state, n_by_m))
 
 
+@kinds.checked
 def sides(
   params: tree.PyTree,
   state: PDPState,
@@ -269,6 +273,7 @@ def sides(
   return jax.tree.map(_back, live, masks)
 
 
+@kinds.checked
 def harden(
   params: tree.PyTree,
   state: PDPState,
@@ -301,6 +306,7 @@ def harden(
   return state._replace(masks=sides(params, full, n_by_m=n_by_m, axis=axis))
 
 
+@kinds.checked
 def diagnose(
   params: tree.PyTree,
   state: PDPState,

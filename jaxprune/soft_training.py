@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxprune import (
   checks,
+  kinds,
   placement,
   soft,
   soft_channels,
@@ -20,6 +21,7 @@ from jaxprune import (
 )
 
 
+@kinds.checked
 def ramp(
   epoch: float | jax.Array, begin: float = 16, rate: float = 0.015
 ) -> jax.Array:
@@ -49,6 +51,7 @@ def ramp(
   return jnp.where(epoch < begin, 0.0, ramp)
 
 
+@kinds.checked
 def ramp_schedule(
   steps_per_epoch: int, rate: float = 0.015, by: str = 'epoch'
 ) -> optax.Schedule:
@@ -83,6 +86,7 @@ def ramp_schedule(
   return schedule
 
 
+@kinds.checked
 def is_warm(
   accuracies: Sequence[float], *, upper: float = 1.0, patience: int = 5
 ) -> bool:
@@ -113,6 +117,7 @@ def is_warm(
   return len(recent) == patience and min(recent) > upper / 2
 
 
+@kinds.checked
 def warn_about(diagnosis: soft.Diagnosis) -> None:
   """Warns if a leaf closes, or if the temperature makes masks hard, or worse.
 
@@ -177,6 +182,7 @@ class TrackPDPState(NamedTuple):
 _NEVER = 2**31 - 1
 
 
+@kinds.checked
 def track_pdp(
   sparsity: float | Mapping[str, float] | None = None,
   *,
@@ -315,6 +321,7 @@ def track_pdp(
   return optax.GradientTransformation(init_fn, update_fn)
 
 
+@kinds.checked
 def end_warm_up(opt_state: optax.OptState) -> optax.OptState:
   """Returns the optimizer state in which the next update ends the warm-up.
 
@@ -346,6 +353,7 @@ def end_warm_up(opt_state: optax.OptState) -> optax.OptState:
   return jax.tree.map(replace, opt_state, is_leaf=_is_ours)
 
 
+@kinds.checked
 def with_pdp(
   apply_fn: Callable[..., Any],
   *,

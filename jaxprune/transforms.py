@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import checks, drawing, schedules, zeros
+from jaxprune import checks, drawing, kinds, schedules, zeros
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
@@ -71,6 +71,7 @@ class KeepSparseState(NamedTuple):
   revived: jax.Array  # As in :class:`SparsifyState`.
 
 
+@kinds.checked
 def sparsify(
   score: drawing.Score | None,
   sparsity: drawing.Sparsity | Mapping[str, drawing.Sparsity] | None = None,
@@ -179,6 +180,7 @@ def sparsify(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def soft_shrinkage(
   score: drawing.Score | None,
   sparsity: drawing.Sparsity | None = None,
@@ -285,8 +287,9 @@ def soft_shrinkage(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def keep_sparse(
-  masks: tree_lib.PyTree | None = None,
+  masks: tree_lib.Arrays | None = None,
   *,
   which: tree_lib.Which = None,
   packed: bool = False,
@@ -346,6 +349,7 @@ def keep_sparse(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def mask_moments(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -397,6 +401,7 @@ def mask_moments(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def replace_in_state(
   tx: optax.GradientTransformation,
   state: optax.OptState,
@@ -443,8 +448,9 @@ def replace_in_state(
   return jax.tree.map(pick, state, fresh, chosen, is_leaf=is_leaf)
 
 
+@kinds.checked
 def project(
-  updates: optax.Updates, params: tree_lib.PyTree, masks: tree_lib.PyTree
+  updates: optax.Updates, params: tree_lib.Arrays, masks: tree_lib.Arrays
 ) -> optax.Updates:
   """Returns updates that make pruned weights exactly zero.
 
@@ -463,6 +469,8 @@ def project(
     >>> print(project(u, w, jnp.array([True, False])))
     [ 0.5 -2. ]
   """
+  tree_lib.check_alike('Updates', updates, params, shapes=True)
+  tree_lib.check_alike('Masks', masks, params, shapes=True)
 
   def one(w, u, mask):
     if u is None or masks_lib.is_dense(mask):
@@ -518,12 +526,17 @@ def _minus(w: jax.Array, u: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(w), minus_w, 0)  # inf - inf would be NaN.
 
 
-def applied(params, updates) -> tree_lib.PyTree:
+@kinds.checked
+def applied(
+  params: tree_lib.Arrays, updates: tree_lib.Arrays
+) -> tree_lib.PyTree:
   """Returns the params as the updates would leave them."""
+  tree_lib.check_alike('Updates', updates, params, shapes=True)
   add = lambda w, u: w if u is None else (w + u).astype(w.dtype)
   return jax.tree.map(add, params, updates)
 
 
+@kinds.checked
 def next_step(step: jax.Array) -> jax.Array:
   """Returns step + 1, at most the largest int32."""
   return jnp.asarray(optax.safe_increment(step))

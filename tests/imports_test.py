@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The layers, the lowest first. A module may import the layers below its own,
 # and modules of its own layer so long as no two need each other.
 LAYERS = {
-  'ground': 'checks floats placement tree',
+  'ground': 'checks floats kinds placement tree',
   'maths': 'counts distributions lookahead masks schedules scores select',
   'training': (
     'decisions drawing dynamic gates recovery reparam soft soft_channels '

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import checks, counts, plans, tree
+from jaxprune import checks, counts, kinds, plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
@@ -41,6 +41,7 @@ class Reached(NamedTuple):
     return 1 - self.reached / self.asked
 
 
+@kinds.checked
 def budget(
   *,
   macs: float | int | None = None,
@@ -135,6 +136,7 @@ def _bounds(
   return found
 
 
+@kinds.checked
 def reached(
   graph: Graph,
   plan: plans.Plan,
@@ -167,6 +169,7 @@ def reached(
   }
 
 
+@kinds.checked
 def plan(
   graph: Graph,
   scores: Mapping[str, Any],

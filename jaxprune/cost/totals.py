@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune import plans
+from jaxprune import kinds, plans
 from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.cost.steps import Assume, Branches, Step
@@ -41,6 +41,7 @@ Layers = Mapping[str, Collection[str]]  # Variable -> paths of leaves.
 Priced = tuple[str, Polynomial]  # A layer and the multiply-adds in it.
 
 
+@kinds.checked
 def macs_polynomial(
   graph: Graph,
   count: Collection[Count] = (),
@@ -85,6 +86,7 @@ def macs_polynomial(
   return polynomials.total(polynomial for _, polynomial in priced)
 
 
+@kinds.checked
 def parameters_polynomial(
   graph: Graph, *, layers: Layers | None = None
 ) -> Polynomial:
@@ -103,6 +105,7 @@ def parameters_polynomial(
   return total
 
 
+@kinds.checked
 def weight_bytes_polynomial(
   graph: Graph, *, layers: Layers | None = None
 ) -> Polynomial:
@@ -119,6 +122,7 @@ def weight_bytes_polynomial(
   return total
 
 
+@kinds.checked
 def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
   """Returns polynomials of which the largest is the live activations' bytes.
 
@@ -134,6 +138,7 @@ def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
   )
 
 
+@kinds.checked
 def macs(
   graph: Graph,
   plan: plans.Plan | None = None,
@@ -158,6 +163,7 @@ def macs(
   return evaluate(polynomials.total(each for _, each in priced), values)
 
 
+@kinds.checked
 def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the number of entries of all leaves, an exact int."""
   return evaluate(
@@ -165,6 +171,7 @@ def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the bytes of all leaves, statistics too, an exact int."""
   return evaluate(
@@ -172,6 +179,7 @@ def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns an upper bound of the bytes of live activations, an exact int.
 
@@ -182,6 +190,7 @@ def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def layers(
   graph: Graph,
   plan: plans.Plan | None = None,
@@ -223,6 +232,7 @@ def layers(
   return [Layer(name, *figures) for name, figures in found.items()]
 
 
+@kinds.checked
 def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   """Returns the value of each variable: the widths and blocks a plan leaves.
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import digits
+from jaxprune import digits, kinds
 from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
 
 Images = np.ndarray | Sequence[Any]
 Labels = np.ndarray | Sequence[int] | Sequence[str] | None
 
 
+@kinds.checked
 def save(
   root: str | os.PathLike[str],
   name: str,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import kinds
 from jaxprune.data import folders
 
 
@@ -25,6 +26,7 @@ class Dataset:
     return len(self.labels)
 
 
+@kinds.checked
 def load(
   name: str,
   split: str = 'train',
@@ -96,6 +98,7 @@ def load(
   return Dataset(images, labels, classes, builder.name, version)
 
 
+@kinds.checked
 def records(
   name: str,
   split: str = 'train',
@@ -132,6 +135,7 @@ def records(
   return rows, classes, str(builder.info.version)
 
 
+@kinds.checked
 def count(
   name: str, split: str = 'train', data_dir: str | os.PathLike | None = None
 ) -> int:

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import kinds
 from jaxprune.data import folders
 from jaxprune.data.order import epoch_batches
 
 
+@kinds.checked
 def stream(
   name: str,
   split: str = 'train',
@@ -133,6 +135,7 @@ def stream(
   return iterator
 
 
+@kinds.checked
 def prefetch(
   batches: Iterable[Any],
   sharding: jax.sharding.Sharding | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.export import pointwise, products, shapes, translation
 from jaxprune.export.nodes import Node, Tape, simplify
 from jaxprune.export.stablehlo import open_batch, write
@@ -26,6 +26,7 @@ _LARGEST = 2**31 - 1  # Bytes of a protocol buffer.
 FAMILIES = (pointwise, products, shapes)  # Registered when they are imported.
 
 
+@kinds.checked
 def save_onnx(
   path: str | os.PathLike,
   fn: Callable[..., Any],

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree, weights
+from jaxprune import kinds, tree, weights
 from jaxprune.export.stablehlo import write
 
 _NAMES = {
@@ -32,6 +32,7 @@ _NAMES = {
 }
 
 
+@kinds.checked
 def save_safetensors(
   path: str | os.PathLike,
   params: tree.PyTree,
@@ -95,6 +96,7 @@ def save_safetensors(
   return write(path, b''.join([struct.pack('<Q', len(text)), text, *body]))
 
 
+@kinds.checked
 def load_safetensors(
   path: str | os.PathLike, template: tree.PyTree | None = None
 ) -> tuple[tree.PyTree, dict[str, str]]:

@@ -15,13 +15,14 @@ from typing import Any
 import jax
 from jax import export
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 
 _SEAL = b'sha256:'  # Ends the file; what a reader of the format passes over.
 _SIZE = len(_SEAL) + 32
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
+@kinds.checked
 def save(
   path: str | os.PathLike,
   fn: Callable[..., Any],
@@ -73,6 +74,7 @@ def save(
   return write(path, sealed)
 
 
+@kinds.checked
 def load(path: str | os.PathLike) -> Callable[..., Any]:
   """Returns the function that :func:`save` wrote; it may be jitted.
 

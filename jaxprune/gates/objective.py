@@ -8,11 +8,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxprune import checks, tree
+from jaxprune import checks, kinds, tree
 from jaxprune.gates.functions import lift
 from jaxprune.gates.records import Cost, Structure, Values, names_of, reach
 
 
+@kinds.checked
 def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:
   """Returns the variables of a cost: widths of groups, and what is open.
 
@@ -37,6 +38,7 @@ def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:
   return dict(zip(names_of(structure), matrix[0], strict=True))
 
 
+@kinds.checked
 def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   """Returns the remaining part of a cost, in [0, 1], differentiable.
 
@@ -96,6 +98,7 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   return (found[0] + jnp.sum(lost * moved)) / found[-1]
 
 
+@kinds.checked
 def penalty(
   rho: jax.Array,
   strength: float | jax.Array,
@@ -125,6 +128,7 @@ def penalty(
   return strength * jnp.maximum(rho - target, 0)
 
 
+@kinds.checked
 def slimming(params: tree.PyTree, rule: str = r'(.*/)?scale') -> jax.Array:
   """Returns the sum of |w| over the scales of normalisations.
 
@@ -152,6 +156,7 @@ def slimming(params: tree.PyTree, rule: str = r'(.*/)?scale') -> jax.Array:
   return jnp.sum(jnp.stack(found))
 
 
+@kinds.checked
 def partition(
   weights: optax.GradientTransformation,
   gates: optax.GradientTransformation,

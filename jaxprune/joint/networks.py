@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import plans
+from jaxprune import kinds, plans
 from jaxprune.joint.vectors import PruningVector, Space, masks, parts
 from jaxprune.structure import canvas
 
 
+@kinds.checked
 def supernet(space: Space, *, on_canvas: bool = False) -> Callable[..., Any]:
   """Returns the network under a vector that may be traced.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checks, counts, plans, tree
+from jaxprune import checks, counts, kinds, plans, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure import stages as chain
 from jaxprune.structure.graph import Graph
@@ -75,6 +75,7 @@ class Space:
     return tuple(sorted({int(n) for ladder in ladders for n in ladder}))
 
 
+@kinds.checked
 def space(
   graph: Graph,
   *args: Any,
@@ -141,6 +142,7 @@ def space(
   return Space(graph, PruningVector(widths, depths, side), found, graphs, cuts)
 
 
+@kinds.checked
 def restrict(
   full: Space,
   *,
@@ -166,6 +168,7 @@ def restrict(
   )
 
 
+@kinds.checked
 def parts(space: Space) -> tuple[str, ...]:
   """Returns the names of the parts that have sides of their own, in order."""
   return (INPUT, *space.cuts) if space.cuts else ()
@@ -286,6 +289,7 @@ def _at_sides(
   return tuple(graphs)
 
 
+@kinds.checked
 def to_unit(space: Space, vector: PruningVector) -> PruningVector:
   """Returns a vector in units of the largest network, each in [0, 1]."""
   return jax.tree.map(
@@ -293,6 +297,7 @@ def to_unit(space: Space, vector: PruningVector) -> PruningVector:
   )
 
 
+@kinds.checked
 def from_unit(space: Space, unit: PruningVector) -> PruningVector:
   """Returns the vector, allowed values, of fractions of the largest network.
 
@@ -304,6 +309,7 @@ def from_unit(space: Space, unit: PruningVector) -> PruningVector:
   return rounded(space, scaled)
 
 
+@kinds.checked
 def unit_range(space: Space) -> tuple[PruningVector, PruningVector]:
   """Returns the least and the largest fractions, float32."""
   return to_unit(space, space.low), to_unit(space, space.high)
@@ -321,6 +327,7 @@ def check(space: Space, vector: PruningVector) -> None:
     )
 
 
+@kinds.checked
 def rounded(space: Space, vector: PruningVector) -> PruningVector:
   """Returns the nearest allowed value of every coordinate.
 
@@ -359,6 +366,7 @@ def rounded(space: Space, vector: PruningVector) -> PruningVector:
   return jax.tree.map(nearest, vector, space.ladders)
 
 
+@kinds.checked
 def masks(
   space: Space, vector: PruningVector
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -390,6 +398,7 @@ def masks(
   return units, blocks
 
 
+@kinds.checked
 def plan(space: Space, vector: PruningVector) -> plans.Plan:
   """Returns the one plan that a vector stands for.
 
@@ -422,6 +431,7 @@ def plan(space: Space, vector: PruningVector) -> plans.Plan:
   )
 
 
+@kinds.checked
 def to_json(vector: PruningVector) -> str:
   """Returns a vector of numbers as JSON, one coordinate a line.
 
@@ -443,6 +453,7 @@ def to_json(vector: PruningVector) -> str:
   return checks.dumps({'version': FORMAT, **plain._asdict()}, indent=1)
 
 
+@kinds.checked
 def from_json(text: str) -> PruningVector:
   """Returns the vector that :func:`to_json` wrote.
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.plans.record import Plan, kept_indices, vanished
 from jaxprune.structure.graph import Graph, like, locate, runner
 from jaxprune.structure.run import Run
 
 
+@kinds.checked
 def masks(graph: Graph, plan: Plan, params: tree.PyTree) -> tree.PyTree:
   """Returns the mask of each leaf: what the plan keeps at full size.
 
@@ -40,6 +41,7 @@ def masks(graph: Graph, plan: Plan, params: tree.PyTree) -> tree.PyTree:
   return like(params, located)
 
 
+@kinds.checked
 def leaf_masks(graph: Graph, plan: Plan) -> dict[str, np.ndarray]:
   """Returns path -> bool mask, for every leaf that a plan touches."""
   run = runner(graph, kept_indices(graph, plan))
@@ -59,6 +61,7 @@ def leaf_masks(graph: Graph, plan: Plan) -> dict[str, np.ndarray]:
   return found
 
 
+@kinds.checked
 def shrink(graph: Graph, plan: Plan, values: tree.PyTree) -> tree.PyTree:
   """Returns a pytree with what the plan removes cut out of its leaves.
 
@@ -93,6 +96,7 @@ def shrink(graph: Graph, plan: Plan, values: tree.PyTree) -> tree.PyTree:
   )
 
 
+@kinds.checked
 def grow(graph: Graph, plan: Plan, values: tree.PyTree) -> tree.PyTree:
   """Returns a shrunk pytree at the full shapes, zero where it was cut.
 

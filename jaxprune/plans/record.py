@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import checks
+from jaxprune import checks, kinds
 from jaxprune.structure import axes as ax
 from jaxprune.structure import choices
 from jaxprune.structure.branches import severed
@@ -110,6 +110,7 @@ def _signed(sign: str, index: Sequence[int]) -> str:
   return f'{sign}{",".join(map(str, index))} ' if index else ''
 
 
+@kinds.checked
 def from_kept(
   graph: Graph,
   kept: Mapping[str, Sequence[int]],
@@ -196,6 +197,7 @@ def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
   return found
 
 
+@kinds.checked
 def from_masks(
   graph: Graph,
   masks: Mapping[str, Any],
@@ -227,6 +229,7 @@ def from_masks(
   return from_kept(graph, kept, dropped, resolution, resized)
 
 
+@kinds.checked
 def from_widths(
   graph: Graph,
   widths: Mapping[str, int],
@@ -264,6 +267,7 @@ def from_widths(
   return from_kept(graph, kept, dropped, resolution, resized)
 
 
+@kinds.checked
 def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
   """Returns the units of every group, (before, after).
 
@@ -280,6 +284,7 @@ def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
   }
 
 
+@kinds.checked
 def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   """Returns block -> 1 if it stays, 0 if the plan drops it."""
   check(graph, plan)
@@ -287,6 +292,7 @@ def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   return {name: int(name not in closed) for name in graph.blocks}
 
 
+@kinds.checked
 def compose(
   graph: Graph, first: Plan, small_graph: Graph, second: Plan
 ) -> Plan:
@@ -377,6 +383,7 @@ def _original(
   )
 
 
+@kinds.checked
 def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
   """Returns what a second plan does otherwise than a first.
 
@@ -424,6 +431,7 @@ def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
   )
 
 
+@kinds.checked
 def to_json(plan: Plan) -> str:
   """Returns a plan as JSON, one group a line, the same bytes each time.
 
@@ -453,6 +461,7 @@ def to_json(plan: Plan) -> str:
   )
 
 
+@kinds.checked
 def from_json(text: str) -> Plan:
   """Returns the plan that :func:`to_json` wrote.
 
@@ -529,6 +538,7 @@ def check(graph: Graph, plan: Plan) -> None:
   _with_inner(graph, plan.dropped)
 
 
+@kinds.checked
 def kept_indices(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:
   """Returns group -> kept indices, once the plan is known to be of the graph.
 
@@ -553,8 +563,11 @@ def group(graph: Graph, name: str) -> Group:
   return graph.groups[name]
 
 
+@kinds.checked
 def vanished(graph: Graph, dropped: Iterable[str]) -> set[str]:
   """Returns the paths of the leaves that go with dropped blocks."""
+  dropped = list(dropped)
+  _with_inner(graph, dropped)  # Raises where a name is unknown.
   return {path for name in dropped for path in graph.blocks[name].leaves}
 
 

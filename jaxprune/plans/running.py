@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.plans.record import (
   Plan,
   Resized,
@@ -22,6 +22,7 @@ from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.run import Switched
 
 
+@kinds.checked
 def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
   """Returns the smaller function: the traced one at the sizes that are left.
 
@@ -49,6 +50,7 @@ def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
   return functools.partial(_call, _resized(graph, plan), plan, False)
 
 
+@kinds.checked
 def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
   """Returns the function at its full size with the removed units absent.
 
@@ -68,6 +70,7 @@ def _resized(graph: Graph, plan: Plan) -> Graph:
   return at(graph, plan.resolution, plan.resized)
 
 
+@kinds.checked
 def at(
   graph: Graph, resolution: tuple[int, ...] | None, resized: Resized = ()
 ) -> Graph:
@@ -122,6 +125,7 @@ def at(
   return found
 
 
+@kinds.checked
 def supernet(graph: Graph) -> Callable[..., Any]:
   """Returns the function under masks and switches that are arguments.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune import counts, tree
+from jaxprune import counts, kinds, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
@@ -138,6 +138,7 @@ def check_width(group: Group, width: int) -> None:
     )
 
 
+@kinds.checked
 def pools(graph: Graph) -> dict[str, str]:
   """Returns group -> the first group that is isomorphic to it, perhaps itself.
 
@@ -162,6 +163,7 @@ def pools(graph: Graph) -> dict[str, str]:
   return found
 
 
+@kinds.checked
 def normalise(
   graph: Graph, scores: Mapping[str, Any], *, over: Over = 'group'
 ) -> dict[str, Any]:

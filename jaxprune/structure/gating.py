@@ -6,12 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.graph import Graph, locate
 from jaxprune.structure.slices import member, occurrences
 
 
+@kinds.checked
 def scale(
   graph: Graph,
   params: tree.PyTree,

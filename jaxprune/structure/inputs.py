@@ -7,7 +7,7 @@ third of four in Linen, the second in PyTorch and Equinox. The trace does.
 import re
 from typing import NamedTuple
 
-from jaxprune import masks, tree
+from jaxprune import kinds, masks, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
@@ -22,6 +22,7 @@ class InputAxis(NamedTuple):
   why: str = ''
 
 
+@kinds.checked
 def input_axes(graph: Graph) -> dict[str, InputAxis]:
   """Returns the input axis of every leaf that pruning may thin out.
 
@@ -71,6 +72,7 @@ def input_axes(graph: Graph) -> dict[str, InputAxis]:
   }
 
 
+@kinds.checked
 def n_by_m(graph: Graph, n: int, m: int) -> dict[str, masks.NByM | None]:
   """Returns rules that keep n of every m inputs of each kernel of a graph.
 

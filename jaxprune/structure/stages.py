@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.structure import canvas
 from jaxprune.structure.graph import Graph, leaves_like
 from jaxprune.structure.program import Program
@@ -22,6 +22,7 @@ from jaxprune.structure.run import Run
 Stage = Callable[[tree.PyTree, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
+@kinds.checked
 def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
   """Returns the stages of a function: one more than there are cuts.
 
@@ -76,6 +77,7 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
   return tuple(stage(number) for number in range(len(parts)))
 
 
+@kinds.checked
 def resized(
   graph: Graph,
   at: Sequence[str],

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.structure import absence, choices, rescale, twins
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
@@ -28,6 +28,7 @@ from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
 Reductions = Literal['protect', 'keep', 'rescale']
 
 
+@kinds.checked
 def trace(
   fn: Callable[..., Any],
   params: tree.PyTree,

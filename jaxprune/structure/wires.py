@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune import lookahead, tree
+from jaxprune import kinds, lookahead, tree
 from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
 from jaxprune.structure.axes import Axis
@@ -55,6 +55,7 @@ class _Use(NamedTuple):
   why: str
 
 
+@kinds.checked
 def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
   """Returns the wiring of the kernels of a traced function.
 
@@ -94,6 +95,7 @@ def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
   return wires
 
 
+@kinds.checked
 def unwired(graph: Graph) -> dict[str, str]:
   """Returns what :func:`wiring` leaves out: path of a leaf -> the reason.
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import kinds, tree
 from jaxprune.weights import faults, prefixes
 from jaxprune.weights.names import Named, Names
 
-PyTree = Any
+PyTree = tree.PyTree
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -28,6 +28,7 @@ class _Library(NamedTuple):
   to_theirs: Callable[[np.ndarray, Named, str], np.ndarray]
 
 
+@kinds.checked
 def from_torch(
   arrays: Arrays,
   like: PyTree,
@@ -81,6 +82,7 @@ def from_torch(
   return _convert(weights, like, names, _TORCH, ignore, keep, allow_rounding)
 
 
+@kinds.checked
 def from_keras(
   arrays: Arrays,
   like: PyTree,
@@ -115,6 +117,7 @@ def from_keras(
   return _convert(weights, like, names, _KERAS, ignore, keep, allow_rounding)
 
 
+@kinds.checked
 def to_torch(variables: PyTree, names: Names) -> dict[str, np.ndarray]:
   """Returns a PyTorch state dict: the inverse of :func:`from_torch`.
 

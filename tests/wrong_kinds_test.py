@@ -1,0 +1,245 @@
+"""Every public function with wrong kinds of argument: it works, or says why.
+
+The law: whatever comes, a function works or raises one line of its own, a
+ValueError or TypeError from a ``raise`` of this package, that names what was
+wrong. The arguments are taken from a table by their names and annotations, so
+that a new function is held to the law before anyone thinks of it.
+"""
+
+import importlib
+import inspect
+import itertools
+import re
+import traceback
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import plans, scores
+
+ROOMS = """
+  augment checkpoint cost data decisions distributions dynamic estimator
+  evolution export gates joint lookahead masks plans proof recovery
+  report reparam schedules scores select soft soft_channels soft_training
+  stagewise structure transforms tree weights zeros
+""".split()
+
+# Any value is right for these, or any that is like the values of the caller.
+FREE = {
+  'tree.leaves',
+  'tree.size',
+  'tree.compact',
+  'tree.is_prunable',
+  'tree.why_dense',
+}
+
+
+def functions():
+  """Returns every public function of the package by its name."""
+  table = {}
+  for room in ROOMS:
+    module = importlib.import_module(f'jaxprune.{room}')
+    for name, fn in vars(module).items():
+      plain = inspect.unwrap(fn) if callable(fn) else fn
+      is_own = getattr(plain, '__module__', '').startswith(module.__name__)
+      if inspect.isfunction(plain) and is_own and not name.startswith('_'):
+        table[f'{room}.{name}'] = fn
+  return {name: fn for name, fn in table.items() if name not in FREE}
+
+
+FUNCTIONS = functions()
+
+
+def network(p, x):
+  return jax.nn.relu(x @ p['a']) @ p['b']
+
+
+def loss(p, batch):
+  return jnp.mean(network(p, batch) ** 2)
+
+
+PARAMS = {
+  'a': jnp.arange(32.0).reshape(4, 8) / 9 + 1,
+  'b': jnp.arange(24.0).reshape(8, 3) / 9 - 1,
+}
+X = jnp.ones((2, 4))
+WRONG_SHAPES = {'a': jnp.ones((4, 9)), 'b': jnp.ones((9, 3))}
+
+
+class Module(eqx.Module):
+  """A module whole: arrays beside a function and a static field."""
+
+  weight: jax.Array
+  activation: object
+  width: int = eqx.field(static=True)
+
+
+MODULE = Module(jnp.ones((4, 4)), jax.nn.relu, 4)
+WRONG = {
+  'a number': 0.5,
+  'a string': 'magnitude',
+  'None': None,
+  'a module': jp,
+  'an empty dict': {},
+  'a list': [1, 2],
+  'an Equinox module': MODULE,
+  'a function': lambda *args, **options: None,
+  'wrong shapes': WRONG_SHAPES,
+  'part of a tree': {'a': PARAMS['a']},
+}
+
+
+def right():
+  """Returns arguments that are right, by name."""
+  graph = jp.trace(network, PARAMS, X)
+  plan = plans.from_widths(graph, {'a': 4})
+  space = jp.joint.space(graph, X)
+  low, high = jp.joint.unit_range(space)
+  masks = jax.tree.map(lambda w: w > 1, PARAMS)
+  channels = jp.soft_channels.kernel_channels(PARAMS)
+  return {
+    'graph': graph,
+    'small_graph': graph,
+    'plan': plan,
+    'first': plan,
+    'second': plan,
+    'full': space,
+    'space': space,
+    'vector': high,
+    'unit': low,
+    'cost': jp.joint.coster(space),
+    'bound': jp.budget(macs=0.5),
+    'target': 0.5,
+    'limit': 100.0,
+    'params': PARAMS,
+    'tree': PARAMS,
+    'values': PARAMS,
+    'some': PARAMS,
+    'like': PARAMS,
+    'variables': PARAMS,
+    'mean': PARAMS,
+    'updates': PARAMS,
+    'grads': PARAMS,
+    'scores': scores.magnitude(PARAMS),
+    'logits': PARAMS,
+    'masks': masks,
+    'packed': jp.masks.pack(masks),
+    'keep': {'a': 3, 'b': 3},
+    'wiring': jp.lookahead.chain(PARAMS, ['a', 'b']),
+    'state': jp.soft.pdp_init(PARAMS, 0.5),
+    'channels': channels,
+    'x': X,
+    'h': X,
+    'inputs': X,
+    'images': jnp.ones((2, 4, 4, 3)),
+    'image': np.ones((4, 4, 3), np.uint8),
+    'key': jax.random.key(0),
+    'rng': np.random.default_rng(0),
+    'loss': loss,
+    'fn': network,
+    'layer': jnp.abs,
+    'names': lambda layers: {},
+    'apply_fn': network,
+    'capture': lambda p, x: {'a': x, 'b': x @ p['a']},
+    'batches': [X],
+    'score': scores.magnitude,
+    'inner': optax.sgd(0.1),
+    'sparsity': 0.5,
+    'distribution': jp.distributions.uniform,
+    'shapes': {'a': (4, 8), 'b': (8, 3)},
+    'units': {'a': 32, 'b': 24},
+    'sizes': {'a': 32, 'b': 24},
+    'weights': {'a': 1.0, 'b': 1.0},
+    'levels': [0.0, 0.5],
+    'widths': {'a': 4},
+    'kept': {'a': [0, 1]},
+    'dropped': (),
+    'resolution': None,
+    'paths': ['a', 'b'],
+    'path': 'file',
+    'name': 'digits',
+    'rules': {'a': 1},
+    'n': 2,
+    'm': 4,
+    'begin': 0,
+    'end': 9,
+    'at': ['a'],
+    'fractions': [0.5, 1.0],
+  }
+
+
+def fault(call):
+  """Returns how a call breaks the law; nothing if it holds."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    try:
+      call()
+    except OSError as error:  # A path to nothing, which Python names itself.
+      return '' if error.filename else repr(error)
+    except Exception as error:
+      frames = traceback.extract_tb(error.__traceback__)
+      if any(f.filename == __file__ for f in frames[2:]):
+        return ''  # A function of the caller met what it cannot take.
+      is_ours = re.search(r'/jaxprune/[\w/]+\.py$', frames[-1].filename)
+      is_raised = 'raise' in (frames[-1].line or '')
+      is_kind = isinstance(error, ValueError | TypeError)
+      if not (is_ours and is_raised and is_kind and '\n' not in str(error)):
+        return f'{frames[-1].filename}:{frames[-1].lineno}: {error!r:.200}'
+  return ''
+
+
+def required(fn):
+  """Returns the parameters that a function must be given."""
+  return [
+    p
+    for p in inspect.signature(fn).parameters.values()
+    if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+  ]
+
+
+def called(fn, arguments):
+  """Returns a call with the arguments that a function must have."""
+  kinds_of = {p.name: p.kind for p in required(fn)}
+  only = inspect.Parameter.KEYWORD_ONLY
+  args = [x for n, x in arguments.items() if kinds_of[n] is not only]
+  options = {n: x for n, x in arguments.items() if kinds_of[n] is only}
+  if 'args' in inspect.signature(fn).parameters:
+    args += [X] if 'params' in arguments else [PARAMS, X]
+  return lambda: fn(*args, **options)
+
+
+def test_every_argument_of_a_wrong_kind(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  faults = {}
+  for (name, fn), (kind, value) in itertools.product(
+    FUNCTIONS.items(), WRONG.items()
+  ):
+    why = fault(called(fn, {p.name: value for p in required(fn)}))
+    if why:
+      faults[f'{name} of {kind}'] = why
+  assert not faults, '\n'.join(f'{k}: {v}' for k, v in faults.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(FUNCTIONS))
+def test_an_argument_of_a_wrong_kind_or_swapped(name, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  fn, table, faults = FUNCTIONS[name], right(), {}
+  base = {p.name: table.get(p.name, 0.5) for p in required(fn)}
+  for argument, (kind, value) in itertools.product(base, WRONG.items()):
+    if callable(value) and callable(base[argument]):
+      continue
+    why = fault(called(fn, {**base, argument: value}))
+    if why:
+      faults[f'{argument} = {kind}'] = why
+  for a, b in itertools.combinations(base, 2):
+    why = fault(called(fn, {**base, a: base[b], b: base[a]}))
+    if why:
+      faults[f'{a} and {b} swapped'] = why
+  assert not faults, '\n'.join(f'{k}: {v}' for k, v in faults.items())
