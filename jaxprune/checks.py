@@ -7,7 +7,7 @@ may be and what came. A traced number is known to nobody yet and passes.
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -126,6 +126,28 @@ def sparsity(value: T, *, below: float = math.inf) -> T:
     raise ValueError(
       f'A sparsity must be in [0, 1{end}, got {_shown(value)}.'
     ) from None
+
+
+def has_each(name: str, value: Mapping[str, Any], names: Iterable[str]) -> None:
+  """Raises unless a mapping has an entry for each name.
+
+  Args:
+    name: of the argument, for the error.
+    value: the mapping.
+    names: what must be there.
+
+  Raises:
+    ValueError: naming what is missing.
+
+  Examples:
+    >>> has_each('weights', {'a': 1.0, 'b': 2.0}, ['a', 'b'])
+  """
+  missing = [entry for entry in names if entry not in value]
+  if missing:
+    raise ValueError(
+      f'`{name}` must have an entry for each leaf; missing: '
+      f'{", ".join(missing)}.'
+    )
 
 
 def is_static(value: Any) -> bool:

@@ -13,7 +13,7 @@ through the scores of all leaves, and the scores decide.
 
 import fractions
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -204,12 +204,6 @@ def by_macs(
   return distribution
 
 
-def _check_paths(name: str, given: Mapping, paths: Iterable[str]) -> None:
-  missing = [path for path in paths if path not in given]
-  if missing:
-    raise ValueError(f'`{name}` must name each leaf; not {", ".join(missing)}.')
-
-
 @kinds.checked
 def share(
   sizes: Mapping[str, int],
@@ -248,7 +242,7 @@ def share(
       f'{sum(lowest.values())} that bounded leaves hold; lower it, or the '
       'bounds.'
     )
-  _check_paths('weights', weights, paths)
+  checks.has_each('weights', weights, paths)
   exact = _water(
     [fractions.Fraction(weights[path]) for path in paths],
     [lowest[path] for path in paths],
@@ -429,7 +423,7 @@ def table(
   multiples = [i / 128 for i in range(129)] if grid else []
   rows_at = sorted({np.float32(x): x for x in (*multiples, *levels)}.values())
   sizes = _sizes(shapes)
-  _check_paths('units', units, shapes)
+  checks.has_each('units', units, shapes)
   rows = []
   for sparsity in rows_at:
     try:

@@ -60,6 +60,9 @@ _OF_ARGUMENTS = {
   'metadata': "A plan goes as its text: `{'plan': plans.to_json(plan)}`.",
   'capture': 'It is called with the params and a batch.',
 }
+_NEEDS = {
+  'which': 'None, a function (path, leaf) -> bool or rules over paths',
+}
 _OF_FUNCTIONS = ('scores', 'distributions', 'schedules', 'models', 'weights')
 _OF_LEAVES = (
   'Keep the arrays of a module apart from all else: '
@@ -128,6 +131,7 @@ def _check(
   if kind is parameter.empty or value is parameter.default:
     return
   for path, need, what in _misfits(kind, value):
+    need = need if path else _NEEDS.get(parameter.name, need)
     line = f'`{parameter.name}{path}` must be {need}, got {shown(what)}.'
     raise TypeError(' '.join([line, *_hints(parameter, path, what, named)]))
 
@@ -304,7 +308,7 @@ def described(kind: Any) -> str:
   if plain in _MANY:
     inner = typing.get_args(kind)
     what = 'strings' if str in inner else 'entries'
-    return f'several {what}, as in a tuple'
+    return f'several {what} in a tuple'
   return f'{_article(name)} {name}'
 
 

@@ -30,7 +30,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import checks, distributions, floats, kinds, placement, tree
+from jaxprune import (
+  averages,
+  checks,
+  distributions,
+  floats,
+  kinds,
+  placement,
+  tree,
+)
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
@@ -261,7 +269,7 @@ def snip(
     {'kernel': Array([[0., 1.]], dtype=float32)}
   """
   chosen = tree.prunable(params, which)
-  grads = _mean(_gradient(loss), params, chosen, batches)
+  grads = averages.mean(_gradient(loss), params, chosen, batches)
   return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
@@ -301,7 +309,7 @@ def taylor(
     return jax.tree.map(lambda g: jnp.square(floats.wide(g)), grads)
 
   return floats.products(
-    chosen, chosen, _mean(squares, params, chosen, batches)
+    chosen, chosen, averages.mean(squares, params, chosen, batches)
   )
 
 
@@ -384,7 +392,7 @@ def obd(
       raise ValueError("hessian='hutchinson' draws random signs: give a `key`.")
     keyed = enumerate(batches)
     batches = ((jax.random.fold_in(key, i), batch) for i, batch in keyed)
-  h = _mean(ways[hessian], params, chosen, batches)
+  h = averages.mean(ways[hessian], params, chosen, batches)
   half = jax.tree.map(lambda h: 0.5 * h, h)
   return floats.products(half, chosen, chosen)
 
@@ -424,14 +432,14 @@ def grasp(
   batches = tuple(batches)
   chosen = tree.prunable(params, which)
   gradient = _gradient(loss)
-  grads = _mean(gradient, params, chosen, batches)
+  grads = averages.mean(gradient, params, chosen, batches)
 
   def flow(params, chosen, batch):
     weights, grads = chosen
     grads = jax.tree.map(lambda w, g: g.astype(w.dtype), weights, grads)
     return _product(gradient, params, weights, batch)(grads)
 
-  product = _mean(flow, params, (chosen, grads), batches)
+  product = averages.mean(flow, params, (chosen, grads), batches)
   return floats.products(chosen, product)
 
 
@@ -525,7 +533,7 @@ def wanda(
     flat = lambda x: squares(x).reshape(-1, x.shape[-1])
     return {path: jnp.sum(flat(inputs[path]), 0) for path in named}
 
-  sums, _ = _total(energy, params, chosen, batches)
+  sums, _ = averages.total(energy, params, chosen, batches)
 
   def score(path, w):
     shape = [1] * w.ndim
@@ -572,40 +580,3 @@ def _diagonal(product, chosen):
   ]
   shaped = [d.reshape(w.shape) for d, w in zip(diagonals, leaves, strict=True)]
   return treedef.unflatten(shaped)
-
-
-def _total(
-  fn: Callable[[Any, Any, Any], tree.PyTree],
-  params: tree.PyTree,
-  chosen: tree.PyTree,
-  batches: Iterable[Any],
-) -> tuple[tree.PyTree, int]:
-  """Returns the sum of fn(params, chosen, batch), and how many batches."""
-
-  @jax.jit
-  def add(total, params, chosen, batch):
-    return jax.tree.map(jnp.add, total, fn(params, chosen, batch))
-
-  def zeros(x):
-    return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-  total, count = None, 0
-  for batch in batches:
-    if total is None:
-      shapes = jax.eval_shape(fn, params, chosen, batch)
-      total = jax.tree.map(zeros, shapes)
-    total = add(total, params, chosen, batch)
-    count += 1
-  if total is None:
-    raise ValueError('A score over batches needs at least one, got none.')
-  return total, count
-
-
-def _mean(
-  fn: Callable[[Any, Any, Any], tree.PyTree],
-  params: tree.PyTree,
-  chosen: tree.PyTree,
-  batches: Iterable[Any],
-) -> tree.PyTree:
-  total, count = _total(fn, params, chosen, batches)
-  return jax.tree.map(lambda x: x / count, total)

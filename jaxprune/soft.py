@@ -180,6 +180,7 @@ def pdp(
   """
   if state.masks is not None:
     cut = lambda w, mask: jnp.where(mask, w, 0)
+    tree.check_alike('Masks', state.masks, params, shapes=True)
     return tree.map_pruned(cut, params, state.masks)
   views = _views(params, state, n_by_m, axis)
   ts = _thresholds(views, state, n_by_m, axis, through)

@@ -156,7 +156,7 @@ def sparsify(
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
-    old = masks_lib.unpack(state.masks, params) if packed else state.masks
+    old = _masks_of(state, params, recipe, packed)
     due, levels = _due(recipe, state, every)
 
     def redraw():
@@ -258,7 +258,7 @@ def soft_shrinkage(
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
-    old = masks_lib.unpack(state.masks, params) if packed else state.masks
+    old = _masks_of(state, params, recipe, packed)
     soft = state.step < end
     due = state.step <= end
     levels = drawing.levels_at(recipe, jnp.minimum(state.step, end))
@@ -339,6 +339,7 @@ def keep_sparse(
     held = state.masks
     if packed:
       held = masks_lib.unpack(held, params)
+    masks_lib.check_like(held, params)
     new = KeepSparseState(
       state.masks,
       next_step(state.step),
@@ -502,6 +503,33 @@ def _check_given(params, score, scores) -> None:
       'Without a score function, scores are needed at each step: '
       'tx.update(updates, state, params, scores=scores).'
     )
+
+
+def _masks_of(
+  state: SparsifyState,
+  params: tree_lib.PyTree,
+  recipe: drawing.Recipe,
+  packed: bool,
+) -> tree_lib.PyTree:
+  """Returns the masks of a state as bool; refuses one of other settings."""
+  there, needed = map(
+    jax.tree.structure, (state.mask_sparsity, recipe.sparsity)
+  )
+  if there != needed:
+    raise ValueError(
+      f'The state is of other settings: it has {_form(state.mask_sparsity)}, '
+      f'and this link {_form(recipe.sparsity)}. Restore it with the settings '
+      'that it was made with, or begin with tx.init(params).'
+    )
+  masks = masks_lib.unpack(state.masks, params) if packed else state.masks
+  masks_lib.check_like(masks, params)
+  return masks
+
+
+def _form(sparsity: Any) -> str:
+  if isinstance(sparsity, Mapping):
+    return f'a sparsity for each of the rules {", ".join(sparsity)}'
+  return 'one sparsity for all'
 
 
 def _due(

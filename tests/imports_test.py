@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # and modules of its own layer so long as no two need each other.
 LAYERS = {
   'ground': 'checks floats kinds placement tree',
-  'maths': 'counts distributions lookahead masks schedules scores select',
+  'maths': (
+    'averages counts distributions lookahead masks schedules scores select'
+  ),
   'training': (
     'decisions drawing dynamic gates recovery reparam soft soft_channels '
     'soft_training transforms zeros'

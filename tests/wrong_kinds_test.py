@@ -21,7 +21,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune import plans, scores
+from jaxprune import export, kinds, plans, scores
 
 ROOMS = """
   augment checkpoint cost data decisions distributions dynamic estimator
@@ -243,3 +243,127 @@ def test_an_argument_of_a_wrong_kind_or_swapped(name, monkeypatch, tmp_path):
     if why:
       faults[f'{a} and {b} swapped'] = why
   assert not faults, '\n'.join(f'{k}: {v}' for k, v in faults.items())
+
+
+# The first that were met in use.
+
+GRAPH = jp.trace(network, PARAMS, X)
+PLAN = plans.from_widths(GRAPH, {'a': 4})
+MAGNITUDE = scores.magnitude
+
+
+@pytest.mark.parametrize(
+  ('call', 'line'),
+  [
+    (lambda: jp.plan(GRAPH, {}, 0.5), r'`bound` .* Budget, got 0.5.*budget\('),
+    (lambda: jp.shrink(PLAN, GRAPH, PARAMS), '`graph` .* got a Plan.* swapped'),
+    (lambda: jp.shrink(PLAN, GRAPH), '`graph` .* got a Plan.* swapped'),
+    (lambda: jp.specialise(PLAN, GRAPH), '`graph` .* got a Plan.* swapped'),
+    (lambda: jp.check(PLAN, GRAPH, PARAMS), '`graph` .* got a Plan.* swapped'),
+    (lambda: jp.cost.macs(PLAN), '`graph` must be a Graph, got a Plan.*trace'),
+    (lambda: plans.diff(PLAN, PLAN, GRAPH), '`graph` .* got a Plan.* swapped'),
+    (lambda: jp.sparsify('magnitude', 0.9), r'Give .* `scores.magnitude`'),
+    (
+      lambda: jp.sparsify(MAGNITUDE, 0.9, distribution='erk'),
+      "`distribution` .*got 'erk'.* `distributions.erk`",
+    ),
+    (
+      lambda: jp.sparsify(MAGNITUDE, granularity='2:4'),
+      r"`granularity` .*got '2:4'.* `masks.groups\(2, 4\)`",
+    ),
+    (
+      lambda: jp.sparsify(scores.snip, 0.9),
+      r'snip\(loss, params, b.*A score',
+    ),
+    (lambda: jp.sparsify(scores.taylor, 0.9), 'taylor.*scores=scores'),
+    (lambda: jp.sparsify(scores.grasp, 0.9), 'grasp.*scores=scores'),
+    (lambda: jp.sparsify(0.9), '`score` must be a function .*got 0.9'),
+    (
+      lambda: export.save_safetensors('file', PARAMS, PLAN),
+      r'`metadata` .* got a Plan.*plans.to_json\(plan\)',
+    ),
+    (lambda: MAGNITUDE(MODULE), r'`params.activation` .*function.*partition'),
+    (lambda: jp.trace(lambda m, x: x, MODULE, X), '`params.activation`.*eqx'),
+    (lambda: jp.masks.top({}, 0.5), 'scores to rank.*got none.*empty pytree'),
+    (
+      lambda: jp.masks.top({'a': jnp.zeros((0, 3))}, 0.5),
+      r'scores to rank.*got none in: a \(0, 3\)',
+    ),
+    (
+      lambda: jp.masks.top(jnp.array([jnp.nan]), 0.5),
+      'NaN or infinity in: the array',
+    ),
+    (
+      lambda: jp.masks.apply({'a': jnp.ones((4, 8), bool)}, PARAMS),
+      'Masks must have the leaves of what they go with; not there: b',
+    ),
+  ],
+)
+def test_a_wrong_kind_is_named_with_its_remedy(call, line):
+  with pytest.raises((ValueError, TypeError), match=line) as caught:
+    call()
+  assert '\n' not in str(caught.value)
+
+
+def test_a_graph_without_groups_says_what_holds_them():
+  def step(p, x, stats):
+    return network(p, x), stats['mean'][None] + x @ p['a']
+
+  graph = jp.trace(step, PARAMS, X, {'mean': jnp.ones(8)})
+  line = r'a:1 \(it is an .*args/1/mean \(8,\) .* outputs 0, 1.*also='
+  with pytest.raises(ValueError, match=line):
+    jp.plan(graph, {}, jp.budget(macs=0.5))
+  with pytest.raises(ValueError, match=line):
+    plans.from_widths(graph, {'a': 4})
+
+
+def test_a_plan_of_the_evaluation_on_a_training_step_names_also():
+  def train(p, x):
+    grads = jax.grad(lambda p: jnp.sum(network(p, x)))(p)
+    return jax.tree.map(jnp.subtract, p, grads)
+
+  step = jp.trace(train, PARAMS, X)
+  with pytest.raises(ValueError, match=r'The plan is of graph .*also=\[\('):
+    jp.specialise(step, PLAN)
+
+
+@pytest.mark.parametrize(
+  ('made', 'used', 'line'),
+  [
+    ({'sparsity': {'a': 0.5}}, {'sparsity': 0.5}, 'of other settings.*rules a'),
+    ({'sparsity': 0.5}, {'sparsity': {'a': 0.5}}, 'of other settings.*one'),
+    ({'packed': True}, {}, r'of another type: a \(uint8\)'),
+    ({}, {'packed': True}, '`packed` must be uint8'),
+  ],
+)
+def test_a_state_of_other_settings_is_refused(made, used, line):
+  link = lambda **options: jp.sparsify(
+    MAGNITUDE, **{'sparsity': 0.5, **options}
+  )
+  params = {'a': PARAMS['a']}
+  state = link(**made).init(params)
+  with pytest.raises((ValueError, TypeError), match=line):
+    link(**used).update(params, state, params)
+
+
+def test_a_state_of_other_params_is_refused():
+  for tx in (jp.sparsify(MAGNITUDE, 0.5), jp.keep_sparse()):
+    for other in (WRONG_SHAPES, {'a': PARAMS['a']}):
+      state = tx.init(other)
+      with pytest.raises(ValueError, match=r'[Mm]ask.* must have'):
+        tx.update(PARAMS, state, PARAMS)
+  state = jp.soft.harden(PARAMS, jp.soft.pdp_init(PARAMS, 0.5))
+  with pytest.raises(ValueError, match=r'Masks must have the shape of .a. '):
+    jp.soft.pdp(WRONG_SHAPES, state)
+
+
+def test_tracers_and_arrays_of_any_library_pass():
+  @kinds.checked
+  def half(x: float, n: int = 1, w: jax.Array | None = None) -> float:
+    return x / 2
+
+  assert half(np.float32(3)) == half(jnp.float32(3), np.int8(1)) == 1.5
+  assert jax.jit(half)(3.0, 2, np.ones(2)) == 1.5
+  assert jax.vmap(half)(jnp.ones(3)).shape == (3,)
+  assert jax.eval_shape(half, jnp.float32(3)).shape == ()
+  assert inspect.signature(half).parameters['n'].annotation is int

@@ -11,6 +11,7 @@ from jaxprune import checks, counts, kinds, plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
+from jaxprune.structure import held
 from jaxprune.structure.graph import Graph
 
 TOLERANCE = 1e-3  # Of a bound: what may be left of it unused.
@@ -243,7 +244,7 @@ def plan(
       _units(score, low if name in values else high, high, pitch, normalise)
     )
   top = np.array([high for _, high, _ in ranges.values()], np.int64)
-  _check_reach(bounds, top, units)
+  _check_reach(graph, bounds, top, units)
   tight = [b for b in bounds if b.limit < b.cost(top)]
   widths = top
   if tight:
@@ -406,7 +407,7 @@ def _trade(
 
 
 def _check_reach(
-  bounds: list[_Bound], top: np.ndarray, units: list[_Units]
+  graph: Graph, bounds: list[_Bound], top: np.ndarray, units: list[_Units]
 ) -> None:
   """Refuses a budget beyond what the widths can cost, at either end."""
   least = top - np.array([unit.sizes.sum() for unit in units], np.int64)
@@ -420,7 +421,7 @@ def _check_reach(
     raise ValueError(
       f'The budget cannot be met: with every group at its smallest there '
       f'remain {found}. Ask for more, or allow smaller groups (`round_to`, '
-      f'`keep`).'
+      f'`keep`). {held.remedy(graph)}'.rstrip()
     )
   if all(b.limit > b.whole for b in bounds):
     found = ', '.join(

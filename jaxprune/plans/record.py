@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune import checks, kinds
 from jaxprune.structure import axes as ax
-from jaxprune.structure import choices
+from jaxprune.structure import choices, held
 from jaxprune.structure.branches import severed
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.run import Run
@@ -518,7 +518,10 @@ def check(graph: Graph, plan: Plan) -> None:
   if plan.graph != graph.fingerprint:
     raise ValueError(
       f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
-      f'trace the function and params that it was made for.'
+      f'trace the function and params that it was made for. One plan for '
+      f'several functions of the same params, such as the evaluation and the '
+      f'training step, needs one trace: trace(fn, params, *args, '
+      f'also=[(step, *others)]).'
     )
   for name, index in plan.kept:
     size = group(graph, name).size
@@ -558,7 +561,7 @@ def group(graph: Graph, name: str) -> Group:
   if name not in graph.groups:
     raise ValueError(
       f'There is no group {name!r}; the groups are: '
-      f'{", ".join(graph.groups) or "none"}.'
+      f'{", ".join(graph.groups) or "none"}. {held.remedy(graph)}'.rstrip()
     )
   return graph.groups[name]
 
