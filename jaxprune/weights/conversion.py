@@ -12,7 +12,7 @@ from jaxprune import kinds, tree
 from jaxprune.weights import faults, prefixes
 from jaxprune.weights.names import Named, Names
 
-PyTree = tree.PyTree
+PyTree = tree.Arrays
 Arrays = Mapping[str, np.ndarray]
 
 
