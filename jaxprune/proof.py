@@ -179,7 +179,7 @@ def check(
     )
   mutation = 0.0
   if plan.dropped:
-    opened = plans.masked(graph, dataclasses.replace(plan, dropped=()))
+    opened = plans.masked(graph, _with_blocks(graph, plan))
     lively = params if closed is None else _reopened(graph, plan, params)
     outs = cut(jax.jit(opened)(lively, *args))
     mutation = _error(small_outs, outs)
@@ -246,6 +246,16 @@ def _are_closed(graph: Graph, plan: plans.Plan, params: tree.PyTree) -> bool:
   return _same(scale(graph, params, units, blocks, closable=False), params)
 
 
+def _with_blocks(graph: Graph, plan: plans.Plan) -> plans.Plan:
+  """The plan without dropped blocks, as wide in them as rules allow."""
+  kept = dict(plan.kept)
+  for name, (_, width) in plans.widths(graph, plan).items():
+    if not width and name not in kept:
+      kept[name] = tuple(range(graph.groups[name].most))
+  entries = tuple(sorted(kept.items()))
+  return dataclasses.replace(plan, kept=entries, dropped=())
+
+
 def _reopened(
   graph: Graph, plan: plans.Plan, params: tree.PyTree
 ) -> tree.PyTree:
@@ -271,12 +281,12 @@ def _counting(graph: Graph, plan: plans.Plan) -> str:
 
 
 def _moved(x: Any) -> Any:
-  """Another input: floats and noise, integers (tokens) in reverse order.
+  """Another input: numbers and noise, integers (tokens) in reverse order.
 
   A constant would not do: a norm of the first layer takes it away.
   """
   dtype = jnp.asarray(x).dtype
-  if jnp.issubdtype(dtype, jnp.floating):
+  if jnp.issubdtype(dtype, jnp.inexact):
     return x + jax.random.normal(jax.random.key(1), np.shape(x), dtype)
   if jnp.issubdtype(dtype, jnp.integer) and np.ndim(x):
     return jnp.flip(x, -1)
@@ -289,7 +299,11 @@ def _without_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """fn with the gradient of <cotangents, outputs> by its float params."""
+  """fn with the gradient of <cotangents, outputs> by its float params.
+
+  Of complex numbers it is that of the real part of the sum, which sees both
+  parts of each.
+  """
 
   def call(params: Any, cotangents: Any, *args: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
@@ -303,11 +317,11 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
         full[k] = x
       outs = fn(jax.tree.unflatten(structure, full), *args)
       dots = [
-        jnp.vdot(c, out)
+        jnp.real(jnp.vdot(c, out))
         for c, out in zip(
           jax.tree.leaves(cotangents), jax.tree.leaves(outs), strict=True
         )
-        if jnp.issubdtype(out.dtype, jnp.floating)
+        if jnp.issubdtype(out.dtype, jnp.inexact)
       ]
       return sum(dots), outs
 
@@ -323,8 +337,13 @@ def _with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cotangents(key: jax.Array, specs: Any) -> Any:
   leaves, structure = jax.tree.flatten(specs)
+  is_complex = lambda spec: jnp.issubdtype(spec.dtype, jnp.complexfloating)
   draws = [
-    jax.random.normal(jax.random.fold_in(key, k), spec.shape, jnp.float32)
+    jax.random.normal(
+      jax.random.fold_in(key, k),
+      spec.shape,
+      jnp.complex64 if is_complex(spec) else jnp.float32,
+    )
     for k, spec in enumerate(leaves)
   ]
   return jax.tree.unflatten(structure, draws)
@@ -343,7 +362,7 @@ def _error(a: Any, b: Any, share: float = 0.0) -> float:
 def _errors(a: Any, b: Any, share: float) -> list[float]:
   """:func:`_error` of each leaf; infinite where one is not finite."""
   pairs = [
-    (np.asarray(x, np.float64), np.asarray(y, np.float64))
+    (_exact(x), _exact(y))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   ]
   sizes = [_size(y) for _, y in pairs]
@@ -354,6 +373,12 @@ def _errors(a: Any, b: Any, share: float) -> list[float]:
     else float('inf')
     for (x, y), size in zip(pairs, sizes, strict=True)
   ]
+
+
+def _exact(x: Any) -> np.ndarray:
+  """Numbers in double precision, both parts of complex ones."""
+  is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+  return np.asarray(x, np.complex128 if is_complex else np.float64)
 
 
 def _size(x: Any) -> float:
@@ -501,7 +526,7 @@ def _slopes(
 ) -> dict[Any, Any]:
   """The gradient of <cotangents, outputs> by each float value, in order."""
   values = [*program.inputs, *(out for eqn in live for out in eqn.outputs)]
-  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.floating)
+  is_float = lambda value: jnp.issubdtype(value.dtype, jnp.inexact)
   zeros = {
     value: jnp.zeros_like(known[value])
     for value in values
@@ -519,7 +544,7 @@ def _slopes(
         for value, x in zip(eqn.outputs, outs, strict=True)
       )
     return sum(
-      jnp.vdot(run.take(c, value.axes), run.read(env, value))
+      jnp.real(jnp.vdot(run.take(c, value.axes), run.read(env, value)))
       for c, value in zip(cotangents, program.outputs, strict=True)
       if is_float(value) and c is not None
     )

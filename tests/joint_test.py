@@ -439,7 +439,7 @@ def test_a_side_for_each_stage_is_a_coordinate():
   late = space.high._replace(side={'input': 8, 'stage2': 5})
   plan = joint.plan(space, late)
   assert plan.resolution is None
-  assert plan.resized == (('.*stage2_block1.*', (5, 5)),)
+  assert plan.resized == (('params/stage2_block1/conv1/kernel', (5, 5)),)
   only = joint.restrict(space, widths=True)
   assert only.low.side == {'input': 8, 'stage2': 8}
   assert joint.coster(only)(only.high) == joint.whole(space, price)

@@ -6,6 +6,7 @@ units absent, and, where no reduction runs over them, the program itself on
 masked params.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,7 +21,7 @@ from jaxprune import plans, structure
 from jaxprune.proof import CheckError, check
 from jaxprune.structure import axes as ax
 from jaxprune.structure import program, rules
-from jaxprune.structure.rules import base
+from jaxprune.structure.rules import base, parts
 
 ROWS, INPUTS, OUTPUTS = 3, 4, 2
 X = jax.random.normal(jax.random.key(7), (ROWS, INPUTS))
@@ -121,6 +122,35 @@ def flip(w, x, y, n):
   return x[:, ::-1]
 
 
+def every_other(w, x, y, n):
+  return x[:, n % 2 :: 2] if x.shape[1] > 1 else x
+
+
+def gaps(w, x, y, n):
+  return lax.pad(x, 0.0, ((0, 0, 0), (n, 1, 1)))
+
+
+def pairs(w, x, y, n):
+  if x.shape[1] % 2:
+    return jnp.abs(x)
+  angle = 2.0 ** -jnp.arange(x.shape[1] // 2)[None]
+  a, b = x[:, ::2] * jnp.cos(angle), x[:, 1::2] * jnp.sin(angle)
+  return jnp.stack([a - b, a + b], -1).reshape(x.shape)
+
+
+def permute(w, x, y, n):
+  return x[:, np.random.default_rng(n).permutation(x.shape[1])]
+
+
+def mirror(w, x, y, n):
+  return x + jnp.flip(y if x.shape == y.shape else x, 1)
+
+
+def count(w, x, y, n):
+  counted = jnp.arange(x.shape[1]) % (n + 2)
+  return x * (counted - jnp.mean(counted))[None]
+
+
 def attend(w, x, y, n):
   width = 2 + n % 3
   q, k = x @ w(x.shape[1], width), y @ w(y.shape[1], width)
@@ -158,6 +188,12 @@ STEPS = (
   softmax,
   largest,
   flip,
+  every_other,
+  gaps,
+  pairs,
+  permute,
+  mirror,
+  count,
   attend,
   loop,
   branch,
@@ -313,11 +349,8 @@ def without_its_reductions(eqn, right):
   eqn.reductions = []
 
 
-def that_number_nothing(eqn, right):
-  resize = right(eqn)
-  eqn.outputs[0].axes = [ax.atom(n) for n in eqn.outputs[0].shape]
-  out = eqn.outputs[0]
-  return resize and (lambda size: {'shape': tuple(map(size, out.axes))})
+def at_the_start_of_each_block(steps):
+  return steps._replace(offset=0)
 
 
 def of_their_own(*values):
@@ -466,9 +499,9 @@ MUTANTS = {
     and_along(lambda y: jnp.sort(y, 1)),
     LAYERS,
   ),
-  'iota': (
-    that_number_nothing,
-    and_along(lambda y: y * lax.iota(jnp.float32, 6)[None]),
+  'stride': (
+    at_the_start_of_each_block,
+    and_along(lambda y: jnp.repeat(y[:, 1::2], 2, 1)),
     LAYERS,
   ),
   'scan': (of_their_own, two_carries, PAIR),
@@ -481,11 +514,16 @@ def mutate(name, wrong, monkeypatch):
   """Puts a wrong rule in the place of the right one."""
   if name == 'scan':
     return monkeypatch.setattr(program, '_unify_values', wrong)
-  if name == 'elementwise':
-    right = base.elementwise
-    return monkeypatch.setattr(base, name, lambda eqn: wrong(eqn, right))
-  right = rules.RULES[name]
-  return monkeypatch.setitem(rules.RULES, name, lambda eqn: wrong(eqn, right))
+  if name == 'stride':
+    right = parts._steps
+    return monkeypatch.setattr(parts, '_steps', lambda *xs: wrong(right(*xs)))
+  names = list(base.ELEMENTWISE) if name == 'elementwise' else [name]
+  for each in names:
+    row = rules.TABLE[each]
+    mutant = functools.partial(wrong, right=row.rule)
+    row = dataclasses.replace(row, rule=mutant)
+    monkeypatch.setitem(rules.TABLE, each, row)
+  return None
 
 
 @pytest.mark.parametrize(

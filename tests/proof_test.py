@@ -1,5 +1,8 @@
 """A check measures, catches what is wrong, and cannot pass by accident."""
 
+import dataclasses
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from jaxprune import plans, structure
 from jaxprune.proof import CheckError, check
 from jaxprune.structure import axes as ax
-from jaxprune.structure import program, rules, run
+from jaxprune.structure import literals, program, rules, run
 
 
 def normal(*shape):
@@ -64,17 +67,69 @@ def test_a_check_catches_a_wrong_index_of_a_leaf(monkeypatch):
     check(graph, plan, params, X)
 
 
+COMPLEX = {**PARAMS, 'b': PARAMS['b'] + 1j * normal(6, 3)[::-1]}
+
+
+def test_complex_numbers_are_compared_whole():
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')  # As of an imaginary part that is dropped.
+    proof = check(graph, plan, COMPLEX, X)
+  assert max(proof.values, proof.gradients, proof.parameters) <= 1e-5
+  scores = graph.reduce({'b': 1j * np.arange(18.0).reshape(6, 3)}, norm='l1')
+  assert scores['a'].tolist() == [3, 12, 21, 30, 39, 48]
+
+
+def test_a_check_catches_an_error_of_an_imaginary_part(monkeypatch):
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  good = plans.shrink
+
+  def conjugated(graph, plan, values):
+    small = good(graph, plan, values)
+    return {**small, 'b': jnp.conj(small['b'])}
+
+  monkeypatch.setattr(plans, 'shrink', conjugated)
+  with pytest.raises(CheckError, match='differs from the masked one'):
+    check(graph, plan, COMPLEX, X)
+
+
+@pytest.mark.slow
+def test_a_check_catches_an_error_of_an_imaginary_gradient(monkeypatch):
+  graph = structure.trace(net, COMPLEX, X)
+  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
+  good = plans.specialise
+
+  @jax.custom_vjp
+  def bent(y):
+    return y
+
+  bent.defvjp(lambda y: (y, None), lambda _, slope: (jnp.conj(slope),))
+  bend = lambda graph, plan: lambda *xs: bent(good(graph, plan)(*xs))
+  monkeypatch.setattr(plans, 'specialise', bend)
+  with pytest.raises(CheckError, match='gradients by'):
+    check(graph, plan, COMPLEX, X)
+
+
+def test_a_complex_constant_is_a_number_where_it_is_real():
+  value = lambda x: rules.Value((), np.dtype(np.complex64), constant=x)
+  assert literals.number_of(value(np.complex64(8))) == 8
+  assert literals.number_of(value(np.complex64(8 + 1j))) is None
+
+
 def test_a_check_catches_a_wrong_rule(monkeypatch):
   """A concatenation that thinks its parts stand in the other order."""
-  right = rules.RULES['concatenate']
+  row = rules.TABLE['concatenate']
 
   def wrong(eqn):
-    right(eqn)
+    row.rule(eqn)
     axis = eqn.params['dimension']
     parts = [value.axes[axis] for value in eqn.inputs]
     eqn.outputs[0].axes[axis] = ax.concatenation(reversed(parts))
 
-  monkeypatch.setitem(rules.RULES, 'concatenate', wrong)
+  mutant = dataclasses.replace(row, rule=wrong)
+  monkeypatch.setitem(rules.TABLE, 'concatenate', mutant)
   fn, params = two_branches()
   graph = structure.trace(fn, params, X)
   plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})

@@ -13,7 +13,7 @@ from jaxprune.cost import latency
 
 SPEC = jax.ShapeDtypeStruct
 X = SPEC((1, 12, 12, 1), jnp.float32)
-BLOCK, CUT = 'stage3_block1', '.*stage2_block1.*'
+BLOCK, CUT = 'stage3_block1', 'params/stage2_block1/conv1/kernel'
 # Names of what a plan has -> the plan's arguments.
 FRAMES = {
   'units': {},

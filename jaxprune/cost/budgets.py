@@ -11,6 +11,7 @@ from jaxprune import checks, counts, kinds, plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
+from jaxprune.plans.record import vanished_groups
 from jaxprune.structure import held
 from jaxprune.structure.graph import Graph
 
@@ -235,7 +236,13 @@ def plan(
     resized=tuple((cut, tuple(sides)) for cut, sides in resized),
   )
   bounds = _bounds(graph, bound, table, frame, assume)
-  ranges = _ranges(graph, round_to, keep, plans.widths(graph, frame))
+  # What rules of the graph allow, `_ranges` sees to.
+  lost = vanished_groups(graph, frame.dropped)
+  widths = {
+    name: (group.size, 0 if name in lost else group.size)
+    for name, group in graph.groups.items()
+  }
+  ranges = _ranges(graph, round_to, keep, widths)
   units = []
   for name, group in graph.groups.items():
     score = values.get(name, np.zeros(group.size))
@@ -246,14 +253,14 @@ def plan(
   top = np.array([high for _, high, _ in ranges.values()], np.int64)
   _check_reach(graph, bounds, top, units)
   tight = [b for b in bounds if b.limit < b.cost(top)]
-  widths = top
+  best = top
   if tight:
-    widths = _solve(tight, top, units)
+    best = _solve(tight, top, units)
     for _ in range(4):
-      widths = _trade(tight, top, units, widths)
+      best = _trade(tight, top, units, best)
   kept = {
     name: unit.order[unit.order.size - width :].tolist()
-    for name, unit, width in zip(graph.groups, units, widths, strict=True)
+    for name, unit, width in zip(graph.groups, units, best, strict=True)
     if width
   }
   return plans.from_kept(

@@ -196,6 +196,8 @@ def _size(axis: Axis, names: Mapping[Axis, str]) -> dict[Term, int]:
   axis = ax.find(axis)
   if axis.kind == 'product':
     return entries(axis.parts, names)
+  if axis.kind == 'permuted':
+    return _size(axis.parts[0], names)
   if axis.kind == 'sum':
     total: dict[Term, int] = {}
     for part in axis.parts:

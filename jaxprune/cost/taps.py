@@ -18,7 +18,7 @@ from jaxprune.structure.rules import Equation, Value
 
 # Hands on entries of its first operand, all of them or a part.
 _MOVES_NAMES = """
-  broadcast_in_dim convert_element_type copy dynamic_slice expand_dims gather
+  broadcast_in_dim convert_element_type copy dynamic_slice gather
   optimization_barrier pvary reduce_precision reshape rev slice split squeeze
   transpose unstack
 """

@@ -19,9 +19,7 @@ from jaxprune.structure.rules import Equation, Value
 
 _IDENTITIES = (
   'copy',
-  'copy_p',
   'device_put',
-  'mesh_cast',
   'name',
   'optimization_barrier',
   'pvary',
@@ -51,7 +49,7 @@ def _broadcast(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   return [x.at(out.shape, place)]
 
 
-@translation('squeeze', 'expand_dims', 'reshape', viewed=True)
+@translation('squeeze', 'reshape', viewed=True)
 def _reshape(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   x, (out,) = views[0], eqn.outputs
   runs = _runs(x.shape, out.shape)

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxprune.export.views import View, Writer, constant, is_symbolic
+from jaxprune.structure import primitives
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation
 from jaxprune.structure.run import Run
 
 Translation = Callable[[Writer, Equation, list[View]], Sequence[View]]
-TRANSLATIONS: dict[str, Translation] = {}
-VIEWED: set[str] = set()  # Of a known array these give another view of it.
 
 
 def translation(*names: str, viewed: bool = False) -> Any:
@@ -23,8 +22,7 @@ def translation(*names: str, viewed: bool = False) -> Any:
   """
 
   def register(fn: Translation) -> Translation:
-    TRANSLATIONS.update(dict.fromkeys(names, fn))
-    VIEWED.update(names if viewed else ())
+    primitives.add(*names, onnx=fn, viewed=viewed)
     return fn
 
   return register
@@ -61,26 +59,23 @@ def _translate(
   writer: Writer, eqn: Equation, views: list[View]
 ) -> Sequence[View]:
   """Writes one operation; what depends on known arrays alone is computed."""
-  name = eqn.primitive.name
-  if name in _CHECKPOINTS:
+  row = primitives.known(eqn.primitive.name)
+  if eqn.primitive.name == 'remat2':
     return run(writer, eqn.programs[0], views)
   is_known = bool(views) and all(view.is_known for view in views)
   shapes = [v.shape for v in (*views, *eqn.outputs)]
   is_static = not any(is_symbolic(n) for shape in shapes for n in shape)
-  if is_known and is_static and name not in VIEWED:
+  if is_known and is_static and not row.viewed:
     outs = Run({}).apply(eqn, [view.whole() for view in views])
     return [constant(out) for out in outs]
-  if name not in TRANSLATIONS:
+  if row.onnx is None:
     raise ValueError(
       f'{eqn.why} has no translation to ONNX. Write this part with other '
       f'operations, or export it as StableHLO with jaxprune.export.save.'
     )
   try:
-    return TRANSLATIONS[name](writer, eqn, views)
+    return row.onnx(writer, eqn, views)
   except ValueError as error:
     raise ValueError(
       f'{eqn.why} cannot be translated to ONNX: {error}.'
     ) from error
-
-
-_CHECKPOINTS = ('remat', 'remat2', 'checkpoint')

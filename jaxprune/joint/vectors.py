@@ -46,8 +46,8 @@ class Space:
     ladders: a vector of int arrays, the values allowed, ascending.
     stages: stage -> its blocks in order; the first ones stay.
     graphs: of the network at each side; the one graph if none is searched.
-    cuts: where the side may change on the way: name -> regular expression over
-      leaves, in order.
+    cuts: where the side may change on the way: name -> path of the leaf before
+      whose first use it does, in order.
   """
 
   graph: Graph
@@ -134,6 +134,8 @@ def space(
     depths[name] = np.arange(first, len(blocks) + 1)
   cuts = dict(cuts or {})
   if cuts:
+    first = chain.first_read(graph, list(cuts.values()))
+    cuts = dict(zip(cuts, first, strict=True))
     graph = _in_parts(graph, cuts, sides)
   graphs = _at_sides(graph, args, sides) if len(sides) else (graph,)
   side: Any = np.array(sorted(sides)) if len(sides) else None

@@ -13,9 +13,9 @@ from jaxprune.plans.cutting import grow as grow
 from jaxprune.plans.cutting import leaf_masks as leaf_masks
 from jaxprune.plans.cutting import masks as masks
 from jaxprune.plans.cutting import shrink as shrink
+from jaxprune.plans.differences import Change as Change
+from jaxprune.plans.differences import Diff as Diff
 from jaxprune.plans.record import FORMAT as FORMAT
-from jaxprune.plans.record import Change as Change
-from jaxprune.plans.record import Diff as Diff
 from jaxprune.plans.record import Plan as Plan
 from jaxprune.plans.record import compose as compose
 from jaxprune.plans.record import diff as diff
@@ -32,3 +32,5 @@ from jaxprune.plans.running import at as at
 from jaxprune.plans.running import masked as masked
 from jaxprune.plans.running import specialise as specialise
 from jaxprune.plans.running import supernet as supernet
+from jaxprune.plans.states import Cut as Cut
+from jaxprune.plans.states import register_state as register_state

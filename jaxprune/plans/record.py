@@ -5,11 +5,12 @@ import itertools
 import json
 import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxprune import checks, kinds
+from jaxprune.plans.differences import Change, Diff, Resized
 from jaxprune.structure import axes as ax
 from jaxprune.structure import choices, held
 from jaxprune.structure.branches import severed
@@ -21,7 +22,6 @@ FORMAT = 3
 # Format 1 knew of groups alone, format 2 of one resolution.
 READABLE = (1, 2, 3)
 Kept = tuple[tuple[str, tuple[int, ...]], ...]
-Resized = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Plan:
     resolution: sides of the first argument after its batch, (rows, columns) of
       images; None for those of the trace.
     resized: where the resolution changes on the way, in order, (cut, sides):
-      from the first operation on data on that reads a leaf whose path the
-      regular expression ``cut`` matches, the function works as at these sides
-      of its first argument, and the feature that crosses is resized.
+      from the first operation on data on that reads the leaf of the path
+      ``cut``, the function works as at these sides of its first argument, and
+      the feature that crosses is resized.
     version: of the format.
   """
 
@@ -48,66 +48,6 @@ class Plan:
   resolution: tuple[int, ...] | None = None
   resized: Resized = ()
   version: int = FORMAT
-
-
-class Change(NamedTuple):
-  """What became of the units of a group.
-
-  Attributes:
-    removed: indices that the first plan keeps and the second does not.
-    restored: the reverse.
-  """
-
-  removed: tuple[int, ...]
-  restored: tuple[int, ...]
-
-
-class Diff(NamedTuple):
-  """What a second plan does otherwise than a first; print it.
-
-  Attributes:
-    groups: group -> :class:`Change`.
-    dropped: blocks that the second alone drops.
-    restored: blocks that the first alone drops.
-    resolution: (before, after); None if they agree.
-    resized: the same of where it changes on the way.
-  """
-
-  groups: dict[str, Change]
-  dropped: tuple[str, ...]
-  restored: tuple[str, ...]
-  resolution: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
-  resized: tuple[Resized, Resized] | None = None
-
-  def __str__(self) -> str:
-    """Returns one line for each group, block and resolution that differs."""
-    lines = [
-      f'{name}: {_signed("-", change.removed)}{_signed("+", change.restored)}'
-      for name, change in self.groups.items()
-    ]
-    lines += [f'{name}: dropped' for name in self.dropped]
-    lines += [f'{name}: restored' for name in self.restored]
-    if self.resolution is not None:
-      before, after = (
-        _by(sides) if sides else 'as traced' for sides in self.resolution
-      )
-      lines.append(f'resolution: {before} -> {after}')
-    if self.resized is not None:
-      before, after = (
-        ', '.join(f'{_by(sides)} from {cut}' for cut, sides in resized)
-        or 'nowhere'
-        for resized in self.resized
-      )
-      lines.append(f'resized: {before} -> {after}')
-    return '\n'.join(line.rstrip() for line in lines) or 'no difference'
-
-
-def _by(sides: Sequence[int]) -> str:
-  return 'x'.join(map(str, sides))
-
-
-def _signed(sign: str, index: Sequence[int]) -> str:
-  return f'{sign}{",".join(map(str, index))} ' if index else ''
 
 
 @kinds.checked
@@ -132,8 +72,8 @@ def from_kept(
 
   Raises:
     ValueError: if a group or block is unknown, the indices of a group are none,
-      double or out of range, a rule of the graph allows no such width, or a
-      side is no positive int.
+      double or out of range, a rule of the graph allows no such width, a side
+      is no positive int, or a cut is no path of a leaf.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -148,27 +88,18 @@ def from_kept(
   """
   closed = _with_inner(graph, dropped)
   lost = vanished_groups(graph, closed)
-  empty = [name for name, index in kept.items() if not len(index)]
-  cut = severed(graph, [name for name in empty if name in graph.groups])
   entries = []
   for name, index in sorted(kept.items()):
     size = group(graph, name).size
     chosen = sorted({_unit(name, i) for i in index})
-    if name in cut or len(chosen) != len(index):
+    if len(chosen) != len(index):
       raise ValueError(
         f'Group {name!r} must keep one or more indices, each once, got '
         f'{list(index)}.'
       )
-    if chosen and (chosen[0] < 0 or chosen[-1] >= size):
-      raise ValueError(
-        f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
-      )
+    _check_range(name, size, index)
     if len(chosen) < size and name not in lost:
       entries.append((name, tuple(chosen)))
-  for name, found in graph.groups.items():
-    width = len(kept.get(name, range(found.size)))
-    if name not in lost and (width or found.least > 1):
-      choices.check_width(found, width)
   sides = None
   if resolution is not None:
     sides = _positive('resolution', resolution)
@@ -180,8 +111,9 @@ def from_kept(
     if there != now:
       changes.append((str(cut), there))
     now = there
-  plan = Plan(graph.fingerprint, tuple(entries), closed, sides)
-  return dataclasses.replace(plan, resized=tuple(changes))
+  plan = Plan(graph.fingerprint, tuple(entries), closed, sides, tuple(changes))
+  check(graph, plan)
+  return plan
 
 
 def _unit(name: str, index: Any) -> int:
@@ -189,12 +121,13 @@ def _unit(name: str, index: Any) -> int:
 
 
 def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
-  found = tuple(int(side) for side in sides)
-  if not found or min(found) < 1 or found != tuple(sides):
+  """Returns sides as ints, once all are known to be positive."""
+  whole = tuple(int(side) for side in sides)
+  if not whole or min(whole) < 1 or whole != tuple(sides):
     raise ValueError(
       f'`{what}` must be positive ints, one or more, got {sides}.'
     )
-  return found
+  return whole
 
 
 @kinds.checked
@@ -287,7 +220,7 @@ def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
 @kinds.checked
 def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   """Returns block -> 1 if it stays, 0 if the plan drops it."""
-  check(graph, plan)
+  _check_graph(graph, plan)
   closed = _with_inner(graph, plan.dropped)
   return {name: int(name not in closed) for name in graph.blocks}
 
@@ -420,12 +353,13 @@ def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
     had, has = {*before.get(name, whole)}, {*after.get(name, whole)}
     if had != has and name not in lost:
       groups[name] = Change(tuple(sorted(had - has)), tuple(sorted(has - had)))
+  closed = _with_inner(graph, first.dropped), _with_inner(graph, second.dropped)
   agree = first.resolution == second.resolution
   alike = first.resized == second.resized
   return Diff(
     groups,
-    tuple(name for name in second.dropped if name not in first.dropped),
-    tuple(name for name in first.dropped if name not in second.dropped),
+    tuple(name for name in closed[1] if name not in closed[0]),
+    tuple(name for name in closed[0] if name not in closed[1]),
     None if agree else (first.resolution, second.resolution),
     None if alike else (first.resized, second.resized),
   )
@@ -508,27 +442,23 @@ def from_json(text: str) -> Plan:
 
 
 def check(graph: Graph, plan: Plan) -> None:
-  """Raises unless a plan is of a graph and asks for what is there.
+  """Raises unless a plan is of a graph, asks for what is there and keeps its
+  rules, wherever the plan comes from.
 
   Raises:
-    ValueError: if it is of another graph, keeps an index that a group does not
-      have, indices that do not ascend, or none where one must stay, or drops a
-      block that is not there.
+    ValueError: if it is of another graph (or cuts what a rule of this one
+      protects), keeps an index that a group does not have, indices that do not
+      ascend, none where one must stay, or a width that a rule does not allow,
+      has a group twice, drops a block that is not there, or has sides that are
+      no positive ints, or a cut that is no path of a leaf.
   """
-  if plan.graph != graph.fingerprint:
-    raise ValueError(
-      f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: '
-      f'trace the function and params that it was made for. One plan for '
-      f'several functions of the same params, such as the evaluation and the '
-      f'training step, needs one trace: trace(fn, params, *args, '
-      f'also=[(step, *others)]).'
-    )
+  _check_graph(graph, plan)
+  names = [name for name, _ in plan.kept]
   for name, index in plan.kept:
-    size = group(graph, name).size
-    if index and not (0 <= min(index) <= max(index) < size):
+    _check_range(name, group(graph, name).size, index)
+    if names.count(name) > 1:
       raise ValueError(
-        f'Group {name!r} has units 0 to {size - 1}, the plan keeps '
-        f'{list(index)}.'
+        f'The plan has group {name!r} twice; make plans with plans.from_kept.'
       )
     if any(first >= second for first, second in itertools.pairwise(index)):
       raise ValueError(
@@ -537,8 +467,62 @@ def check(graph: Graph, plan: Plan) -> None:
       )
   empty = [name for name, index in plan.kept if not index]
   if empty and (cut := severed(graph, empty)):
-    raise ValueError(f'Group {cut[0]!r} must keep one or more units, got none.')
-  _with_inner(graph, plan.dropped)
+    raise ValueError(
+      f'Group {cut[0]!r} must keep one or more indices, each once, got [].'
+    )
+  closed = _with_inner(graph, plan.dropped)
+  lost, kept = vanished_groups(graph, closed), dict(plan.kept)
+  for name, found in graph.groups.items():
+    width = len(kept.get(name, range(found.size)))
+    if name not in lost and (width or found.least > 1):
+      choices.check_width(found, width)
+  if plan.resolution is not None:
+    _positive('resolution', plan.resolution)
+  check_cuts(graph, plan.resized)
+
+
+def check_cuts(graph: Graph, resized: Resized) -> None:
+  """Raises unless resolutions change at leaves of a graph, to positive sides.
+
+  Raises:
+    ValueError: if a cut is no path of a leaf or a side is no positive int.
+  """
+  for cut, sides in resized:
+    _positive('resized', sides)
+    if cut not in graph.leaves:
+      raise ValueError(
+        f'`resized` must name a leaf by its whole path, got {cut!r}: '
+        f'structure.first_read(graph, [rule]) gives that of a rule. The leaves '
+        f'are: {", ".join(graph.leaves)}.'
+      )
+
+
+def _check_range(name: str, size: int, index: Sequence[int]) -> None:
+  if len(index) and not 0 <= min(index) <= max(index) < size:
+    raise ValueError(
+      f'Group {name!r} has units 0 to {size - 1}, got {list(index)}.'
+    )
+
+
+def _check_graph(graph: Graph, plan: Plan) -> None:
+  """Raises unless a plan is of a graph; names what a rule keeps or ties."""
+  if plan.graph == graph.fingerprint:
+    return
+  for name, index in plan.kept:
+    if name in graph.groups or name not in graph.ruled:
+      continue
+    raise ValueError(
+      f'Group {name!r} stays whole or goes with another, for '
+      f'{graph.ruled[name]}, and the plan keeps {len(index)} units of it: plan '
+      f'on this graph, or trace without the rule.'
+    )
+  raise ValueError(
+    f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: trace '
+    f'the function and params that it was made for, with its rules. One plan '
+    f'for several functions of the same params, such as the evaluation and the '
+    f'training step, needs one trace: trace(fn, params, *args, '
+    f'also=[(step, *others)]).'
+  )
 
 
 @kinds.checked

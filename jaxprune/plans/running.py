@@ -13,6 +13,7 @@ from jaxprune.plans.record import (
   Plan,
   Resized,
   check,
+  check_cuts,
   group,
   kept_indices,
   vanished,
@@ -83,9 +84,10 @@ def at(
     resized: where it changes on the way, as :class:`Plan` has it.
 
   Raises:
-    ValueError: if the first argument has no such axes, if the function
-      cannot run there with the same params, or if it cannot be cut where it is
-      to be resized (:func:`jaxprune.structure.stages.resized`).
+    ValueError: if the first argument has no such axes, a cut is no path of a
+      leaf, if the function cannot run there with the same params, or if it
+      cannot be cut where it is to be resized
+      (:func:`jaxprune.structure.stages.resized`).
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -97,6 +99,7 @@ def at(
   """
   if resolution is None and not resized:
     return graph
+  check_cuts(graph, resized)
   first: Any = next(iter(graph.args), None)
   shape: Any = tuple(getattr(first, 'shape', ()))
   sides = shape[1:3] if resolution is None else resolution

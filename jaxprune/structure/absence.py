@@ -27,9 +27,10 @@ import numpy as np
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.flow import Binding, Flow, flow
+from jaxprune.structure.primitives import known
 from jaxprune.structure.program import Program, all_equations
-from jaxprune.structure.rules import Equation, Value
-from jaxprune.structure.rules.base import ELEMENTWISE
+from jaxprune.structure.rules import Equation, Value, contraction
+from jaxprune.structure.rules.base import known_entries
 
 Atoms = frozenset[Axis]
 Zeros = Mapping[Value, Atoms]  # Value -> the atoms at whose units it is zero.
@@ -41,36 +42,6 @@ _EVERYWHERE = ax.atom(1)
 
 # What a protected axis says of an operation that :func:`counted` names.
 WHY = 'sums over it, and where a unit is absent neither operand is zero'
-
-# Zero wherever any operand is, whatever finite numbers the others hold.
-_ANY = frozenset(['mul', 'mulhi', 'and'])
-# Zero wherever the first operand is; of a quotient, unless the second is too.
-_FIRST = frozenset(
-  ['rem', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical']
-)
-# Zero where all operands are.
-KEEPS_ZERO = frozenset(
-  """
-  abs add add_any asin asinh atan atan2 atanh bessel_i1e cbrt ceil conj
-  convert_element_type copy erf erf_inv expm1 floor gt imag log1p lt name ne
-  neg nextafter or population_count pvary real reduce_precision round
-  sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor
-  """.split()
-)
-# The same, and where a constant bound lets zero pass.
-_ORDERED = frozenset(['max', 'min', 'clamp'])
-# What hands entries on, adds them up or picks one: zeros give zero. Along the
-# axes that it runs over there are no atoms left in the result.
-_HANDED_ON = frozenset(
-  """
-  all_gather all_to_all bitcast_convert_type concatenate cumprod cumsum
-  dynamic_slice dynamic_update_slice gather optimization_barrier pbroadcast
-  ppermute psum psum_invariant reduce_and reduce_max reduce_min reduce_or
-  reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum
-  reshape rev scatter scatter-add scatter-sub select_and_gather_add
-  select_and_scatter_add slice sort split squeeze stack tile transpose unstack
-  """.split()
-)
 
 
 def counted(program: Program) -> list[tuple[Equation, Axis]]:
@@ -135,10 +106,10 @@ def where_zero(stream: Flow) -> Zeros:
 
 def _contracted(eqn: Equation) -> Iterable[tuple[Axis, Axis]]:
   """The axes of both operands that an equation sums over, in pairs."""
-  if eqn.primitive.name == 'dot_general':
-    left, right = eqn.inputs
-    (contract, _) = eqn.params['dimension_numbers']
-    for a, b in zip(*contract, strict=True):
+  contracted = contraction(eqn)
+  if contracted is not None:
+    left, right = eqn.inputs[:2]
+    for a, b in zip(*contracted, strict=True):
       yield left.axes[a], right.axes[b]
   elif eqn.primitive.name == 'conv_general_dilated':
     kernel = eqn.inputs[1]
@@ -155,7 +126,8 @@ def _atoms(value: Value) -> Atoms:
 def _zeros_of(value: Value, zeros: Zeros) -> Atoms:
   """Where a value is zero: of a constant, everywhere or nowhere."""
   if value.constant is not None:
-    is_zero = not np.any(np.asarray(value.constant))
+    entries = known_entries(value.constant)
+    is_zero = entries is not None and not np.any(entries)
     return _atoms(value) | {_EVERYWHERE} if is_zero else _NOWHERE
   return zeros.get(value, _atoms(value))
 
@@ -178,18 +150,9 @@ def _bound(binding: Binding, zeros: Zeros) -> Atoms:
 
 def _results(eqn: Equation, zeros: Zeros) -> dict[Value, Atoms]:
   """Where the outputs of an equation are zero, if its inputs are."""
-  name = eqn.primitive.name
-  if name in ('dot_general', 'conv_general_dilated'):
-    rule = _product
-  elif name == 'broadcast_in_dim':
-    rule = _broadcast
-  elif name in _HANDED_ON:
-    rule = _handed_on
-  elif name == 'pad':
-    rule = _pad
-  elif name in ELEMENTWISE:
-    rule = _elementwise
-  else:
+  row = known(eqn.primitive.name)
+  rule = _RULES.get(row.zero, _elementwise if row.elementwise else None)
+  if rule is None:
     return dict.fromkeys(eqn.outputs, _NOWHERE)
   return {out: rule(eqn, out, zeros) for out in eqn.outputs}
 
@@ -200,17 +163,24 @@ def _product(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
   A unit may lie on several axes, as in a product of features with themselves:
   each of its places has to be zero by the operand that it comes from.
   """
-  left, right = (_zeros_of(value, zeros) for value in eqn.inputs)
+  left, right = (_zeros_of(value, zeros) for value in eqn.inputs[:2])
   if eqn.primitive.name == 'conv_general_dilated':
     # The channels of the result are those of the kernel; in groups, of both.
     is_grouped = eqn.params['feature_group_count'] > 1
     return _atoms(out) & (left | right if is_grouped else right | _batch(eqn))
-  (contract, batch) = eqn.params['dimension_numbers']
-  counts = [len(v.shape) for v in eqn.inputs]
-  first = len(batch[0]) + counts[0] - len(contract[0]) - len(batch[0])
+  params, ragged = eqn.params, eqn.params.get('ragged_dot_dimension_numbers')
+  (contract, batch), kernels = (
+    (params['dimension_numbers'], ())
+    if ragged is None
+    else (ragged.dot_dimension_numbers, ragged.rhs_group_dimensions)
+  )
+  inner = len(contract[0])
+  free = len(eqn.inputs[1].shape) - inner - len(batch[1]) - len(kernels)
+  first = len(out.shape) - free  # From here on they are those of the right.
+  shared = first - (len(eqn.inputs[0].shape) - inner - len(batch[0]))
   atoms = set(_atoms(out))
   for k, axis in enumerate(out.axes):
-    by = left | right if k < len(batch[0]) else left if k < first else right
+    by = left | right if k < shared else left if k < first else right
     atoms -= {atom for atom in ax.atoms(axis) if atom not in by}
   return frozenset(atoms)
 
@@ -267,22 +237,22 @@ def _pad(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
 
 
 def _elementwise(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
-  name, inputs = eqn.primitive.name, eqn.inputs
-  known = [_within(out, _zeros_of(value, zeros)) for value in inputs]
-  if name in _ANY:
-    return frozenset().union(*known)
-  if name in _FIRST:
-    return known[0]
-  if name == 'div':  # 0 / 0 is not zero.
-    return known[0] - known[1]
-  if name == 'select_n':  # Whichever case is taken.
-    return frozenset.intersection(*known[1:])
-  if name in KEEPS_ZERO:
-    return frozenset.intersection(*known)
-  if name == 'integer_pow':
-    return known[0] if eqn.params['y'] > 0 else _NOWHERE
-  if name in _ORDERED:
-    return _ordered(name, inputs, known)
+  zero, inputs = known(eqn.primitive.name).zero, eqn.inputs
+  each = [_within(out, _zeros_of(value, zeros)) for value in inputs]
+  if zero == 'any':  # Whatever finite numbers the others hold.
+    return frozenset().union(*each)
+  if zero == 'first':
+    return each[0]
+  if zero == 'quotient':  # 0 / 0 is not zero.
+    return each[0] - each[1]
+  if zero == 'cases':  # Whichever case is taken.
+    return frozenset.intersection(*each[1:])
+  if zero == 'all':
+    return frozenset.intersection(*each)
+  if zero == 'power':
+    return each[0] if eqn.params['y'] > 0 else _NOWHERE
+  if zero == 'bounds':
+    return _ordered(eqn.primitive.name, inputs, each)
   return _NOWHERE
 
 
@@ -307,4 +277,14 @@ def _bounds(value: Value, sign: int) -> bool:
   """Whether a value is a constant of a sign (or zero), in every entry."""
   if value.constant is None or not sign:
     return False
-  return bool(np.all(np.asarray(value.constant) * sign >= 0))
+  entries = known_entries(value.constant)
+  return entries is not None and bool(np.all(entries * sign >= 0))
+
+
+# Words of the trait ``zero`` that need more than the sets of the operands.
+_RULES = {
+  'product': _product,
+  'broadcast': _broadcast,
+  'handed': _handed_on,
+  'pad': _pad,
+}

@@ -1,6 +1,7 @@
 """Axis types: what one axis of one array is made of, solved by unification.
 
   T ::= atom(n) | product(T major, ..., T minor) | sum(T, ..., T)
+      | permuted(atom, order)
 
 An *atom* is an axis that nothing has taken apart: either it shrinks as it is,
 or (locked) it stays whole. A reshape makes products, a concatenation makes
@@ -8,11 +9,22 @@ sums, and an operation that needs two axes to be equal unifies their types. Two
 axes with one type shrink together, which is all that structural pruning has to
 know: the atoms that no operation has locked are the groups of the network.
 
+A *permuted* axis has the entries of an atom in another order: entry j is the
+atom's entry ``order[j]``. A flip makes one, or an index that takes each entry
+once. Where its atom is taken apart, the order is that of the parts:
+
+  reversed(sum(A, B)) = sum(reversed(B), reversed(A))
+  reversed(product(A, B)) = product(reversed(A), reversed(B))
+
+and an axis that must equal its own reverse is made of pairs that go together:
+A = sum(P, reversed(P)).
+
 The nodes form a union-find forest, so that solving is near linear in the number
 of equations (Hindley and Milner's algorithm, with common refinement in the
 place of failure).
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -28,13 +40,15 @@ class Axis:
 
   Attributes:
     size: number of entries; an int, or a symbolic dimension.
-    kind: 'atom', 'product' or 'sum'.
-    parts: the factors, major first, or the terms in order; none for an atom.
+    kind: 'atom', 'product', 'sum' or 'permuted'.
+    parts: the factors, major first, the terms in order, or the atom that is
+      permuted; none for an atom.
     bound: the node that took this one's place, if any.
     locked: why an atom must stay whole, or None.
+    order: of a permuted axis, the entry of its atom at each entry, int[size].
   """
 
-  __slots__ = ('bound', 'kind', 'locked', 'parts', 'size')
+  __slots__ = ('bound', 'kind', 'locked', 'order', 'parts', 'size')
 
   def __init__(
     self,
@@ -49,6 +63,7 @@ class Axis:
     self.parts = list(parts)
     self.bound: Axis | None = None
     self.locked = locked
+    self.order: np.ndarray | None = None
 
 
 def atom(size: Size, locked: str | None = None) -> Axis:
@@ -111,6 +126,80 @@ def concatenation(axes: Iterable[Axis]) -> Axis:
   return Axis(sum(t.size for t in flat), 'sum', flat)
 
 
+def permuted(axis: Axis, order: Any, why: str) -> Axis:
+  """Returns the entries of an axis in another order.
+
+  Of a product or a sum the parts are permuted, each within itself, and their
+  order. An order that crosses the borders of its parts locks the axis.
+
+  Args:
+    axis: an axis whose size is an int.
+    order: int[size], which entry of the axis each entry is; each occurs once.
+    why: the operation that orders it so, for the reason of a lock.
+  """
+  axis, order = find(axis), np.asarray(order)
+  if is_locked(axis) or np.array_equal(order, np.arange(axis.size)):
+    return axis  # Of an axis that stays whole no entry has to be known.
+  if axis.order is not None:
+    return permuted(axis.parts[0], axis.order[order], why)
+  if axis.kind == 'atom':
+    view = Axis(axis.size, 'permuted', [axis])
+    view.order = order
+    return view
+  reorder = _reordered_terms if axis.kind == 'sum' else _reordered_factors
+  parts = reorder(axis, order)
+  if parts is None:
+    lock(axis, f'{why} reorders it across its parts')
+    return atom(axis.size, f'{why} reorders it across its parts')
+  join = concatenation if axis.kind == 'sum' else product
+  return join([permuted(part, inner, why) for part, inner in parts])
+
+
+def _reordered_terms(
+  axis: Axis, order: np.ndarray
+) -> list[tuple[Axis, np.ndarray]] | None:
+  """The terms in another order, each with the order within it.
+
+  Of the terms (A of 2, B of 3) the order [4, 3, 2, 0, 1] is B, reversed, and
+  A; [0, 2, 1, 3, 4] is no order of terms.
+  """
+  parts = terms(axis)
+  starts = np.cumsum([0, *(find(part).size for part in parts)])
+  reordered, at = [], 0
+  while at < len(order):
+    which = int(np.searchsorted(starts, order[at], 'right')) - 1
+    first, last = starts[which : which + 2]
+    inner = order[at : at + last - first] - first
+    if not np.array_equal(np.sort(inner), np.arange(last - first)):
+      return None
+    reordered.append((parts[which], inner))
+    at += len(inner)
+  return reordered
+
+
+def _reordered_factors(
+  axis: Axis, order: np.ndarray
+) -> list[tuple[Axis, np.ndarray]] | None:
+  """The factors in another order, each with the order within it.
+
+  Of the factors (A of 3, B of 2) the order [1, 3, 5, 0, 2, 4] is B, reversed,
+  as the major factor and A as the minor one: a transposition.
+  """
+  parts = factors(axis)
+  sizes = [find(part).size for part in parts]
+  entries = np.unravel_index(order, sizes)
+  for places in itertools.permutations(range(len(parts))):
+    shape = [sizes[k] for k in places]
+    lines = [
+      np.moveaxis(entries[k].reshape(shape), at, 0).reshape(sizes[k], -1)
+      for at, k in enumerate(places)
+    ]
+    if all(np.all(line == line[:, :1]) for line in lines):
+      pairs = zip(places, lines, strict=True)
+      return [(parts[k], line[:, 0]) for k, line in pairs]
+  return None
+
+
 def is_locked(axis: Axis) -> bool:
   """Whether no entry of the axis can be removed."""
   return all(leaf.locked for leaf in atoms(axis))
@@ -137,7 +226,7 @@ def unify(a: Axis, b: Axis, why: str) -> None:
   Raises:
     ValueError: if the sizes differ.
   """
-  a, b = find(a), find(b)
+  a, b = _settled(a, why), _settled(b, why)
   if a is b:
     return
   if not _is(a.size, b.size):
@@ -150,6 +239,10 @@ def unify(a: Axis, b: Axis, why: str) -> None:
     return _bind(b, a, why)
   if is_locked(a) or is_locked(b):
     return _give_up(a, b, f'tied to an axis that stays whole by {why}')
+  for view, other in ((a, b), (b, a)):
+    if view.order is not None:
+      back = permuted(other, np.argsort(view.order), why)
+      return unify(view.parts[0], back, why)
   if a.kind == b.kind == 'product':
     return _unify_products(a, b, why)
   if a.kind == b.kind == 'sum':
@@ -159,12 +252,13 @@ def unify(a: Axis, b: Axis, why: str) -> None:
   return _unify_product_with_sum(a, b, why)
 
 
-def cut(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
+def cut(axis: Axis, size: int, why: str) -> tuple[Axis, Axis] | None:
   """Splits an axis behind its first entries into two axes.
 
   Args:
     axis: the axis; an atom becomes a sum of two.
     size: entries of the first part, from 0 to the size of the axis.
+    why: the operation that splits it, for the reason of a lock.
 
   Returns:
     The two parts, or None if the cut falls inside a product.
@@ -175,12 +269,16 @@ def cut(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
     second = atom(axis.size - size, axis.locked)
     axis.bound = concatenation([first, second])
     return first, second
+  if axis.order is not None:
+    first, second = atom(size), atom(axis.size - size)
+    unify(axis, concatenation([first, second]), why)
+    return first, second
   if axis.kind == 'product':
     major, *minor = factors(axis)
     pitch = math.prod(f.size for f in minor)
     if size % pitch:
       return None
-    halves = cut(major, size // pitch)
+    halves = cut(major, size // pitch, why)
     if halves is None:
       return None
     first, second = (product([half, *minor]) for half in halves)
@@ -192,7 +290,7 @@ def cut(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
       before.append(head)
       size -= head.size
       continue
-    halves = cut(head, size)
+    halves = cut(head, size, why)
     if halves is None:
       return None
     before.append(halves[0])
@@ -208,6 +306,8 @@ def _is(n: Size, m: Size) -> bool:
 
 def _bind(a: Axis, b: Axis, why: str) -> None:
   """Lets b stand for the atom a."""
+  if b.order is not None and find(b.parts[0]) is a:
+    return _tie_cycles(a, b.order, why)
   if any(leaf is a for leaf in atoms(b)):
     return lock(b, f'it would have to contain itself: {why}')
   if a.locked:
@@ -216,6 +316,40 @@ def _bind(a: Axis, b: Axis, why: str) -> None:
     if leaf.locked == _SINGLE and leaf is not b:
       leaf.locked = f'{why} takes it apart, entry by entry'
   a.bound = b
+
+
+def _settled(axis: Axis, why: str) -> Axis:
+  """The node that stands for an axis, permuted where its atom is one yet."""
+  axis = find(axis)
+  if axis.order is not None and find(axis.parts[0]).kind != 'atom':
+    axis.bound = permuted(axis.parts[0], axis.order, why)
+  return find(axis)
+
+
+def _tie_cycles(a: Axis, order: np.ndarray, why: str) -> None:
+  """Ties each entry of an atom with the one that an order puts in its place.
+
+  The entries of a cycle go together: one unit of a new atom stands for each
+  cycle of a length, and occurs as often as the cycle is long. Of the reverse
+  of 5 entries these are (0, 4), (1, 3) and (2), so that
+
+    a = sum(P, M, reversed(P)),    P of 2 units, M of 1.
+  """
+  cycles: dict[int, list[list[int]]] = {}
+  seen: set[int] = set()
+  for start in range(a.size):
+    cycle = []
+    while start not in seen:
+      seen.add(start)
+      cycle.append(start)
+      start = int(order[start])
+    if cycle:
+      cycles.setdefault(len(cycle), []).append(cycle)
+  copies, entries = [], []
+  for length, alike in cycles.items():
+    copies += [atom(len(alike))] * length
+    entries += np.transpose(alike).reshape(-1).tolist()
+  _bind(a, permuted(concatenation(copies), np.argsort(entries), why), why)
 
 
 def _give_up(a: Axis, b: Axis, why: str) -> None:
@@ -246,7 +380,7 @@ def _unify_products(a: Axis, b: Axis, why: str) -> None:
       lock(major, f'a concatenation cannot be a factor: {why}')
       lock(minor, f'a concatenation cannot be a factor: {why}')
     else:
-      _bind(x, Axis(x.size, 'product', [major, minor]), why)
+      unify(x, Axis(x.size, 'product', [major, minor]), why)
     unify(minor, y, why)
     left.append(major)
   return None
@@ -266,7 +400,7 @@ def _unify_sums(a: Axis, b: Axis, why: str) -> None:
       continue
     if x.size < y.size:
       x, y, left, right = y, x, right, left
-    halves = cut(x, y.size)
+    halves = cut(x, y.size, why)
     if halves is None:
       return _give_up(a, b, f'its parts do not match: {why}')
     unify(halves[0], y, why)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxprune.structure import scaling
-from jaxprune.structure.flow import Binding, Flow, read
+from jaxprune.structure.flow import Binding, Flow
+from jaxprune.structure.primitives import where
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.base import moved
 
 
 class Block(NamedTuple):
@@ -141,11 +143,13 @@ class _Search:
   def origin(self, value: Value) -> Value:
     """The value that another is, but for its dtype or the body it is in."""
     steps = self.flow.makers.get(value, ())
-    if len(steps) == 1 and (
-      isinstance(steps[0], Binding) or steps[0].primitive.name in _SAME
-    ):
-      return self.origin(read(steps[0])[0])
-    return value
+    if len(steps) != 1:
+      return value
+    (step,) = steps
+    if isinstance(step, Binding):
+      return self.origin(step.source)
+    is_same = step.primitive.name in _SAME
+    return self.origin(moved(step, value)) if is_same else value
 
   def parts(
     self, eqn: Equation, shortcut: Value, branch: Value, needed: set[Value]
@@ -211,10 +215,7 @@ class _Search:
     return tuple(p for v, p in self.leaves.items() if v in found), ''
 
 
-_SAME = frozenset(
-  ['convert_element_type', 'copy', 'name', 'optimization_barrier',
-   'reduce_precision', 'reshape', 'transpose']
-)  # fmt: skip
+_SAME = where(moves=('stays', 'separate', 'reshapes'))
 
 
 def _names(

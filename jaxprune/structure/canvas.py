@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxprune.structure.canvas_rules import (
   PADDING,
   POINTWISE_CALLS,
-  RULES,
   Sizes,
   elementwise,
   is_pointwise,
@@ -38,6 +37,7 @@ from jaxprune.structure.jaxprs import (
   eliminate_dead_code,
   line_of,
 )
+from jaxprune.structure.primitives import known, neutral_of
 from jaxprune.structure.rules.base import ELEMENTWISE
 from jaxprune.structure.run import bind
 
@@ -374,7 +374,7 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
     if is_ragged(found) or len(found[0]) != 4 or set(varying(found)) - {1, 2}:
       refuse('where sizes can change between images alone')
     return _Step(last.eqn, last.writes, reads, clear, bodies, found)
-  if primitive in ('cond', 'remat', 'remat2', 'checkpoint'):
+  if primitive in ('cond', 'remat2'):
     bodies = _bodies(row, name)
     if any(step.border for body in bodies for step in body.steps):
       refuse('within which sizes cannot change')
@@ -383,7 +383,7 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
     if primitive not in ('squeeze', 'broadcast_in_dim') or not small:
       refuse('which has other axes at another size')
   elif any(map(varying, (*inputs, *outputs))):
-    rule = RULES.get(primitive)
+    rule = known(primitive).canvas
     if primitive in ELEMENTWISE:
       rule = elementwise
     if primitive in POINTWISE_CALLS and is_pointwise(eqns):
@@ -475,7 +475,7 @@ class _Canvas:
     if neutral is PADDING:
       fill = jnp.asarray(values[1], value.dtype)
     else:
-      fill = _extreme(neutral, value.dtype)
+      fill = jnp.asarray(neutral_of(neutral, value.dtype), value.dtype)
     inside = jnp.ones((1,) * value.ndim, bool)
     for k in varying(sizes):
       length = jnp.asarray([shape[k] for shape in sizes])[self.index]
@@ -484,14 +484,6 @@ class _Canvas:
       )
       inside = inside & (axis < length)
     return jnp.where(inside, value, fill.reshape((1,) * value.ndim))
-
-
-def _extreme(neutral: Any, dtype: Any) -> jax.Array:
-  """A value that a reduction ignores, of any dtype."""
-  if jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(neutral):
-    info = jnp.iinfo(dtype)
-    neutral = info.max if neutral > 0 else info.min
-  return jnp.asarray(neutral, dtype)
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -11,6 +11,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from jaxprune.structure.jaxprs import INLINED, body_of
+from jaxprune.structure.primitives import add, known, where
 from jaxprune.structure.rules.base import ELEMENTWISE
 
 Sizes = tuple[tuple[int, ...], ...]  # The shape at every size.
@@ -33,14 +34,12 @@ def is_ragged(sizes: Sizes) -> bool:
   return len({len(shape) for shape in sizes}) > 1
 
 
-POINTWISE_CALLS = (
-  'custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr',
-)  # fmt: skip
+POINTWISE_CALLS = where(bodies='derivative')
 
 
 def is_pointwise(row: Sequence[Any]) -> bool:
   """Whether a call with a derivative of its own works point by point."""
-  names = ELEMENTWISE | INLINED | {'broadcast_in_dim'}
+  names = {*ELEMENTWISE, *INLINED, 'broadcast_in_dim'}
 
   def fits(jaxpr: Any) -> bool:
     return all(
@@ -80,25 +79,14 @@ def same_params(row: Sequence[Any], *but: str) -> bool:
 # around the image before the operation; None leaves it as it is.
 
 Rule = Callable[[Sequence[Any], list[Sizes], list[Sizes], Any], list[Any]]
-RULES: dict[str, Rule] = {}
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
   def register(fn: Rule) -> Rule:
-    RULES.update(dict.fromkeys(names, fn))
+    add(*names, canvas=fn)
     return fn
 
   return register
-
-
-# What is harmless for operations that have no derivative at 0, or none beyond
-# an interval: there 0 times infinity would be the gradient of what is around.
-_SINGULAR: dict[str, tuple[Any, ...]] = {
-  **dict.fromkeys(('sqrt', 'rsqrt', 'cbrt', 'log', 'log2'), (1,)),
-  **dict.fromkeys(('log1p', 'asin', 'acos', 'atanh', 'erf_inv'), (0,)),
-  'acosh': (2,), 'lgamma': (1,), 'digamma': (1,), 'pow': (1, None),
-  'div': (None, 1), 'rem': (None, 1), 'atan2': (None, 1),
-}  # fmt: skip
 
 
 def elementwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
@@ -107,8 +95,10 @@ def elementwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
     refuse('whose parameters depend on the size')
   eqn = row[-1]
   inverse = eqn.primitive.name == 'integer_pow' and eqn.params['y'] < 0
+  # Where there is no derivative at 0, or none beyond an interval, 0 times
+  # infinity would be the gradient of what is around.
   none = (1,) if inverse else (None,) * len(inputs)
-  return list(_SINGULAR.get(eqn.primitive.name, none))
+  return list(known(eqn.primitive.name).harmless or none)
 
 
 def pointwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
@@ -117,7 +107,7 @@ def pointwise(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
 
 
 @_rule('broadcast_in_dim', 'iota', 'optimization_barrier', 'transpose',
-       'squeeze', 'expand_dims')  # fmt: skip
+       'squeeze')  # fmt: skip
 def _shaped(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
   if not same_params(row, 'shape', 'sharding'):
     refuse('whose parameters depend on the size')
@@ -144,24 +134,16 @@ def _reshape(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
   return [None] * len(inputs)
 
 
-def _fill(neutral: Any) -> Rule:
-  def rule(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
-    if not same_params(row, 'out_sharding'):
-      refuse('whose parameters depend on the size')
-    # Along other axes alone, what is around the image stays there, and finite.
-    along = set(row[-1].params['axes']) & set(varying(inputs[0]))
-    return [neutral if along else None] * len(inputs)
-
-  return rule
-
-
-RULES['reduce_sum'] = _fill(0)
-RULES['reduce_max'] = _fill(-np.inf)
-RULES['reduce_min'] = _fill(np.inf)
-RULES['argmax'] = _fill(-np.inf)
-RULES['argmin'] = _fill(np.inf)
-RULES['reduce_and'] = _fill(True)
-RULES['reduce_or'] = _fill(False)
+@_rule('reduce_sum', 'reduce_max', 'reduce_min', 'argmax', 'argmin',
+       'reduce_and', 'reduce_or')  # fmt: skip
+def _reduce(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
+  if not same_params(row, 'out_sharding'):
+    refuse('whose parameters depend on the size')
+  eqn = row[-1]
+  # Along other axes alone, what is around the image stays there, and finite.
+  along = set(eqn.params['axes']) & set(varying(inputs[0]))
+  neutral = known(eqn.primitive.name).neutral if along else None
+  return [neutral] * len(inputs)
 
 
 @_rule('dot_general')
@@ -194,8 +176,7 @@ def _window(row: Any, inputs: Any, outputs: Any, refuse: Any) -> list[Any]:
     refuse("whose padding is not the same at every size ('SAME' at stride 2)")
   if any(d != 1 for d in row[-1].params['base_dilation']):
     refuse('which is dilated')
-  name = row[-1].primitive.name
-  return [{'max': -np.inf, 'min': np.inf, 'sum': 0}[name.rpartition('_')[2]]]
+  return [known(row[-1].primitive.name).neutral]
 
 
 @_rule('pad')

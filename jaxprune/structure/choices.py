@@ -4,7 +4,8 @@ A rule names groups by a regular expression and says what may become of them;
 scores meet other scores over the whole network or among groups of one shape.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxprune.structure.graph import Graph
 from jaxprune.structure.slices import Group
 
 Over = Literal['group', 'isomorphic']
+PROTECTED = 'a rule protects it'
 
 
 class Choice(NamedTuple):
@@ -62,7 +64,7 @@ def apply(
   ties: dict[str, list[Axis]] = {}
   for atom, choice in chosen.items():
     if choice.protect:
-      ax.lock(atom, 'a rule protects it')
+      ax.lock(atom, PROTECTED)
     if choice.tie is not None:
       ties.setdefault(choice.tie, []).append(atom)
   for word, (first, *others) in ties.items():
@@ -78,6 +80,33 @@ def apply(
   found: dict[Axis, Choice] = {}
   for atom, choice in chosen.items():
     found.setdefault(ax.find(atom), choice)
+  return found
+
+
+def ruled(
+  rules: Mapping[str, Choice | None], gone: Collection[str]
+) -> dict[str, str]:
+  """Returns group -> the rule for which it stands alone no more, in words.
+
+  Args:
+    rules: as :func:`apply`.
+    gone: groups that were there without the rules.
+
+  Examples:
+    >>> ruled({'head': Choice(protect=True)}, ['head'])
+    {'head': "the rule 'head', which protects it"}
+  """
+  deciding = {
+    rule: (rule, choice)
+    for rule, choice in rules.items()
+    if any(re.fullmatch(rule, name) for name in gone)
+  }
+  found = {}
+  for name, (rule, choice) in tree.match(deciding, gone, ('', None)).items():
+    if choice is not None and choice.protect:
+      found[name] = f'the rule {rule!r}, which protects it'
+    elif choice is not None and choice.tie is not None:
+      found[name] = f'the rule {rule!r}, which ties it as {choice.tie!r}'
   return found
 
 
@@ -134,7 +163,8 @@ def check_width(group: Group, width: int) -> None:
   if not (group.least <= width <= group.most and (rounded or whole)):
     raise ValueError(
       f'Group {group.name!r} must keep {group.least} to {group.most} units in '
-      f'steps of {group.round_to} by the rules of its graph, got {width}.'
+      f'steps of {group.round_to} by the rules of its graph, got {width}: keep '
+      f'as many, or take a graph without the rule, graph.constrain(rules).'
     )
 
 

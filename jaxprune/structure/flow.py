@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune.structure.primitives import LAYOUT, where
 from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.base import known_entries, moved
 
 
 class Binding(NamedTuple):
@@ -22,9 +24,7 @@ class Binding(NamedTuple):
   source: Value
 
 
-_COPIES = frozenset(
-  ['broadcast_in_dim', 'convert_element_type', 'copy', 'expand_dims', 'reshape']
-)
+_LAYOUT = where(moves=(*LAYOUT, 'separate'))
 Step = Equation | Binding  # An equation of a step has no body.
 
 
@@ -56,12 +56,14 @@ class Flow:
   def is_zero(self, value: Value) -> bool:
     """Whether a value is a constant zero, of whatever shape."""
     if value.constant is not None:
-      return not np.any(value.constant)
+      entries = known_entries(value.constant)
+      return entries is not None and not np.any(entries)
     if len(self.makers.get(value, [])) != 1:
       return False
     (step,) = self.makers[value]
-    plain = isinstance(step, Binding) or step.primitive.name in _COPIES
-    return plain and self.is_zero(next(iter(read(step))))
+    if isinstance(step, Binding):
+      return self.is_zero(step.source)
+    return step.primitive.name in _LAYOUT and self.is_zero(moved(step, value))
 
   def values(self) -> set[Value]:
     """Returns every value that a step makes or reads."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxprune import kinds, tree
 from jaxprune.structure import axes as ax
-from jaxprune.structure.graph import Graph, locate
+from jaxprune.structure.graph import Graph
+from jaxprune.structure.locating import Follow, belonging
 from jaxprune.structure.slices import member, occurrences
 
 
@@ -20,6 +21,7 @@ def scale(
   blocks: Mapping[str, Any] | None = None,
   *,
   closable: bool = True,
+  follow: Follow | None = None,
 ) -> tree.PyTree:
   """Returns params scaled so that the function computes with gates.
 
@@ -51,6 +53,8 @@ def scale(
     blocks: name of a block -> float scalar, likewise.
     closable: whether a gate of 0 must make its unit absent; False for factors
       that stay away from 0, or beside a supernet. Static.
+    follow: regular expression over paths of ``params`` -> whether these are of
+      the network; else the names decide. Static.
 
   Returns:
     A pytree like ``params``; leaves that no gate reaches are unchanged.
@@ -59,7 +63,8 @@ def scale(
     ValueError: if a group or block is unknown, a group has no such place
       (``graph.unread`` says why) or a block no such leaves (``unclosed``), a
       gate of 0 would not close a unit (``graph.uncloseable``), a gate has
-      another shape, or a leaf to scale is missing.
+      another shape, a leaf to scale is missing, or two sub-trees could be
+      those of the network.
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -79,8 +84,10 @@ def scale(
     factors[path] = factors[path] * factor if path in factors else factor
   scaled = set()
 
+  own = belonging(graph.leaves, list(tree.leaves(params)), follow)
+
   def one(path: str, value: Any) -> Any:
-    name = locate(graph.leaves, path)
+    name = own.get(path)
     if name not in factors:
       return value
     scaled.add(name)

@@ -11,10 +11,10 @@ from typing import Any
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
+from jaxprune.structure.primitives import where
+
 # Calls that are no more than their body.
-INLINED = frozenset(
-  ['jit', 'pjit', 'closed_call', 'core_call', 'core_closed_call', 'xla_call']
-)
+INLINED = where(bodies='inlined')
 
 # Files whose lines say nothing of where an operation comes from.
 _INSIDE = ('site-packages/jax/', 'site-packages/jaxlib/', 'jaxprune/structure/')

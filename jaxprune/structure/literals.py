@@ -9,11 +9,32 @@ import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
+from jaxprune.structure.primitives import LAYOUT, where
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.base import known_entries
 
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
 # Numbers of formulas, rather than of widths.
 _PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
+# What a width may become on its way into a program, beside its powers: of
+# random features, of temperatures, of neighbours and positions.
+_FORMS: tuple[Callable[[int], float], ...] = (
+  lambda d: 2 * d,
+  lambda d: d / 2,
+  lambda d: (2 * d) ** 0.5,
+  lambda d: (d / 2) ** 0.5,
+  lambda d: 3 * d,
+  lambda d: (3 * d) ** 0.5,
+  lambda d: (d / 3) ** 0.5,
+  lambda d: math.log(d),
+  lambda d: math.log2(d),
+  lambda d: math.log(d) ** 0.5,
+  lambda d: math.log1p(d),
+  lambda d: d + 1,
+  lambda d: d - 1,
+  lambda d: (d + 1) ** 0.5,
+  lambda d: (d - 1) ** 0.5,
+)
 _UNIFORM: dict[str, Callable[..., float]] = {
   'add': lambda a, b: a + b,
   'sub': lambda a, b: a - b,
@@ -26,23 +47,27 @@ _UNIFORM: dict[str, Callable[..., float]] = {
   'sqrt': math.sqrt,
   'rsqrt': lambda a: 1 / math.sqrt(a),
   'square': lambda a: a * a,
+  'cbrt': math.cbrt,
+  'exp': math.exp,
+  'log': math.log,
+  'log1p': math.log1p,
 }
 # What hands a number on: it scales what comes out as what goes in.
-_NAMES = """
-  broadcast_in_dim convert_element_type copy expand_dims neg reduce_precision
-  reshape sharding_constraint squeeze stop_gradient transpose
-"""
-UNCHANGED = frozenset(_NAMES.split())
+UNCHANGED = where(moves=(*LAYOUT, 'negates'))
 
 
 def number_of(value: Value) -> float | None:
-  """Returns the number that a constant is, in every entry."""
+  """Returns the number that a constant is, in every entry; None if none is.
+
+  A complex number is one where it has no imaginary part: it is no size else.
+  """
   if value.constant is None or not jnp.issubdtype(value.dtype, jnp.number):
     return None
-  array = np.asarray(value.constant)
-  if not array.size or np.any(array != array.flat[0]):
+  array = known_entries(value.constant)
+  if array is None or not array.size or np.any(array != array.flat[0]):
     return None
-  return float(array.flat[0])
+  number = array.flat[0]
+  return None if np.imag(number) else float(np.real(number))
 
 
 def fold(eqn: Equation, known: Sequence[Any]) -> float | None:
@@ -96,14 +121,47 @@ def power_of(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
   return None
 
 
+def may_be_of(value: Value, number: float, axes: Iterable[Axis]) -> bool:
+  """Whether a number may have been computed from the size of axes.
+
+  Of a number of few digits, which a formula has as often as a width (the 6 of
+  ``relu6`` is half of 12), only the powers of the size and its neighbours are.
+  """
+  axes = list(axes)
+  if power_of(value, number, axes) is not None:
+    return True
+  count = count_of(axes)
+  if not isinstance(count, int) or count < 3 or not number:
+    return False
+  tolerance = 2 * rounding(value)
+  if _is_short(number, tolerance):
+    return abs(number) in (count - 1, count + 1)
+  sizes = [form(count) for form in _FORMS]
+  return any(
+    math.isclose(abs(number), wanted, rel_tol=tolerance)
+    for size in sizes
+    for wanted in (size, 1 / size)
+  )
+
+
+def _is_short(number: float, tolerance: float) -> bool:
+  """Whether two digits write a number."""
+  return math.isclose(float(f'{number:.1e}'), number, rel_tol=tolerance)
+
+
 def varying_axes(value: Value) -> list[Axis]:
   """Returns the axes that may shrink along which a constant is not the same."""
   if value.constant is None or not value.shape:
     return []
   live = [k for k, axis in enumerate(value.axes) if is_live([axis])]
-  if not live or not jnp.issubdtype(value.dtype, jnp.number):
+  is_plain_type = any(
+    jnp.issubdtype(value.dtype, kind) for kind in (jnp.number, jnp.bool_)
+  )
+  if not live or not is_plain_type:
     return []
-  table = np.asarray(value.constant)
+  table = known_entries(value.constant)
   return [
-    value.axes[k] for k in live if np.any(table != np.take(table, [0], k))
+    value.axes[k]
+    for k in live
+    if table is None or np.any(table != np.take(table, [0], k))
   ]

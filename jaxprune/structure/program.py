@@ -1,8 +1,10 @@
 """The typed program: a jaxpr, flat, every axis typed.
 
 ``build`` walks a jaxpr once, inlines calls and types every equation by its
-rule; control flow and custom derivatives keep typed bodies of their own.
-:mod:`jaxprune.structure.run` evaluates it again, smaller or masked.
+rule; control flow and custom derivatives keep typed bodies of their own. What
+depends on no input is a constant, made anew wherever it is used (see
+:mod:`jaxprune.structure.constants`), so that it ties nothing.
+:mod:`jaxprune.structure.run` evaluates the program again, smaller or masked.
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune.structure import axes as ax
-from jaxprune.structure import rules
+from jaxprune.structure import constants, rules
+from jaxprune.structure.constants import Constant
 from jaxprune.structure.jaxprs import (
   INLINED,
   body_of,
@@ -37,12 +40,21 @@ class Program:
       they are kept to the first order.
     equations: its operations in order.
     outputs: what it returns.
+    numbers: the scalar constants that its equations read; they have no axis
+      that a use could tie.
   """
 
   inputs: list[Value]
   plain: bool = False
   equations: list[Equation] = dataclasses.field(default_factory=list)
   outputs: list[Value] = dataclasses.field(default_factory=list)
+  numbers: dict[Constant, Value] = dataclasses.field(default_factory=dict)
+
+
+Operand = Value | Constant
+# For each operand of an equation: the table that it is, or None. A body makes a
+# table anew for each use, as a program does; a number it takes as it comes.
+Known = Sequence[Constant | None]
 
 
 def build(
@@ -50,6 +62,7 @@ def build(
   consts: Sequence[Any],
   inputs: list[Value],
   plain: bool = False,
+  known: Known = (),
 ) -> Program:
   """Types a jaxpr.
 
@@ -58,12 +71,19 @@ def build(
     consts: the values of its constvars.
     inputs: typed values, one for each of its invars.
     plain: whether to inline custom derivatives.
+    known: the constants that the first inputs are at every call; the program
+      makes these itself.
 
   Returns:
     The program; its values share their axis types with ``inputs``.
   """
   program = Program(list(inputs), plain)
-  program.outputs = _walk(jaxpr, consts, inputs, program)
+  given: list[Operand] = list(inputs)
+  for k, constant in enumerate(known):
+    if constant is not None:
+      given[k] = constant
+  outputs = _walk(jaxpr, consts, given, program)
+  program.outputs = [_use(value, program) for value in outputs]
   return program
 
 
@@ -92,22 +112,22 @@ def all_equations(
 def _walk(
   jaxpr: Any,
   consts: Sequence[Any],
-  inputs: list[Value],
+  inputs: Sequence[Operand],
   program: Program,
   where: str = '',
-) -> list[Value]:
+) -> Sequence[Operand]:
   """Adds the equations of a jaxpr to a program; returns its outputs.
 
   ``where`` is the line that called it, for what has no line of its own.
   """
-  env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+  env: dict[Any, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
   for var, const in zip(jaxpr.constvars, consts, strict=True):
-    env[var] = _constant(var.aval, const)
+    env[var] = constants.given(const, var.aval)
 
-  def read(var: Any) -> Value:
+  def read(var: Any) -> Operand:
     if isinstance(var, jex.Literal):
       aval: Any = var.aval
-      return _constant(aval, np.asarray(var.val, aval.dtype))
+      return constants.given(np.asarray(var.val, aval.dtype), aval)
     return env[var]
 
   for jaxpr_eqn in jaxpr.eqns:
@@ -118,21 +138,72 @@ def _walk(
       called = line_of(jaxpr_eqn.source_info, where)
       outs = _walk(body, body_consts, operands, program, called)
     else:
-      eqn = _equation(jaxpr_eqn, operands, where)
-      if name in _CONTROL:
-        _CONTROL[name](eqn, program.plain)
-      else:
-        rules.infer(eqn)
-      program.equations.append(eqn)
-      outs = eqn.outputs
+      outs = constants.made(jaxpr_eqn, operands, where) or _append(
+        jaxpr_eqn, operands, program, where
+      )
     env.update(zip(jaxpr_eqn.outvars, outs, strict=True))
   return [read(var) for var in jaxpr.outvars]
 
 
-def _constant(aval: Any, value: Any) -> Value:
-  shape = tuple(aval.shape)
-  dtype = getattr(aval, 'dtype', None)
-  return Value(shape, dtype, [ax.atom(n) for n in shape], value)
+def _append(
+  jaxpr_eqn: Any, operands: Sequence[Operand], program: Program, where: str
+) -> list[Value]:
+  """Adds an equation to a program; returns its results, typed."""
+  values = [_use(operand, program) for operand in operands]
+  return _add(jaxpr_eqn, operands, values, program, where)
+
+
+def _use(operand: Operand, program: Program) -> Value:
+  """The value of an operand: of a constant one of its own, for this use.
+
+  Two uses of one table must not tie what they meet, so that each has axis
+  types of its own. What is not worth an array is made by its equations, once
+  more for each use: a number in every entry, or what is too large.
+  """
+  if isinstance(operand, Value):
+    return operand
+  made: dict[constants.Step, list[Value]] = {}
+
+  def read(constant: Constant) -> Value:
+    value = program.numbers.get(constant)
+    if value is not None:
+      return value
+    if constant.step in made:
+      value = made[constant.step][constant.place]
+    else:
+      axes = [ax.atom(n) for n in constant.shape]
+      array = constants.table(constant)
+      value = Value(constant.shape, constant.dtype, axes, array)
+    if not constant.shape:
+      program.numbers[constant] = value
+    return value
+
+  for step in constants.steps(operand, program.numbers):
+    values = list(map(read, step.operands))
+    made[step] = _add(step.equation, step.operands, values, program, step.where)
+  return read(operand)
+
+
+def _add(
+  jaxpr_eqn: Any,
+  operands: Sequence[Operand],
+  values: list[Value],
+  program: Program,
+  where: str,
+) -> list[Value]:
+  """Adds an equation that reads values; those of which operands, see above."""
+  eqn = _equation(jaxpr_eqn, values, where)
+  name = jaxpr_eqn.primitive.name
+  if name in _CONTROL:
+    known = [
+      x if isinstance(x, Constant) and not constants.is_number(x) else None
+      for x in operands
+    ]
+    _CONTROL[name](eqn, program.plain, known)
+  else:
+    rules.infer(eqn)
+  program.equations.append(eqn)
+  return eqn.outputs
 
 
 def _equation(jaxpr_eqn: Any, operands: list[Value], where: str) -> Equation:
@@ -204,7 +275,7 @@ def _carry_data(jaxpr: Any, inputs: Sequence[Value], consts: int) -> None:
       value.has_data, value.sources = True, frozenset()
 
 
-def _scan(eqn: Equation, plain: bool) -> None:
+def _scan(eqn: Equation, plain: bool, known: Known) -> None:
   """Carries keep their types; the scanned axis stays whole."""
   params = eqn.params
   consts, carries = loop_parts(params)
@@ -213,7 +284,7 @@ def _scan(eqn: Equation, plain: bool) -> None:
     ax.lock(value.axes[0], f'{eqn.why} steps along it')
   inputs = [_copy(v, k >= split) for k, v in enumerate(eqn.inputs)]
   _carry_data(body_of(params)[0], inputs, consts)
-  body = build(*body_of(params), inputs, plain)
+  body = build(*body_of(params), inputs, plain, known[:consts])
   for out, carry in zip(
     body.outputs[:carries], inputs[consts:split], strict=True
   ):
@@ -248,7 +319,7 @@ def _scan(eqn: Equation, plain: bool) -> None:
   eqn.evaluate = evaluate
 
 
-def _while(eqn: Equation, plain: bool) -> None:
+def _while(eqn: Equation, plain: bool, known: Known) -> None:
   params = eqn.params
   n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
   cond_consts = eqn.inputs[:n_cond]
@@ -258,10 +329,12 @@ def _while(eqn: Equation, plain: bool) -> None:
     *body_of(params, 'cond_jaxpr'),
     [_copy(v) for v in (*cond_consts, *carry)],
     plain,
+    known[:n_cond],
   )
   inputs = [_copy(v) for v in (*body_consts, *carry)]
   _carry_data(body_of(params, 'body_jaxpr')[0], inputs, n_body)
-  body = build(*body_of(params, 'body_jaxpr'), inputs, plain)
+  fixed = known[n_cond : n_cond + n_body]
+  body = build(*body_of(params, 'body_jaxpr'), inputs, plain, fixed)
   for out, value in zip(body.outputs, carry, strict=True):
     _unify_values(out, value, eqn.why)
   eqn.programs = (cond, body)
@@ -284,11 +357,16 @@ def _while(eqn: Equation, plain: bool) -> None:
   eqn.evaluate = evaluate
 
 
-def _cond(eqn: Equation, plain: bool) -> None:
+def _cond(eqn: Equation, plain: bool, known: Known) -> None:
   index, *operands = eqn.inputs
   del index
   branches = [
-    build(*body_of({'jaxpr': branch}), [_copy(v) for v in operands], plain)
+    build(
+      *body_of({'jaxpr': branch}),
+      [_copy(v) for v in operands],
+      plain,
+      known[1:],
+    )
     for branch in eqn.params['branches']
   ]
   for branch in branches[1:]:
@@ -307,8 +385,9 @@ def _cond(eqn: Equation, plain: bool) -> None:
   eqn.evaluate = evaluate
 
 
-def _remat(eqn: Equation, plain: bool) -> None:
-  body = build(*body_of(eqn.params), [_copy(v) for v in eqn.inputs], plain)
+def _remat(eqn: Equation, plain: bool, known: Known) -> None:
+  inputs = [_copy(v) for v in eqn.inputs]
+  body = build(*body_of(eqn.params), inputs, plain, known)
   eqn.programs = (body,)
   _type_outputs(eqn, body.outputs)
   options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
@@ -348,7 +427,7 @@ def _specs(values: Sequence[Value]) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
 
 
-def _custom_derivative(eqn: Equation, forward: bool) -> None:
+def _custom_derivative(eqn: Equation, known: Known, forward: bool) -> None:
   """Types a function jointly with its custom derivative, and keeps both.
 
   The derivative is traced by JAX at the original sizes, typed with the types of
@@ -356,7 +435,10 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
   """
   jaxpr, consts = body_of(eqn.params)
   body = build(
-    eliminate_dead_code(jaxpr), consts, [_copy(v) for v in eqn.inputs]
+    eliminate_dead_code(jaxpr),
+    consts,
+    [_copy(v) for v in eqn.inputs],
+    known=known,
   )
   _type_outputs(eqn, body.outputs)
   floats = [k for k, v in enumerate(eqn.inputs) if _is_float(v)]
@@ -400,6 +482,7 @@ def _custom_derivative(eqn: Equation, forward: bool) -> None:
     closed.consts,
     [_copy(v) for v in (*eqn.inputs, *inner)],
     plain=True,
+    known=known,
   )
   eqn.derivative = derivative
   wanted = (
@@ -450,27 +533,24 @@ def _spread(
   return full
 
 
-def _custom_jvp(eqn: Equation, plain: bool) -> None:
+def _custom_jvp(eqn: Equation, plain: bool, known: Known) -> None:
   del plain  # Inlined there.
-  _custom_derivative(eqn, forward=True)
+  _custom_derivative(eqn, known, forward=True)
 
 
-def _custom_vjp(eqn: Equation, plain: bool) -> None:
+def _custom_vjp(eqn: Equation, plain: bool, known: Known) -> None:
   del plain  # Inlined there.
-  _custom_derivative(eqn, forward=False)
+  _custom_derivative(eqn, known, forward=False)
 
 
 _CUSTOM = {
   'custom_jvp_call': _custom_jvp,
   'custom_vjp_call': _custom_vjp,
-  'custom_vjp_call_jaxpr': _custom_vjp,
 }
-_CONTROL: dict[str, Callable[[Equation, bool], None]] = {
+_CONTROL: dict[str, Callable[[Equation, bool, Known], None]] = {
   'scan': _scan,
   'while': _while,
   'cond': _cond,
-  'remat': _remat,
   'remat2': _remat,
-  'checkpoint': _remat,
   **_CUSTOM,
 }

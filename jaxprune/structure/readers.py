@@ -273,9 +273,9 @@ def over(pair: tuple[tuple[Value, int], ...]) -> list[Axis]:
 def contracted(eqn: Equation) -> list[tuple[tuple[Value, int], ...]]:
   """Returns the axes that a product sums over: pairs of (operand, axis)."""
   name, params = eqn.primitive.name, eqn.params
-  if name == 'dot_general':
-    left, right = eqn.inputs
-    over, _ = params['dimension_numbers']
+  over = rules.contraction(eqn)
+  if over is not None:
+    left, right = eqn.inputs[:2]
     return [((left, a), (right, b)) for a, b in zip(*over, strict=True)]
   if name == 'conv_general_dilated' and eqn.products is not None:
     data, kernel = eqn.inputs

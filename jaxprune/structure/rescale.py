@@ -10,12 +10,14 @@ by the places where they stand (:func:`patterns`), or by a second trace at other
 widths (:mod:`jaxprune.structure.twins`). What cannot be told protects its axes,
 under its name.
 
-Only two places tell: a sum that is divided by its number of entries, and a
+Two places tell: a sum that is divided by its number of entries, and a
 contraction (of queries with keys, of data with a kernel) that is divided by the
 root of it, at once or by halves (each factor by the fourth root); and the
-derivatives of these two. Any other number that is a power of a size may be one
-by chance. The same places say which axes stay whole where nothing may be
-rescaled (:func:`scaled`).
+derivatives of these two. Further on a number tells only where it takes away
+what the value grew by (:mod:`jaxprune.structure.growth`). Any other number that
+may have been computed from a size is a doubt where it meets a value that
+carries the axis or has just summed over it, and nowhere else. The places say
+also which axes stay whole where nothing may be rescaled (:func:`scaled`).
 """
 
 import functools
@@ -27,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.structure import axes as ax
+from jaxprune.structure import growth
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.literals import (
   UNCHANGED,
@@ -34,6 +37,7 @@ from jaxprune.structure.literals import (
   fold,
   is_live,
   is_plain,
+  may_be_of,
   number_of,
   power_of,
   rounding,
@@ -43,6 +47,11 @@ from jaxprune.structure.program import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
 
 _MEAN, _ROOT = -1.0, -0.5  # What scales a sum, what a contraction.
+_SCALES = frozenset(['div', 'mul'])
+# What a number may say of the value that it meets.
+_MEETS = _SCALES | frozenset(
+  ['add', 'eq', 'ge', 'gt', 'le', 'lt', 'max', 'min', 'ne', 'pow', 'sub']
+)
 _REMEDY = 'trace it at two widths (`narrow`) to tell'
 
 
@@ -178,12 +187,12 @@ def patterns(program: Program, proven: Proven | None = None) -> Findings:
     (part, target, part.explain(target, findings, proven))
     for part, target in targets
   ]
+  for part in parts:
+    part.balance(findings, proven)
   for part, target, factors in left:
     part.leave(target, factors, findings)
-  counts = [target.axes for _, target in targets if target.is_sum]
-  counts += proven.values()
   for part in parts:
-    part.doubt(findings, counts)
+    part.doubt(findings)
   return findings
 
 
@@ -273,30 +282,95 @@ class _Part:
     """Returns what may be scaled by a size."""
     return [t for eqn in self.program.equations for t in _targets(eqn)]
 
-  def doubt(
-    self,
-    findings: Findings,
-    counts: Sequence[tuple[Axis, ...]],
-  ) -> None:
-    """Adds a doubt for each number that may well be a size, and has no law."""
-    in_doubt = {use for use, *_ in findings.doubts}
-    for eqn in self.program.equations:
-      if eqn.primitive.name not in ('mul', 'div'):
+  @functools.cached_property
+  def grown(self) -> growth.Grown:
+    """How the values of the part grow with the sizes of axes."""
+    given = {
+      value: part.grown[eqn.inputs[place]]
+      for value, (part, (eqn, place)) in self.given.items()
+      if eqn.inputs[place] in part.grown
+    }
+    return growth.of(self.program.equations, self.numbers, given)
+
+  def balance(self, findings: Findings, proven: Proven) -> None:
+    """Adds the factors that take away what a value grows by with a size.
+
+    A derivative scales by the same number what grows in another way.
+    """
+    for use, value in self._meetings():
+      if use.eqn.primitive.name not in _SCALES or use in self.means:
         continue
-      for place, value in enumerate(eqn.inputs):
-        use, number = Use(eqn, place), self.numbers.get(value)
-        if number is None or is_plain(number):
+      if use.eqn.primitive.name == 'div' and use.place == 0:
+        continue
+      number = self.numbers[use.eqn.inputs[use.place]]
+      divides = use.eqn.primitive.name == 'div'
+      known = [*self.grown.get(value, ())]
+      known += [
+        growth.Growth(axes, (-power,))
+        for (_, power), axes in proven.items()
+        if _leaves(axes) & _leaves(value.axes)
+      ]
+      for each in known:
+        power = growth.power_taken(
+          use.eqn.inputs[use.place], number, divides, each
+        )
+        if power is None or not is_live(each.axes):
           continue
-        if use in in_doubt or use in self.means:
+        own = self._sizes(use, each.axes, any_number=False)
+        if len(own) != 1:
           continue
-        roots = list(self._roots(use))
-        if any(root in findings.laws for root in roots):
+        ((root, own_power),) = own.items()
+        if root in findings.laws or self.is_custom:
           continue
-        own = eqn.inputs[1 - place].axes
-        for axes in [*((axis,) for axis in own), *counts]:
-          if is_live(axes) and power_of(value, number, axes) is not None:
-            why = _may_stand(number, eqn, axes)
-            findings.doubts.append((use, tuple(axes), why))
+        if any(root == doubtful for doubtful, *_ in findings.doubts):
+          continue
+        findings.laws[root] = Law(each.axes, own_power)
+        proven[_leaves(each.axes), power] = each.axes
+
+  def doubt(self, findings: Findings) -> None:
+    """Adds a doubt for each number that may well be a size, and has no law.
+
+    It may be the size of what the value that it meets carries, or has just
+    summed over. Where the entries are counted (`iota`), any scale may be.
+    """
+    in_doubt = {use for use, *_ in findings.doubts}
+    for use, value in self._meetings():
+      eqn, number = use.eqn, self.numbers[use.eqn.inputs[use.place]]
+      literal = eqn.inputs[use.place]
+      if use in in_doubt or use in self.means or not number:
+        continue
+      if any(root in findings.laws for root in self._roots(use)):
+        continue
+      counts = _is_constant(value) and eqn.primitive.name in _SCALES
+      grown = self.grown.get(value, ())
+      if not counts and is_plain(number):
+        # At width 4, 2 is the root of it where one is due: `table[i] * 2`.
+        divides = eqn.primitive.name == 'div'
+        grown = [
+          each
+          for each in grown
+          if not each.is_layer
+          and eqn.primitive.name in _SCALES
+          and growth.power_taken(literal, number, divides, each)
+        ]
+      summed = [each.axes for each in grown]
+      carried = [] if is_plain(number) and not counts else value.axes
+      for axes in [*((axis,) for axis in carried), *summed]:
+        if not is_live(axes):
+          continue
+        if (counts and abs(number) != 1) or may_be_of(literal, number, axes):
+          why = _may_stand(number, eqn, axes)
+          findings.doubts.append((use, tuple(axes), why))
+
+  def _meetings(self) -> Iterator[tuple[Use, Value]]:
+    """The numbers that meet a value, and the value."""
+    for eqn in self.program.equations:
+      if eqn.primitive.name not in _MEETS or len(eqn.inputs) != 2:
+        continue
+      for place, other in ((0, 1), (1, 0)):
+        number, value = eqn.inputs[place], eqn.inputs[other]
+        if number in self.numbers and value not in self.numbers:
+          yield Use(eqn, place), value
 
   def explain(
     self, target: _Target, findings: Findings, proven: Proven
@@ -344,10 +418,15 @@ class _Part:
       known = self._law(use, target, proven, any_number and target.is_sum)
       if known is not None:
         found[use] = known
-    halves = [use for use, known in found.items() if known[2] == _ROOT / 2]
-    if target.power == _ROOT and len(halves) != 2:
-      return {use: found[use] for use in found if use not in halves}
-    return found
+    if target.power != _ROOT:
+      return found
+    powers = [power for *_, power in found.values()]
+    gone = set()
+    if powers.count(_ROOT / 2) != 2:
+      gone.add(_ROOT / 2)
+    if _ROOT not in powers:
+      gone.add(-_ROOT)  # It undoes no scale.
+    return {use: law for use, law in found.items() if law[2] not in gone}
 
   def _factors(self, target: _Target) -> list[Use]:
     factors = [
@@ -406,22 +485,16 @@ class _Part:
     """
     powers = [target.power]
     if target.power == _ROOT:
-      powers.append(_ROOT / 2)
+      powers += [_ROOT / 2, -_ROOT]
     elif target.power is None:
       atoms = _leaves(target.axes)
       powers = [power for known, power in proven if known == atoms]
     value = use.eqn.inputs[use.place]
     number = self.numbers[value]
-    roots = []
-    for root in self._roots(use):
-      literal = root.eqn.inputs[root.place]
-      digits = number_of(literal) or 0.0
-      found = power_of(literal, digits, target.axes)
-      if found is not None and (any_number or not is_plain(digits)):
-        roots.append((root, found))
+    roots = self._sizes(use, target.axes, any_number)
     if len(roots) != 1 or not number:
       return None
-    ((root, own),) = roots
+    ((root, own),) = roots.items()
     divides = use.eqn.primitive.name == 'div'
     scale = power_of(value, 1 / number if divides else number, target.axes)
     if scale is None and divides and own == 1 and root != use:
@@ -429,6 +502,19 @@ class _Part:
     if scale is None or scale not in powers:
       return None
     return root, Law(target.axes, own), scale
+
+  def _sizes(
+    self, use: Use, axes: Iterable[Axis], any_number: bool = True
+  ) -> dict[Use, float]:
+    """The literals of a number that are powers of a size, and the power."""
+    sizes = {}
+    for root in self._roots(use):
+      literal = root.eqn.inputs[root.place]
+      digits = number_of(literal) or 0.0
+      power = power_of(literal, digits, axes)
+      if power is not None and (any_number or not is_plain(digits)):
+        sizes[root] = power
+    return sizes
 
   def _roots(self, use: Use) -> Iterator[Use]:
     """The literals that a number is made of."""

@@ -19,7 +19,8 @@ import numpy as np
 from jaxprune import placement
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis
-from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.primitives import known, neutral_of
+from jaxprune.structure.rules import Equation, Value, contraction
 
 Kept = Mapping[Axis, np.ndarray]  # Atom -> indices that are kept, ascending.
 Program = Any  # A jaxprune.structure.program.Program, whose module needs this.
@@ -74,6 +75,9 @@ class Run:
       mask = np.zeros(axis.size, bool)
       mask[self.kept[axis]] = True
       return mask
+    if axis.order is not None:
+      mask = self.mask(axis.parts[0])
+      return None if mask is None else mask[axis.order]
     masks = [self.mask(part) for part in axis.parts]
     if all(mask is None for mask in masks):
       return None
@@ -106,7 +110,12 @@ class Run:
     """Returns what is left of a constant of the program."""
     if value.recompute is not None:
       return self.take(value.recompute(self.size), value.axes)
-    return self.take(value.constant, value.axes)
+    mask = None if value.indexes is None else self.mask(value.indexes)
+    if mask is None or self.masked:
+      return self.take(value.constant, value.axes)
+    # Entries are numbered anew: of [3, 1, 0] without entry 2 is left [2, 1, 0].
+    numbers = np.cumsum(mask, dtype=value.constant.dtype) - 1
+    return numbers[self.take(value.constant, value.axes)]
 
   def fill(self, array: Any, axes: Sequence[Axis], value: Any) -> Any:
     """Returns an array with ``value`` where an entry is removed."""
@@ -183,11 +192,11 @@ class Run:
 
   def _absent(self, eqn: Equation, values: list[Any]) -> list[Any]:
     """Gives removed entries the value that a reduction ignores."""
-    neutral = _NEUTRAL.get(eqn.primitive.name)
-    if neutral is None:
+    neutral = _neutral(eqn)
+    if not neutral:  # None or zero, which removed entries are.
       return values
     (value,), x = values, eqn.inputs[0]
-    return [self.fill(value, x.axes, neutral(value.dtype))]
+    return [self.fill(value, x.axes, neutral_of(neutral, value.dtype))]
 
 
 class Switched:
@@ -222,6 +231,9 @@ class Switched:
     axis = ax.find(axis)
     if axis.kind == 'atom':
       return self.masks.get(axis)
+    if axis.order is not None:
+      mask = self.mask(axis.parts[0])
+      return None if mask is None else mask[axis.order]
     masks = [self.mask(part) for part in axis.parts]
     if all(mask is None for mask in masks):
       return None
@@ -289,7 +301,7 @@ class Switched:
     read: Callable[[Value], Any],
   ) -> None:
     """Makes absent what an equation would mix, for those that follow too."""
-    if eqn.primitive.name not in _NEUTRAL:
+    if not _neutral(eqn):
       for k, axes in mixed(eqn):
         value = eqn.inputs[k]
         env[value] = self.fill(read(value), axes, 0)
@@ -298,10 +310,11 @@ class Switched:
     """Runs one equation on values that are clear where it mixes them."""
     if eqn.evaluate is not None:
       return eqn.evaluate(self, values)
-    neutral = _NEUTRAL.get(eqn.primitive.name)
-    if neutral is not None:
+    neutral = _neutral(eqn)
+    if neutral:
       for k, axes in mixed(eqn):
-        values[k] = self.fill(values[k], axes, neutral(eqn.inputs[k].dtype))
+        fill = neutral_of(neutral, eqn.inputs[k].dtype)
+        values[k] = self.fill(values[k], axes, fill)
     outs = self.bind(eqn.primitive, values, eqn.params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
@@ -311,9 +324,10 @@ def mixed(eqn: Equation) -> Iterator[tuple[int, dict[int, Axis]]]:
 
   Of a product it is enough to clear one operand: data rather than weights.
   """
-  if eqn.primitive.name == 'dot_general':
-    data = [k for k, value in enumerate(eqn.inputs) if value.has_data] or [0]
-    (contract, _) = eqn.params['dimension_numbers']
+  contract = contraction(eqn)
+  if contract is not None:
+    factors = enumerate(eqn.inputs[:2])
+    data = [k for k, value in factors if value.has_data] or [0]
     for k in data:
       yield k, {axis: eqn.inputs[k].axes[axis] for axis in contract[k]}
   elif eqn.primitive.name == 'conv_general_dilated':
@@ -368,19 +382,6 @@ def _evaluate(closed: Any, *values: Any) -> list[Any]:
   return [read(v) for v in closed.jaxpr.outvars]
 
 
-_NEUTRAL: dict[str, Callable[[Any], Any]] = {
-  'reduce_max': lambda dtype: _extreme(dtype, -1),
-  'reduce_min': lambda dtype: _extreme(dtype, 1),
-  'reduce_prod': lambda dtype: 1,
-  'reduce_and': lambda dtype: True,
-  'reduce_or': lambda dtype: False,
-}
-
-
-def _extreme(dtype: Any, sign: int) -> Any:
-  if np.dtype(dtype) == np.bool_:
-    return sign > 0
-  if jnp.issubdtype(dtype, jnp.inexact):
-    return sign * np.inf
-  info = jnp.iinfo(dtype)
-  return info.max if sign > 0 else info.min
+def _neutral(eqn: Equation) -> float | None:
+  """The number that a reduction over whole axes ignores; None of the rest."""
+  return known(eqn.primitive.name).neutral if eqn.reductions else None

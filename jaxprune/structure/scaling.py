@@ -8,19 +8,8 @@ a sum every term must scale, in a product one factor.
 from collections.abc import Callable, Container, Iterable
 
 from jaxprune.structure.flow import Binding, Flow, made
+from jaxprune.structure.primitives import known
 from jaxprune.structure.rules import Equation, Value
-
-_LINEAR_NAMES = """
-  broadcast_in_dim convert_element_type copy copy_p cumsum dynamic_slice
-  expand_dims gather name neg reduce_precision reduce_sum reduce_window_sum
-  reshape rev slice split squeeze stop_gradient tile transpose unstack
-"""
-_LINEAR = frozenset(_LINEAR_NAMES.split())
-_SUMS = frozenset(['add', 'add_any', 'concatenate', 'stack', 'sub'])
-_PRODUCTS = frozenset(['conv_general_dilated', 'div', 'dot_general', 'mul'])
-_POSITIVE = frozenset(
-  ['abs', 'reduce_max', 'reduce_min', 'reduce_window_max', 'reduce_window_min']
-)
 
 
 def walk(
@@ -66,7 +55,7 @@ def walk(
   why: str | None = f'{step.why} is not linear in it'
   if operands is None:
     return why
-  if step.primitive.name in _PRODUCTS:
+  if known(step.primitive.name).linear == 'each':
     # Leaves before data; of two, the one on the right reads the other.
     turns = sorted(
       range(len(operands)), key=lambda k: (operands[k] in data, -k)
@@ -114,7 +103,7 @@ def misuse(
       if not any(out in found for out in made(step)):
         return value, f'{step.why} uses it in another way'
       if (
-        step.primitive.name in _PRODUCTS
+        known(step.primitive.name).linear in ('first', 'each')
         and sum(v in found for v in step.inputs) > 1
       ):
         return value, f'{step.why} would count it twice'
@@ -129,14 +118,16 @@ def _operands(
   All of them must scale for the result of a sum to scale, any one of them for
   that of a product; None if there is no such operand.
   """
-  name, inputs = eqn.primitive.name, eqn.inputs
-  if name in _LINEAR or name == 'div' or (positive and name in _POSITIVE):
+  row, inputs = known(eqn.primitive.name), eqn.inputs
+  if row.linear == 'each':
+    return inputs[:2]  # Of ragged products there is the length of each too.
+  if row.linear == 'first' or (positive and row.positive == 'first'):
     return inputs[:1]
-  rest = [v for v in inputs if not stream.is_zero(v)]
-  if name in _SUMS or (positive and name in ('max', 'min') and len(rest) == 1):
-    return rest
-  if name == 'pad':
-    return inputs[:1] if stream.is_zero(inputs[1]) else None
-  if name == 'select_n':
-    return [v for v in inputs[1:] if not stream.is_zero(v)]
-  return list(inputs) if name in _PRODUCTS else None
+  terms = [v for v in inputs if not stream.is_zero(v)]
+  if row.linear == 'jointly':
+    return terms
+  if row.linear == 'cases':
+    return [v for v in inputs[1:] if v in terms]
+  # The larger of two that both scale does so too; zero is as good as none.
+  is_bound = positive and row.positive == 'jointly' and len(terms) == 1
+  return terms if is_bound else None

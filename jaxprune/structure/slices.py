@@ -12,7 +12,9 @@ class Member(NamedTuple):
   """A slice of a leaf that belongs to a group.
 
   Unit i of the group sits at ``offset + i * stride`` of the leaf's axis, and
-  at every other entry of that axis which a product or a repetition adds.
+  at every other entry of that axis which a product or a repetition adds. Where
+  the function permutes the units, that is so of the first two alone, and of
+  all where it flips them (a stride of -1).
   """
 
   path: str
@@ -51,6 +53,9 @@ def occurrences(axis: Axis) -> list[tuple[Axis, np.ndarray]]:
   axis = ax.find(axis)
   if axis.kind == 'atom':
     return [(axis, np.arange(axis.size))]
+  if axis.order is not None:
+    within = occurrences(axis.parts[0])
+    return [(atom, labels[axis.order]) for atom, labels in within]
   found = []
   for k, part in enumerate(axis.parts):
     sizes = [ax.find(p).size for p in axis.parts]

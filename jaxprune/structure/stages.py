@@ -32,9 +32,9 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
   Args:
     graph: the graph of ``fn(params, x)``, which returns one array and, in a
       training form, new statistics of its norms.
-    at: a regular expression over whole paths of leaves for each cut, in the
-      order of the forward pass: the next stage begins where the function first
-      reads a leaf that matches.
+    at: a path of a leaf, or a regular expression over whole paths, for each
+      cut, in the order of the forward pass: the next stage begins where the
+      function first reads a leaf that matches.
 
   Returns:
     Functions ``stage(params, h) -> (h, new)`` of all params; ``new`` maps the
@@ -212,8 +212,49 @@ def _handed_back(graph: Graph, program: Program) -> list[str]:
   return [str(paths[value]) for value in program.outputs[1:]]
 
 
-def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
-  """The equation that each cut falls before."""
+def first_read(graph: Graph, at: Sequence[str]) -> tuple[str, ...]:
+  """Returns the leaf that each cut falls before, by its path.
+
+  A plan names its cuts by these paths: a plan may come from a file, and a
+  regular expression of a stranger may run for ever.
+
+  Args:
+    graph: as :func:`cut`.
+    at: as :func:`cut`.
+
+  Raises:
+    ValueError: if a cut matches no leaf.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structure import trace
+    >>> params = {'a': jnp.ones((2, 3)), 'b1': jnp.ones((3, 1)), 'b2': 1.0}
+    >>> params['b2'] = jnp.ones((1, 1))
+    >>> mlp = lambda p, x: x @ p['a'] @ p['b1'] @ p['b2']
+    >>> first_read(trace(mlp, params, jnp.ones((1, 2))), ['b.'])
+    ('b1',)
+  """
+  first = _first_uses(graph)
+  return tuple(_first_match(graph, first, pattern) for pattern in at)
+
+
+def _first_match(graph: Graph, first: Mapping[str, int], pattern: str) -> str:
+  """The leaf of a path, or the first to be read of those a pattern matches."""
+  if pattern in first:  # A path itself, perhaps with a bracket or a dot in it.
+    return pattern
+  # What is a path of a leaf that the function ignores is no pattern either.
+  is_path = pattern in graph.leaves
+  matching = [p for p in first if not is_path and re.fullmatch(pattern, p)]
+  if not matching:
+    raise ValueError(
+      f'The cut {pattern!r} matches no leaf that the function uses; the '
+      f'leaves are: {", ".join(graph.leaves)}.'
+    )
+  return min(matching, key=first.__getitem__)
+
+
+def _first_uses(graph: Graph) -> dict[str, int]:
+  """Leaf -> the first equation on data that reads it."""
   from_leaf: dict[Value, set[str]] = {
     value: {path}
     for path, value in zip(graph.leaves, graph.program.inputs, strict=False)
@@ -226,15 +267,15 @@ def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
         first.setdefault(path, k)
     else:
       from_leaf.update(dict.fromkeys(eqn.outputs, reads))
+  return first
+
+
+def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
+  """The equation that each cut falls before."""
+  first = _first_uses(graph)
   starts: list[int] = []
   for pattern in at:
-    matching = [k for path, k in first.items() if re.fullmatch(pattern, path)]
-    if not matching:
-      raise ValueError(
-        f'The cut {pattern!r} matches no leaf that the function uses; the '
-        f'leaves are: {", ".join(graph.leaves)}.'
-      )
-    start = min(matching)
+    start = first[_first_match(graph, first, pattern)]
     while start and _leads(graph.program.equations[start - 1]):
       start -= 1
     if start <= (starts[-1] if starts else 0):

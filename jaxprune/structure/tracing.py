@@ -1,7 +1,7 @@
 """From functions to their graph: trace on shapes, type every axis, collect.
 
-Nothing is computed: the functions run on shapes alone, their jaxprs are typed,
-and the atoms that nothing locked are the groups.
+The functions run on shapes alone, their jaxprs are typed, and the atoms that
+nothing locked are the groups.
 """
 
 import functools
@@ -21,6 +21,12 @@ from jaxprune.structure.axes import Axis
 from jaxprune.structure.choices import Choice
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.jaxprs import eliminate_dead_code
+from jaxprune.structure.locating import (
+  Follow,
+  belonging,
+  locate,
+  matching,
+)
 from jaxprune.structure.program import Program, all_equations, build
 from jaxprune.structure.rules import Value
 from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
@@ -37,16 +43,21 @@ def trace(
   also: Sequence[tuple[Any, ...]] = (),
   rules: Mapping[str, Choice] | None = None,
   narrow: tuple[Any, ...] | None = None,
+  follow: Follow | None = None,
 ) -> Graph:
   """Returns the groups of a function by tracing it on shapes alone.
 
-  Nothing is computed and no memory taken: params and args may be
-  ``jax.ShapeDtypeStruct``. The inputs and outputs of the function stay whole,
-  but for those that have the path and shape of a leaf of the params (the
-  state of an optimizer, a statistic that a training step hands back), which
-  are cut like that leaf; an output whose path is but one name, only where it
-  has the units of the leaf besides. ``str(graph)`` names them. A leaf that the
-  function does not use, but to hand it back unchanged, stays whole.
+  Params and args may be ``jax.ShapeDtypeStruct``, for no network is computed
+  and no memory taken: but for small tables that depend on no argument, as the
+  angles of a rotary embedding (see :mod:`jaxprune.structure.constants`). Each
+  use of such a table is cut on its own.
+
+  The inputs and outputs of the function stay whole, but for those that have the
+  path and shape of a leaf of the params (the state of an optimizer, a statistic
+  that a training step hands back), which are cut like that leaf; an output
+  whose path is but one name, only where it has the units of the leaf besides.
+  ``str(graph)`` names them. A leaf that the function does not use, but to hand
+  it back unchanged, stays whole.
 
   Several functions of the same params (a network as it is evaluated and a
   step of its training) have one graph: what any of them ties or protects is
@@ -80,6 +91,10 @@ def trace(
       traces follows from a width, one that does not follows from none. Of two
       widths that shrink alike the numbers cannot be told apart: choose
       different ratios. The numbers of ``also`` are known by their places.
+    follow: regular expression over paths of the other arguments (``'0/.*'`` is
+      the first after the params) -> whether these are of the network and cut
+      with it (an average of the params) or of another one (a teacher). The
+      state of an optimizer needs no rule.
 
   Returns:
     The :class:`Graph`.
@@ -89,8 +104,9 @@ def trace(
       is no tuple of a function and its arguments.
     ValueError: if ``reductions`` is none of the three, if a rule matches no
       group, is no choice that its groups have, or ties groups of other sizes,
-      or if ``narrow`` comes without 'rescale' or has other leaves or
-      operations.
+      if ``narrow`` comes without 'rescale' or has other leaves or operations,
+      if an argument could be the params of another network, or a rule of
+      ``follow`` matches none.
 
   Examples:
     >>> params = {'a': jnp.ones((2, 8)), 'b': jnp.ones((8, 3))}
@@ -122,7 +138,10 @@ Member(path='b', axis=0, offset=0, stride=1))
       )
   forms = [_Form(f, jax.tree.map(_spec, xs)) for f, *xs in [(fn, *args), *also]]
   specs = jax.tree.map(_spec, params)
-  how = _How(specs, reductions, _evidence(specs, narrow))
+  paths = [path for form in forms for path in tree.leaves(form.args)]
+  tree.match(follow or {}, paths, None, 'argument')
+  find = _evidence(specs, narrow, follow or {})
+  how = _How(specs, reductions, find, follow or {})
   return _trace(how, forms, rules or {})
 
 
@@ -139,10 +158,11 @@ class _How(NamedTuple):
   params: tree.PyTree
   reductions: Reductions
   find: Callable[[Program, rescale.Proven], rescale.Findings]
+  follow: Follow
 
 
 def _evidence(
-  params: tree.PyTree, narrow: tuple[Any, ...] | None
+  params: tree.PyTree, narrow: tuple[Any, ...] | None, follow: Follow
 ) -> Callable[[Program, rescale.Proven], rescale.Findings]:
   """What finds the numbers of a program that follow from its widths."""
   if narrow is None:
@@ -154,13 +174,14 @@ def _evidence(
       f'{", ".join(tree.leaves(small))}.'
     )
   form, used = _Form(fn, args), set()
+  how = _How(small, 'rescale', rescale.patterns, follow)
   known: list[tuple[Program, rescale.Findings]] = []
 
   def find(program: Program, proven: rescale.Proven) -> rescale.Findings:
     del proven  # A second trace proves more, of the first function alone.
     if known:
       return twins.transfer(*known[0], program)
-    other, *_ = _program(form, small, _leaves(small), used)
+    other, *_ = _program(form, how, _leaves(small), used)
     findings = rescale.patterns(program)
     known.append((program, twins.confirm(program, other, findings)))
     return known[0][1]
@@ -193,7 +214,7 @@ def _trace(
   how: _How, forms: Sequence[_Form], rules: Mapping[str, Choice]
 ) -> Graph:
   """Traces all forms; they can be traced again with other arguments."""
-  known = [_leaf_names(how.params, form.args) for form in forms]
+  known = [_leaf_names(how, form.args) for form in forms]
 
   @functools.cache
   def traced(which: int, arg_tree: Any, specs: tuple[Any, ...]) -> list[Graph]:
@@ -231,34 +252,17 @@ def _trace(
   return retrace(0, *forms[0].args)
 
 
-def _leaf_names(params: tree.PyTree, args: Any) -> list[str | None]:
+def _leaf_names(how: _How, args: Any) -> list[str | None]:
   """The leaf of the params that each leaf of the arguments is like, if any."""
-  leaves = tree.leaves(params)
-  return [
-    _mirrored(path, spec.shape, leaves)
-    for path, spec in tree.leaves(list(args)).items()
-  ]
-
-
-def _mirrored(
-  path: str, shape: Sequence[ax.Size], leaves: Mapping[str, Any]
-) -> str | None:
-  """The leaf in whose path another ends, of the same shape: the longest."""
-
-  def is_end(name: str) -> bool:
-    numbered = all(part.isdigit() for part in name.split('/'))
-    return not numbered and (path == name or path.endswith(f'/{name}'))
-
-  # Of Flax's collections the name may be left out: a step that returns
-  # `mutated['batch_stats']` returns statistics.
-  in_collections = any(name.startswith('params/') for name in leaves)
-  found = [
-    (len(name), name)
-    for name, leaf in leaves.items()
-    if (is_end(name) or (in_collections and is_end(name.partition('/')[2])))
-    and tuple(leaf.shape) == tuple(shape)
-  ]
-  return max(found)[1] if found else None
+  leaves, given = tree.leaves(how.params), tree.leaves(list(args))
+  own = belonging(
+    leaves,
+    list(given),
+    matching(how.follow, list(given)),
+    lambda path: locate(leaves, path, given[path].shape, numbered=False),
+    list(leaves),
+  )
+  return [own.get(path) for path in given]
 
 
 def _graphs(
@@ -272,7 +276,7 @@ def _graphs(
   """The graph of the first form, which holds the others, and the others."""
   leaves = _leaves(how.params)
   used: set[str] = set()
-  typed = [_program(form, how.params, leaves, used) for form in forms]
+  typed = [_program(form, how, leaves, used) for form in forms]
   programs = [program for program, *_ in typed]
   for path, leaf in leaves.items():
     if path not in used:
@@ -294,9 +298,11 @@ def _graphs(
     for program in programs:
       for axis, why in rescale.scaled(program):
         ax.lock(axis, why)
-  chosen = choices.apply(rules, _names(programs, _members(leaves)))
+  free = _names(programs, _members(leaves))
+  chosen = choices.apply(rules, free)
   members = _members(leaves)
   names = _names(programs, members)
+  ruled = choices.ruled(rules, set(free.values()) - set(names.values()))
   reduced = _reduced(programs)
   groups = {
     name: Group(
@@ -329,6 +335,7 @@ def _graphs(
     also=also,
     constrain=constrain,
     refit=refit,
+    ruled=ruled,
   )
   first, *others = zip(forms, typed, retraces, refits, strict=True)
   also = [graph(*other, ()) for other in others]
@@ -336,7 +343,7 @@ def _graphs(
 
 
 def _program(
-  form: _Form, params: tree.PyTree, leaves: Mapping[str, Leaf], used: set[str]
+  form: _Form, how: _How, leaves: Mapping[str, Leaf], used: set[str]
 ) -> tuple[Program, tuple[str | None, ...], Any, tuple[str | None, ...]]:
   """Types one function; adds the leaves that it uses.
 
@@ -345,13 +352,13 @@ def _program(
     outputs and the leaves that they are like.
   """
   closed, out_spec = jax.make_jaxpr(form.fn, return_shape=True)(
-    params, *form.args
+    how.params, *form.args
   )
   values = [
     Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
     for path, leaf in leaves.items()
   ]
-  inputs, args_like = [], _leaf_names(params, form.args)
+  inputs, args_like = [], _leaf_names(how, form.args)
   for spec, name in zip(jax.tree.leaves(form.args), args_like, strict=True):
     axes = (
       [ax.atom(n, 'it is an input of the function') for n in spec.shape]
@@ -363,7 +370,7 @@ def _program(
   program = build(jaxpr, closed.consts, [*values, *inputs])
   outputs_like = []
   for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
-    name = _mirrored(path, value.shape, leaves)
+    name = locate(leaves, path, value.shape, numbered=False)
     if name is not None and '/' not in name:
       name = name if _is_tied(value, leaves[name]) else None
     outputs_like.append(name)
@@ -392,7 +399,9 @@ def _is_tied(value: Value, leaf: Leaf) -> bool:
 
 def _parts(axis: Axis) -> Any:
   axis = ax.find(axis)
-  return [axis.kind, *map(_parts, axis.parts)] if axis.parts else axis
+  if not axis.parts:
+    return axis
+  return [axis.kind, _order(axis), *map(_parts, axis.parts)]
 
 
 def _read(program: Program) -> set[Value]:
@@ -482,4 +491,10 @@ def _describe(axis: Axis, names: Mapping[Axis, str]) -> Any:
     return names[axis]
   if ax.is_locked(axis):
     return axis.size
-  return [axis.kind, [_describe(part, names) for part in axis.parts]]
+  parts = [_describe(part, names) for part in axis.parts]
+  return [axis.kind, parts] if axis.order is None else [_order(axis), parts]
+
+
+def _order(axis: Axis) -> list[int] | None:
+  """The order of a permuted axis, as plain data."""
+  return None if axis.order is None else axis.order.tolist()

@@ -9,7 +9,7 @@ what a depthwise convolution writes is not what it reads.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxprune.structure import axes as ax
 from jaxprune.structure import rules
 from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
+from jaxprune.structure.primitives import LAYOUT, where
 from jaxprune.structure.program import Program
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.slices import occurrences
@@ -420,7 +421,7 @@ class _Second:
         self.refused.setdefault(path, why)
 
   def origin(
-    self, value: Value, names: frozenset[str]
+    self, value: Value, names: Container[str]
   ) -> tuple[Value, Equation | None]:
     """Returns what a value is, but for some operations, and its equation."""
     while True:
@@ -434,7 +435,7 @@ class _Second:
 
   def kernel(self, value: Value, taps: bool) -> str | None:
     """The leaf that a value is, but for layout and dtype, or a slice of it."""
-    names = _LAYOUT | {'rev'} | ({'slice', 'dynamic_slice'} if taps else set())
+    names = {*_LAYOUT, *_FLIPS, *(_SLICES if taps else ())}
     value, eqn = self.origin(value, names)
     if eqn is not None or len(value.sources) != 1:
       return None
@@ -500,8 +501,11 @@ class _Second:
   def number(self, value: Value) -> float | None:
     """The number that a constant holds, if it is one throughout."""
     value, _ = self.origin(value, _LAYOUT)
-    found = np.unique(value.constant) if value.constant is not None else ()
-    return float(found[0]) if len(found) == 1 else None
+    if value.constant is None:
+      return None
+    found = np.unique(value.constant)
+    is_number = len(found) == 1 and not np.any(np.imag(found))
+    return float(np.real(found[0])) if is_number else None
 
 
 def _times(
@@ -528,7 +532,6 @@ def _norms(powers: _Powers) -> list[tuple[str, lookahead.Norm]] | None:
   return norms
 
 
-_LAYOUT = frozenset(
-  ['broadcast_in_dim', 'convert_element_type', 'copy', 'expand_dims',
-   'reshape', 'squeeze', 'transpose']
-)  # fmt: skip
+_LAYOUT = where(moves=LAYOUT)
+_FLIPS = where(moves='flips')
+_SLICES = where(moves='slices')

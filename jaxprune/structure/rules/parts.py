@@ -1,7 +1,9 @@
 """Rules of what joins arrays or takes them apart, by place or by index."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.axes import Axis, Size
@@ -10,6 +12,7 @@ from jaxprune.structure.rules.base import (
   Resize,
   SizeOf,
   Value,
+  known_entries,
   rule,
   same,
 )
@@ -38,20 +41,94 @@ def _split(eqn: Equation) -> Resize:
   return lambda size: {'sizes': tuple(size(part) for part in parts)}
 
 
+class _Steps(NamedTuple):
+  """Every s-th entry of an axis, as the axis is taken apart for it.
+
+  Blocks of s entries follow each other, and ``offset`` is where the entry that
+  is taken stands in each: of 8 entries [1::2] takes the second of 4 pairs. Of
+  7 entries [::2] takes the first of 3 pairs, and the last entry.
+
+  Attributes:
+    before: the entries before the first block.
+    blocks: how many blocks there are: the entries taken, but for one alone.
+    after: the entries behind the last block.
+    offset: as above.
+    last: the entry that is taken behind the blocks, or an empty axis.
+    stride: s.
+    why: the operation that takes them.
+  """
+
+  before: Axis
+  blocks: Axis
+  after: Axis
+  offset: int
+  last: Axis
+  stride: int
+  why: str
+
+  def whole(self) -> Axis:
+    """Returns the type of the axis: the entries of a block go together."""
+    within = ax.atom(self.stride, f'{self.why} takes them by turns')
+    block = ax.product([self.blocks, within])
+    return ax.concatenation([self.before, block, self.after])
+
+  def taken(self) -> Axis:
+    """Returns the type of what is taken."""
+    return ax.concatenation([self.blocks, self.last])
+
+  def start(self, size: SizeOf) -> Size:
+    """Returns where the first entry stands, at other sizes."""
+    return size(self.before) + self.offset
+
+  def stop(self, size: SizeOf) -> Size:
+    """Returns the place behind the last entry that is taken."""
+    count = size(self.blocks) + size(self.last)
+    return self.start(size) + self.stride * (count - 1) + 1
+
+
+def _steps(start: int, stride: int, count: int, n: int, why: str) -> _Steps:
+  """Takes an axis of n entries apart for the entries start + stride * i."""
+  # In step with the start of the axis, for [::2] and [1::2] to share blocks.
+  offset = start % stride
+  first = start - offset
+  if first + stride * count > n:
+    # In step with its end, where that leaves room: [2:5:2] of 5 entries.
+    offset = max(start + stride * count - n, offset)
+  if offset < stride and offset <= start:
+    first, blocks = start - offset, count
+  else:
+    offset, blocks = start % stride, count - 1
+  rest = n - first - stride * blocks
+  return _Steps(
+    ax.atom(first),
+    ax.atom(blocks),
+    ax.atom(rest, None if blocks == count else f'{why} takes one of it'),
+    offset,
+    ax.atom(count - blocks),
+    stride,
+    why,
+  )
+
+
 @rule('slice')
 def _slice(eqn: Equation) -> Resize:
   x, (out,) = eqn.inputs[0], eqn.outputs
   starts, limits = eqn.params['start_indices'], eqn.params['limit_indices']
   strides = eqn.params['strides'] or (1,) * len(x.shape)
   parts: dict[int, tuple[Axis, Axis]] = {}
+  steps: dict[int, _Steps] = {}
   out.axes = []
   for k, (axis, n) in enumerate(zip(x.axes, x.shape, strict=True)):
     start, limit = starts[k], limits[k]
     if same(start, 0) and same(limit, n) and strides[k] == 1:
       out.axes.append(axis)
-    elif strides[k] != 1 or ax.is_locked(axis):
+    elif ax.is_locked(axis) or (strides[k] != 1 and not isinstance(n, int)):
       ax.lock(axis, f'{eqn.why} takes a part of it')
       out.axes.append(ax.atom(out.shape[k], f'{eqn.why} made it'))
+    elif strides[k] != 1:
+      steps[k] = _steps(start, strides[k], out.shape[k], n, eqn.why)
+      ax.unify(axis, steps[k].whole(), eqn.why)
+      out.axes.append(steps[k].taken())
     else:
       pieces = [ax.atom(start), ax.atom(limit - start), ax.atom(n - limit)]
       ax.unify(axis, ax.concatenation(pieces), eqn.why)
@@ -64,6 +141,8 @@ def _slice(eqn: Equation) -> Resize:
       if k in parts:
         new_starts[k] = size(parts[k][0])
         new_limits[k] = new_starts[k] + size(parts[k][1])
+      elif k in steps:
+        new_starts[k], new_limits[k] = steps[k].start(size), steps[k].stop(size)
       elif same(limits[k], x.shape[k]):
         new_limits[k] = size(axis)
     return {
@@ -76,17 +155,27 @@ def _slice(eqn: Equation) -> Resize:
 
 @rule('pad')
 def _pad(eqn: Equation) -> Resize:
+  """Zeros around an axis, or (the derivative of a stride) between entries."""
   x, (out,) = eqn.inputs[0], eqn.outputs
   margins: dict[int, tuple[Axis, Axis]] = {}
+  steps: dict[int, _Steps] = {}
   out.axes = []
   for k, config in enumerate(eqn.params['padding_config']):
     low, high, inner = map(int, config)
-    axis = x.axes[k]
+    axis, n = x.axes[k], out.shape[k]
     if low == high == inner == 0:
       out.axes.append(axis)
-    elif min(low, high) < 0 or inner or ax.is_locked(axis):
+    elif (
+      min(low, high) < 0
+      or ax.is_locked(axis)
+      or (inner and not isinstance(n, int))
+    ):
       ax.lock(axis, f'{eqn.why} pads it')
       out.axes.append(ax.atom(out.shape[k], f'{eqn.why} made it'))
+    elif inner:
+      steps[k] = _steps(low, inner + 1, x.shape[k], n, eqn.why)
+      ax.unify(axis, steps[k].taken(), eqn.why)
+      out.axes.append(steps[k].whole())
     else:
       margins[k] = (ax.atom(low), ax.atom(high))
       out.axes.append(ax.concatenation([margins[k][0], axis, margins[k][1]]))
@@ -96,6 +185,9 @@ def _pad(eqn: Equation) -> Resize:
       (size(margins[k][0]), size(margins[k][1]), 0) if k in margins else old
       for k, old in enumerate(eqn.params['padding_config'])
     ]
+    for k, step in steps.items():
+      behind = size(out.axes[k]) - step.stop(size)
+      config[k] = (step.start(size), behind, step.stride - 1)
     return {'padding_config': tuple(config)}
 
   return resize
@@ -129,13 +221,16 @@ def _gather(eqn: Equation) -> Resize:
   numbers, sizes = eqn.params['dimension_numbers'], eqn.params['slice_sizes']
   batching = tuple(numbers.operand_batching_dims)
   gone = {*numbers.collapsed_slice_dims, *batching}
-  for k in numbers.collapsed_slice_dims:
+  collapsed = numbers.collapsed_slice_dims
+  is_picked = numbers.start_index_map == collapsed and _pick(
+    x, index, collapsed, eqn.why
+  )
+  for k in () if is_picked else collapsed:
     ax.lock(x.axes[k], f'{eqn.why} indexes it')
   for k, j in zip(batching, numbers.start_indices_batching_dims, strict=True):
     ax.unify(x.axes[k], index.axes[j], eqn.why)
   ax.lock(index.axes[-1], f'{eqn.why} reads it as one index')
-  taken = _taken(x, sizes, eqn.why)
-  offsets = iter(axis for k, axis in enumerate(taken) if k not in gone)
+  offsets = iter(_taken(x, sizes, eqn.why, gone))
   batch = iter(index.axes[:-1])
   out.axes = [
     next(offsets) if k in numbers.offset_dims else next(batch)
@@ -158,7 +253,10 @@ def _scatter(eqn: Equation) -> None:
   numbers = eqn.params['dimension_numbers']
   batching = tuple(numbers.operand_batching_dims)
   inserted = tuple(numbers.inserted_window_dims)
-  for k in inserted:
+  is_picked = numbers.scatter_dims_to_operand_dims == inserted and _pick(
+    x, index, inserted, eqn.why
+  )
+  for k in () if is_picked else inserted:
     ax.lock(x.axes[k], f'{eqn.why} indexes it')
   for k, j in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
     ax.unify(x.axes[k], index.axes[j], eqn.why)
@@ -177,10 +275,44 @@ def _scatter(eqn: Equation) -> None:
   eqn.outputs[0].axes = list(x.axes)
 
 
-def _taken(x: Value, sizes: Sequence[Size], why: str) -> list[Axis]:
+def _pick(x: Value, index: Value, along: Sequence[int], why: str) -> bool:
+  """Types a constant index into one axis, where each entry has one place.
+
+  What it takes must be neighbours, in whatever order: [3, 1, 2] takes the
+  entries 1 to 3, permuted. The index is cut with what is taken, and its numbers
+  follow those that are left.
+
+  Returns:
+    Whether it is such an index.
+  """
+  if index.constant is None or len(along) != 1 or index.shape[1:] != (1,):
+    return False
+  axis, n = x.axes[along[0]], x.shape[along[0]]
+  entries = known_entries(index.constant)
+  if entries is None or not entries.size:
+    return False
+  low, high = int(entries.min()), int(entries.max()) + 1
+  if not isinstance(n, int) or low < 0 or high > n or ax.is_locked(axis):
+    return False
+  if not np.array_equal(np.sort(entries[:, 0]), np.arange(low, high)):
+    return False
+  taken = ax.atom(len(entries))
+  middle = ax.permuted(taken, np.argsort(entries[:, 0]), why)
+  whole = ax.concatenation([ax.atom(low), middle, ax.atom(n - high)])
+  ax.unify(axis, whole, why)
+  ax.unify(index.axes[0], taken, why)
+  index.constant, index.indexes = entries, axis
+  return True
+
+
+def _taken(
+  x: Value, sizes: Sequence[Size], why: str, gone: Container[int] = ()
+) -> list[Axis]:
   """Axes of a window: those it spans whole pass, the others are locked."""
   axes = []
-  for axis, n, m in zip(x.axes, x.shape, sizes, strict=True):
+  for k, (axis, n, m) in enumerate(zip(x.axes, x.shape, sizes, strict=True)):
+    if k in gone:
+      continue
     if same(n, m):
       axes.append(axis)
     else:

@@ -1,6 +1,7 @@
 """Rules of matrix products and convolutions."""
 
 import itertools
+from collections.abc import Sequence
 
 from jaxprune.structure import axes as ax
 from jaxprune.structure.rules.base import (
@@ -9,6 +10,23 @@ from jaxprune.structure.rules.base import (
   drop,
   rule,
 )
+
+
+def contraction(
+  eqn: Equation,
+) -> tuple[Sequence[int], Sequence[int]] | None:
+  """Returns the axes of both operands that a matrix product sums over.
+
+  None if the equation is no matrix product.
+  """
+  if eqn.primitive.name == 'dot_general':
+    contract, _ = eqn.params['dimension_numbers']
+    return contract
+  if eqn.primitive.name == 'ragged_dot_general':
+    numbers = eqn.params['ragged_dot_dimension_numbers']
+    contract, _ = numbers.dot_dimension_numbers
+    return contract
+  return None
 
 
 @rule('dot_general')
@@ -23,6 +41,44 @@ def _dot_general(eqn: Equation) -> None:
   free_right = drop(right.axes, (*contract[1], *batch[1]))
   out.axes = [left.axes[a] for a in batch[0]] + free_left + free_right
   eqn.products = [*out.axes, *(left.axes[a] for a in contract[0])]
+
+
+@rule('ragged_dot_general')
+def _ragged_dot(eqn: Equation) -> None:
+  """Products of g runs of rows, as long as the third operand says.
+
+  By which axis of the left operand is cut into runs, what comes out is
+
+    a free one:        rows x out, each run with one of g kernels [in, out];
+    a contracted one:  g x in x out, a product over each run, which is the
+                       derivative by the kernels;
+    a batch:           as of any product.
+
+  Every row meets one kernel, so that there are rows x in x out multiply-adds.
+  The axis of the runs stays whole, for their lengths are data; so does that of
+  the g kernels.
+  """
+  (left, right, lengths), (out,) = eqn.inputs[:3], eqn.outputs
+  numbers = eqn.params['ragged_dot_dimension_numbers']
+  contract, batch = numbers.dot_dimension_numbers
+  (ragged,) = numbers.lhs_ragged_dimensions
+  kernels = numbers.rhs_group_dimensions
+  ax.lock(left.axes[ragged], f'{eqn.why} takes runs of it')
+  for axis in [*lengths.axes, *(right.axes[k] for k in kernels)]:
+    ax.lock(axis, f'{eqn.why} numbers its entries')
+  for a, b in itertools.chain(
+    zip(*contract, strict=True), zip(*batch, strict=True)
+  ):
+    ax.unify(left.axes[a], right.axes[b], eqn.why)
+  free_left = drop(left.axes, (*contract[0], *batch[0]))
+  free_right = drop(right.axes, (*contract[1], *batch[1], *kernels))
+  whole = [left.axes[a] for a in batch[0]] + free_left + free_right
+  count = len(out.shape) - len(whole)  # Of a product over each run.
+  new = [
+    ax.atom(n, f'{eqn.why} numbers its entries') for n in out.shape[:count]
+  ]
+  out.axes = [*new, *whole]
+  eqn.products = [*whole, *(left.axes[a] for a in contract[0])]
 
 
 @rule('conv_general_dilated')

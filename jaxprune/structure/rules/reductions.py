@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from jaxprune.structure import axes as ax
 from jaxprune.structure.rules.base import (
   Equation,
@@ -96,7 +98,6 @@ def _select_in_window(eqn: Equation) -> None:
   'cummax',
   'cummin',
   'cumlogsumexp',
-  'rev',
   'sort',
   'top_k',
 )
@@ -119,6 +120,31 @@ def _along(eqn: Equation) -> None:
       ax.atom(n, f'{eqn.why} runs along it') if k in along else first.axes[k]
       for k, n in enumerate(out.shape)
     ]
+
+
+@rule('rev')
+def _reverse(eqn: Equation) -> None:
+  """Entry j is entry n - 1 - j: a removed unit is removed where it went."""
+  x, (out,) = eqn.inputs[0], eqn.outputs
+  out.axes = list(x.axes)
+  for k in eqn.params['dimensions']:
+    n = x.shape[k]
+    if isinstance(n, int):
+      out.axes[k] = ax.permuted(x.axes[k], np.arange(n)[::-1], eqn.why)
+    else:
+      ax.lock(x.axes[k], f'{eqn.why} runs along it')
+
+
+@rule('fft')
+def _fft(eqn: Equation) -> None:
+  """The transform runs along the last axes, and passes the others."""
+  x, (out,) = eqn.inputs[0], eqn.outputs
+  first = len(x.shape) - len(eqn.params['fft_lengths'])
+  why = f'{eqn.why} runs along it'
+  for axis in x.axes[first:]:
+    ax.lock(axis, why)
+  new = [ax.atom(n, why) for n in out.shape[first:]]
+  out.axes = [*x.axes[:first], *new]
 
 
 @rule('random_bits')

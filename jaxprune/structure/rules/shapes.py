@@ -43,6 +43,13 @@ def _broadcast(eqn: Equation) -> Resize:
   return lambda size: {'shape': shape(out, size)}
 
 
+@rule('empty')
+def _empty(eqn: Equation) -> Resize:
+  (out,) = eqn.outputs
+  out.axes = [ax.atom(n) for n in out.shape]
+  return lambda size: {'shape': shape(out, size)}
+
+
 @rule('iota')
 def _iota(eqn: Equation) -> Resize:
   (out,) = eqn.outputs
@@ -64,16 +71,6 @@ def _transpose(eqn: Equation) -> None:
 @rule('squeeze')
 def _squeeze(eqn: Equation) -> None:
   eqn.outputs[0].axes = drop(eqn.inputs[0].axes, eqn.params['dimensions'])
-
-
-@rule('expand_dims')
-def _expand_dims(eqn: Equation) -> None:
-  (out,) = eqn.outputs
-  rest = iter(eqn.inputs[0].axes)
-  new = eqn.params['dimensions']
-  out.axes = [
-    ax.atom(1) if k in new else next(rest) for k in range(len(out.shape))
-  ]
 
 
 @rule('reshape')
