@@ -19,7 +19,8 @@ import optax
 from absl import flags
 
 from experiments import methods, recipes, train
-from jaxprune import augment, models
+from jaxprune import models
+from jaxprune.data import augment
 
 
 class BadInputError(ValueError):

@@ -37,16 +37,8 @@ import tqdm
 
 import jaxprune as jp
 from experiments import flags, methods, tasks, timing, train, workdir
-from jaxprune import (
-  checkpoint,
-  cost,
-  data,
-  export,
-  masks,
-  models,
-  plans,
-  report,
-)
+from jaxprune import cost, data, io, masks, models, plans, report
+from jaxprune.io import checkpoint
 
 CHUNK = 64  # Steps between two lines of the log.
 
@@ -277,7 +269,7 @@ def measure(
     fn = lambda x, net=net: net.fn(net.variables, x)
     shape = (1, *task.test.images.shape[1:])
     program = folder / f'{name}.stablehlo'
-    export.save(program, fn, jax.ShapeDtypeStruct(shape, jnp.float32))
+    io.save_stablehlo(program, fn, jax.ShapeDtypeStruct(shape, jnp.float32))
     results.append(result)
   return results
 
@@ -302,7 +294,7 @@ def prove(
       proof = jp.check(task.graph, end.plan, masked(task, end), x)
       passed = True
       text = f'values {proof.values:.1e}, gradients {proof.gradients:.1e}'
-    except jp.proof.CheckError as error:
+    except jp.plans.CheckError as error:
       passed, text = False, str(error)
     add('the small network equals the masked one, to 1e-5', text, passed)
     share = cost.macs(task.graph, end.plan) / cost.macs(task.graph)
@@ -320,7 +312,7 @@ def prove(
     name = result['network']
     net = found[name]
     wanted = jax.jit(net.fn)(net.variables, x)
-    loaded = export.load(folder / f'{name}.stablehlo')(x)
+    loaded = io.load_stablehlo(folder / f'{name}.stablehlo')(x)
     error = float(jnp.max(jnp.abs(loaded - wanted)) / jnp.max(jnp.abs(wanted)))
     text = f'differs by {error:.1e}'
     add(f'{name}.stablehlo computes the same', text, error <= 1e-5)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import checks, floats, kinds, placement, select
-from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
-from jaxprune.counts import kept
+from jaxprune.numerics import checks, floats, kinds, select, sharding
+from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics.counts import kept
 
 _WIDE = 1 << 31  # From so many entries on an int32 may not hold a count.
 
@@ -134,8 +134,8 @@ def n_by_m(
       'axis, or keep the leaf dense.'
     )
   shape, given = score.shape, score
-  if shape[axis] // m % placement.parts(score)[axis]:
-    score = placement.whole(score)  # A group would lie on two devices.
+  if shape[axis] // m % sharding.parts(score)[axis]:
+    score = sharding.whole(score)  # A group would lie on two devices.
   groups = score.reshape(*shape[:axis], -1, m, *shape[axis + 1 :])
   parts = [jnp.take(groups, i, axis=axis + 1) for i in range(m)]
   ranks = [jnp.zeros(parts[0].shape, jnp.uint8 if m < 256 else jnp.int32)] * m
@@ -146,7 +146,7 @@ def n_by_m(
       ranks[j] = ranks[j] + (~first).astype(ranks[j].dtype)
   keep = jnp.asarray(n).astype(ranks[0].dtype)
   keeps = jnp.stack([r < keep for r in ranks], axis + 1).reshape(shape)
-  return placement.like(keeps, given)
+  return sharding.like(keeps, given)
 
 
 @kinds.checked
@@ -168,7 +168,7 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   if all(size == 1 for size in sizes):
     return score
   # Sums must not leave the range that the scores themselves are in.
-  score, exponent = floats.split(placement.whole(score))[0]
+  score, exponent = floats.split(sharding.whole(score))[0]
   counts = 1
   for axis, size in enumerate(sizes):
     length = score.shape[axis]
@@ -202,7 +202,7 @@ def spread(
   """
   if mask.shape == tuple(shape):
     return mask
-  mask = placement.whole(mask)
+  mask = sharding.whole(mask)
   for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
     if mask.shape[axis] == 1:
       repeats = [*mask.shape]
@@ -491,7 +491,7 @@ def pack(masks: tree_lib.Arrays) -> tree_lib.Arrays:
     [128, 0]
   """
   check_bool(masks)
-  bits = lambda mask: jnp.packbits(placement.whole(mask).ravel())
+  bits = lambda mask: jnp.packbits(sharding.whole(mask).ravel())
   return jax.tree.map(bits, masks)
 
 
@@ -519,7 +519,7 @@ def unpack(packed: tree_lib.Arrays, params: tree_lib.Arrays) -> tree_lib.Arrays:
       )
     size = math.prod(w.shape)
     mask = jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
-    return placement.like(mask, w)
+    return sharding.like(mask, w)
 
   return jax.tree.map(one, params, packed)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import kinds
+from jaxprune.numerics import kinds
 
 # Pytrees such as the params of a network; numbers are as good in the first.
 PyTree = Annotated[Any, kinds.NUMBERS]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune.structure import absence, primitives
+from jaxprune.structure.rules import primitives
 from jaxprune.structure.rules.base import ELEMENTWISE
+from jaxprune.structure.walks import absence
 
 X = jax.random.normal(jax.random.key(9), (3, 4))
 

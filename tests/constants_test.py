@@ -13,11 +13,12 @@ import pytest
 from jax import lax
 
 from jaxprune import cost, plans, structure
-from jaxprune.proof import check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import constants, rules
+from jaxprune.plans.proof import check
+from jaxprune.structure import rules
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import constants
+from jaxprune.structure.program.run import Run
 from jaxprune.structure.rules import Equation, Value
-from jaxprune.structure.run import Run
 
 TOKENS, WIDTH, HEADS, DIM = 5, 6, 4, 8
 

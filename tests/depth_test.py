@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import cost, plans, proof, structure, tree
-from jaxprune.structure import canvas
+from jaxprune import cost, plans, structure, tree
+from jaxprune.plans import proof
+from jaxprune.structure.sizes import padded
 
 
 def normal(*shape, seed=0):
@@ -316,7 +317,7 @@ def test_a_plan_resizes_features_on_the_way():
 
   @jax.jit
   def by_hand(x):
-    h = canvas.bilinear(jnp.tanh(x @ TWO['a'][:, ::3]), (2, 3))
+    h = padded.bilinear(jnp.tanh(x @ TWO['a'][:, ::3]), (2, 3))
     return jnp.mean(jnp.tanh(h @ TWO['b'][::3]), (1, 2)) @ TWO['c']
 
   want, call = by_hand(x), jax.jit(plans.specialise(PARTS, plan))

@@ -16,9 +16,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 import jaxprune as jp
-import jaxprune.export  # Its translations are in the table too.
+import jaxprune.io  # Its translations are in the table too.
 from jaxprune import structure
-from jaxprune.structure import flow, primitives, program
+from jaxprune.structure.program import typed
+from jaxprune.structure.rules import primitives
+from jaxprune.structure.walks import flow
 
 # What not every supported JAX has.
 OF_SOME = frozenset(
@@ -116,7 +118,7 @@ def test_a_check_says_cause_and_remedy_where_a_trait_is_wrong(monkeypatch):
   net = lambda p, x: jnp.cos(x @ p['a']) @ jnp.cos(p['b'])
   graph = structure.trace(net, PARAMS, X)
   plan = jp.plans.from_kept(graph, {'a': [0, 2, 3, 5]})
-  with pytest.raises(jp.proof.CheckError) as error:
+  with pytest.raises(jp.plans.CheckError) as error:
     jp.check(graph, plan, PARAMS, X)
   assert 'computes with what an absent unit leaves' in str(error.value)
   assert 'rules={name: Choice(protect=True)}' in str(error.value)
@@ -128,7 +130,7 @@ def test_a_check_says_cause_and_remedy_where_a_trait_is_wrong(monkeypatch):
 
 def test_control_flow_is_that_of_the_table():
   rows = primitives.where(bodies=('control', 'derivative'))
-  assert sorted(program._CONTROL) == list(rows)
+  assert sorted(typed._CONTROL) == list(rows)
 
 
 def test_a_barrier_hands_each_operand_to_its_own_result():

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxprune import plans, structure
-from jaxprune.proof import CheckError, check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import program, rules
+from jaxprune.plans.proof import CheckError, check
+from jaxprune.structure import rules
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import typed
 from jaxprune.structure.rules import base, parts
 
 ROWS, INPUTS, OUTPUTS = 3, 4, 2
@@ -412,7 +413,7 @@ def and_along(operation):
     y = jnp.tanh(jnp.tanh(x @ p['a']) @ p['b'])
     return y @ p['c'] + operation(y) @ p['c2']
 
-  return program
+  return typed
 
 
 def neighbours(y):
@@ -513,7 +514,7 @@ QUICK = ('concatenate', 'split', 'reshape', 'elementwise', 'dot_general', 'rev')
 def mutate(name, wrong, monkeypatch):
   """Puts a wrong rule in the place of the right one."""
   if name == 'scan':
-    return monkeypatch.setattr(program, '_unify_values', wrong)
+    return monkeypatch.setattr(typed, '_unify_values', wrong)
   if name == 'stride':
     right = parts._steps
     return monkeypatch.setattr(parts, '_steps', lambda *xs: wrong(right(*xs)))

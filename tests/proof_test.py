@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from jaxprune import plans, structure
-from jaxprune.proof import CheckError, check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import literals, program, rules, run
+from jaxprune.plans.proof import CheckError, check
+from jaxprune.structure import rules
+from jaxprune.structure.numbers import literals
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import run, typed
 
 
 def normal(*shape):
@@ -264,7 +266,7 @@ def test_a_check_catches_a_derivative_that_is_lost(monkeypatch):
     return check(graph, plans.from_kept(graph, {'a': [0, 1, 4]}), params, X)
 
   assert proved().gradients <= 1e-5
-  monkeypatch.setattr(program, '_is_float', lambda value: False)
+  monkeypatch.setattr(typed, '_is_float', lambda value: False)
   message = "the original one on masked params: .*most at the gradient of 'a'"
   with pytest.raises(CheckError, match=message):
     proved()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from marks import slow
 
-from jaxprune import cost, joint, models, plans, proof, structure
+from jaxprune import cost, models, plans, structure
 from jaxprune.cost import latency
+from jaxprune.plans import proof
+from jaxprune.search import joint
 
 SPEC = jax.ShapeDtypeStruct
 X = SPEC((1, 12, 12, 1), jnp.float32)

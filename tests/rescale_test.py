@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from jaxprune import models, plans, structure
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 
 def normal(*shape, seed=0):

@@ -21,7 +21,8 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune import export, kinds, plans, scores
+from jaxprune import io, plans, scores
+from jaxprune.numerics import kinds
 
 ROOMS = """
   augment checkpoint cost data decisions distributions dynamic estimator
@@ -99,10 +100,10 @@ def right():
   """Returns arguments that are right, by name."""
   graph = jp.trace(network, PARAMS, X)
   plan = plans.from_widths(graph, {'a': 4})
-  space = jp.joint.space(graph, X)
-  low, high = jp.joint.unit_range(space)
+  space = jp.search.joint.space(graph, X)
+  low, high = jp.search.joint.unit_range(space)
   masks = jax.tree.map(lambda w: w > 1, PARAMS)
-  channels = jp.soft_channels.kernel_channels(PARAMS)
+  channels = jp.soft.channels.kernel_channels(PARAMS)
   return {
     'graph': graph,
     'small_graph': graph,
@@ -113,7 +114,7 @@ def right():
     'space': space,
     'vector': high,
     'unit': low,
-    'cost': jp.joint.coster(space),
+    'cost': jp.search.joint.coster(space),
     'bound': jp.budget(macs=0.5),
     'target': 0.5,
     'limit': 100.0,
@@ -131,7 +132,7 @@ def right():
     'masks': masks,
     'packed': jp.masks.pack(masks),
     'keep': {'a': 3, 'b': 3},
-    'wiring': jp.lookahead.chain(PARAMS, ['a', 'b']),
+    'wiring': jp.scores.lookahead.chain(PARAMS, ['a', 'b']),
     'state': jp.soft.pdp_init(PARAMS, 0.5),
     'channels': channels,
     'x': X,
@@ -279,7 +280,7 @@ MAGNITUDE = scores.magnitude
     (lambda: jp.sparsify(scores.grasp, 0.9), 'grasp.*scores=scores'),
     (lambda: jp.sparsify(0.9), '`score` must be a function .*got 0.9'),
     (
-      lambda: export.save_safetensors('file', PARAMS, PLAN),
+      lambda: io.save_safetensors('file', PARAMS, PLAN),
       r'`metadata` .* got a Plan.*plans.to_json\(plan\)',
     ),
     (lambda: MAGNITUDE(MODULE), r'`params.activation` .*function.*partition'),

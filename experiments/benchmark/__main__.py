@@ -34,7 +34,9 @@ import jaxprune
 from experiments import command
 from experiments.benchmark import depthwise, shrinking, soft_steps
 from experiments.flags import BadInputError
-from jaxprune import distributions, lookahead, masks, scores, select, transforms
+from jaxprune import distributions, masks, scores, transforms
+from jaxprune.numerics import select
+from jaxprune.scores import lookahead
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
 _F = flags.FlagValues()

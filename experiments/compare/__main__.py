@@ -43,13 +43,13 @@ from experiments.compare import choices, standings, thin
 from jaxprune import (
   data,
   distributions,
-  lookahead,
   masks,
   schedules,
   structure,
   transforms,
   tree,
 )
+from jaxprune.scores import lookahead
 
 _FLAGS = flags.FlagValues()
 _enum = functools.partial(flags.DEFINE_enum, flag_values=_FLAGS)
@@ -522,7 +522,7 @@ def run(only_read: bool) -> Iterator[dict[str, Any]]:
     state, kept, form = dense, {}, 'dense'
     if contender is not None:
       state, drawn, form = finetune(task, contender, dense)
-      transforms.check(state.params, drawn)
+      transforms.check_sparse(state.params, drawn)
       one = jax.tree.map(lambda x: x[0], drawn)
       kept = {p: k for p, (k, _) in masks.count(one).items()}
     row = {

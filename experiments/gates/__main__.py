@@ -55,7 +55,9 @@ from experiments import (
   workdir,
 )
 from experiments.gates import gated
-from jaxprune import checkpoint, cost, data, gates, plots
+from jaxprune import cost, data, gates
+from jaxprune.io import checkpoint
+from jaxprune.report import plots
 
 TUNING_SEED = 100
 WARM, CUT, FROZEN = 0.1, 0.6, 0.8  # Parts of the steps: see `make_step`.

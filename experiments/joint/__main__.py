@@ -40,7 +40,8 @@ from experiments.joint.methods import METHODS, choose
 from experiments.joint.networks import finish
 from experiments.joint.supernets import make_steps
 from experiments.joint.tasks import MODELS, Config, prepare
-from jaxprune import joint, plots
+from jaxprune.report import plots
+from jaxprune.search import joint
 
 _F = absl_flags.FlagValues()
 _text = functools.partial(absl_flags.DEFINE_string, flag_values=_F)

@@ -22,7 +22,8 @@ from absl import flags
 
 import jaxprune as jp
 from experiments import command, timing
-from jaxprune import estimator, joint, models
+from jaxprune import models
+from jaxprune.search import estimator, joint
 
 _F = flags.FlagValues()
 _ROUNDS = flags.DEFINE_integer(

@@ -42,7 +42,7 @@ from experiments.stagewise.choosing import (
 from experiments.stagewise.supernets import speed, supernet
 from experiments.stagewise.tasks import MODELS, Config, prepare
 from experiments.stagewise.truth import finish, proxy_against_truth
-from jaxprune import joint
+from jaxprune.search import joint
 
 METHODS = ('stagewise', 'evolution', 'uniform')
 _F = absl_flags.FlagValues()

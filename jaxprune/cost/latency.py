@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import kinds
 from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, entries, evaluate
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph, runner
-from jaxprune.structure.program import Program, Run, all_equations
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, Run, all_equations
 from jaxprune.structure.rules import Equation, Value
 
 

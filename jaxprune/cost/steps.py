@@ -17,12 +17,12 @@ import numpy as np
 from jax import lax
 
 from jaxprune import tree
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.flow import Binding, Flow, read
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.primitives import known
-from jaxprune.structure.program import Program, Run, all_equations
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, Run, all_equations
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.primitives import known
+from jaxprune.structure.walks.flow import Binding, Flow, read
 
 Assume = Mapping[str, int]  # Pattern of 'operation at line' -> a number.
 Gate = tuple[str, ...]  # The blocks that an operation goes with, sorted.

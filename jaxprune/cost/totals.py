@@ -13,16 +13,17 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune import kinds, plans
+from jaxprune import plans
 from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.cost.steps import Assume, Branches, Step
 from jaxprune.cost.taps import written_out
-from jaxprune.structure.axes import Axis
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.primitives import LAYOUT, known, where
-from jaxprune.structure.program import Program, loop_parts
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.primitives import LAYOUT, known, where
 
 Count = Literal['norms', 'activations', 'pooling']
 COUNTS: tuple[Count, ...] = ('norms', 'activations', 'pooling')

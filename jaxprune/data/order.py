@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import kinds
+from jaxprune.numerics import kinds
 
 
 @kinds.checked

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import kinds
+from jaxprune.numerics import kinds
 
 
 @kinds.checked

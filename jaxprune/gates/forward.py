@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import kinds
 from jaxprune.gates.functions import Function, scale
 from jaxprune.gates.records import (
   Gates,
@@ -18,6 +17,7 @@ from jaxprune.gates.records import (
   names_of,
   reach,
 )
+from jaxprune.numerics import kinds
 
 
 @kinds.checked

@@ -12,14 +12,15 @@ import numpy as np
 from jax import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune import kinds, tree
+from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.plans import states
-from jaxprune.plans.record import Plan, kept_indices, vanished
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
+from jaxprune.plans.plan import Plan, kept_indices, vanished
 from jaxprune.structure.graph import Graph, like, runner
 from jaxprune.structure.locating import Follow, belonging, locate, undecided
-from jaxprune.structure.run import Run
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.run import Run
 
 
 @kinds.checked
@@ -34,7 +35,7 @@ def masks(
 
   With these masks on its params the full network computes what the small one
   will, unless a reduction runs over a removed axis: of params that were trained
-  so :func:`jaxprune.proof.check` says whether it does, and a
+  so :func:`jaxprune.plans.proof.check` says whether it does, and a
   :func:`jaxprune.plans.supernet` closes the same units in every case.
 
   Args:

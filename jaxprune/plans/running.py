@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import kinds, tree
-from jaxprune.plans.record import (
+from jaxprune import tree
+from jaxprune.numerics import kinds
+from jaxprune.plans.plan import (
   Plan,
   Resized,
   check,
@@ -18,9 +19,9 @@ from jaxprune.plans.record import (
   kept_indices,
   vanished,
 )
-from jaxprune.structure import stages
 from jaxprune.structure.graph import Graph, leaves_like, runner
-from jaxprune.structure.run import Switched
+from jaxprune.structure.program.run import Switched
+from jaxprune.structure.queries import stages
 
 
 @kinds.checked
@@ -87,7 +88,7 @@ def at(
     ValueError: if the first argument has no such axes, a cut is no path of a
       leaf, if the function cannot run there with the same params, or if it
       cannot be cut where it is to be resized
-      (:func:`jaxprune.structure.stages.resized`).
+      (:func:`jaxprune.structure.queries.stages.resized`).
 
   Examples:
     >>> from jaxprune.structure import trace

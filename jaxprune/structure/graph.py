@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import placement, tree
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.blocks import Block, Blocks, blocks, dead
-from jaxprune.structure.flow import Flow, flow
+from jaxprune import tree
+from jaxprune.numerics import sharding
 from jaxprune.structure.locating import Follow, belonging, undecided
-from jaxprune.structure.program import Program
-from jaxprune.structure.readers import Readers, readers
-from jaxprune.structure.run import Run, Without
-from jaxprune.structure.slices import Group, Leaf, Member, occurrences
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.run import Run, Without
+from jaxprune.structure.program.slices import Group, Leaf, Member, occurrences
+from jaxprune.structure.program.typed import Program
+from jaxprune.structure.walks.blocks import Block, Blocks, blocks, dead
+from jaxprune.structure.walks.consumers import Readers, readers
+from jaxprune.structure.walks.flow import Flow, flow
 
 Norm = Literal['l1', 'l2', 'max', 'mean']
 Combine = Literal['mean', 'sum', 'max', 'first']
@@ -356,10 +357,10 @@ def _reduce_leaf(
   count = count * (score.size // score.shape[axis])
   empty = jnp.zeros(size, jnp.float32)
   if norm == 'max':
-    most = placement.whole(jnp.max(score, others))
+    most = sharding.whole(jnp.max(score, others))
     return empty.at[units].max(most, mode='drop')
   powers = score * score if norm == 'l2' else score
-  sums = placement.whole(jnp.sum(powers, others))
+  sums = sharding.whole(jnp.sum(powers, others))
   total = empty.at[units].add(sums, mode='drop')
   if norm == 'l2':
     # The slope of the root at 0 is infinite, and would be NaN times 0.

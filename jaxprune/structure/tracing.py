@@ -14,22 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import kinds, tree
-from jaxprune.structure import absence, choices, rescale, twins
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.choices import Choice
+from jaxprune import tree
+from jaxprune.numerics import kinds
+from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.jaxprs import eliminate_dead_code
-from jaxprune.structure.locating import (
-  Follow,
-  belonging,
-  locate,
-  matching,
+from jaxprune.structure.group_rules import Choice
+from jaxprune.structure.locating import Follow, belonging, locate, matching
+from jaxprune.structure.numbers import compare_traces, rescale
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.jaxprs import eliminate_dead_code
+from jaxprune.structure.program.slices import (
+  Group,
+  Leaf,
+  Member,
+  member,
+  occurrences,
 )
-from jaxprune.structure.program import Program, all_equations, build
+from jaxprune.structure.program.typed import Program, all_equations, build
 from jaxprune.structure.rules import Value
-from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
+from jaxprune.structure.walks import absence
 
 Reductions = Literal['protect', 'keep', 'rescale']
 
@@ -49,8 +53,9 @@ def trace(
 
   Params and args may be ``jax.ShapeDtypeStruct``, for no network is computed
   and no memory taken: but for small tables that depend on no argument, as the
-  angles of a rotary embedding (see :mod:`jaxprune.structure.constants`). Each
-  use of such a table is cut on its own.
+  angles of a rotary embedding (see
+  :mod:`jaxprune.structure.program.constants`). Each use of such a table is cut
+  on its own.
 
   The inputs and outputs of the function stay whole, but for those that have the
   path and shape of a leaf of the params (the state of an optimizer, a statistic
@@ -78,8 +83,8 @@ def trace(
       its attention unchanged; 'rescale' offers it, and the smaller function
       computes what the same module would at its width: the divisors and the
       scale are those of what is left. Numbers are known by their place
-      (see :mod:`jaxprune.structure.rescale`) or by ``narrow``; an axis that a
-      number may stand for that cannot be told stays whole.
+      (see :mod:`jaxprune.structure.numbers.rescale`) or by ``narrow``; an axis
+      that a number may stand for that cannot be told stays whole.
     also: other functions of the same params, each a tuple ``(fn, *args)``.
       A step that sums over whole params (an L2 term in the loss, a gradient
       clipped by its global norm) reduces over every axis: it needs
@@ -180,10 +185,10 @@ def _evidence(
   def find(program: Program, proven: rescale.Proven) -> rescale.Findings:
     del proven  # A second trace proves more, of the first function alone.
     if known:
-      return twins.transfer(*known[0], program)
+      return compare_traces.transfer(*known[0], program)
     other, *_ = _program(form, how, _leaves(small), used)
     findings = rescale.patterns(program)
-    known.append((program, twins.confirm(program, other, findings)))
+    known.append((program, compare_traces.confirm(program, other, findings)))
     return known[0][1]
 
   return find
@@ -299,10 +304,10 @@ def _graphs(
       for axis, why in rescale.scaled(program):
         ax.lock(axis, why)
   free = _names(programs, _members(leaves))
-  chosen = choices.apply(rules, free)
+  chosen = group_rules.apply(rules, free)
   members = _members(leaves)
   names = _names(programs, members)
-  ruled = choices.ruled(rules, set(free.values()) - set(names.values()))
+  ruled = group_rules.ruled(rules, set(free.values()) - set(names.values()))
   reduced = _reduced(programs)
   groups = {
     name: Group(
@@ -310,7 +315,7 @@ def _graphs(
       atom.size,
       tuple(members[atom]),
       tuple(reduced.get(atom, ())),
-      *choices.limits(chosen.get(ax.find(atom)), name, atom.size),
+      *group_rules.limits(chosen.get(ax.find(atom)), name, atom.size),
     )
     for atom, name in names.items()
   }

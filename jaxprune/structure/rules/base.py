@@ -5,8 +5,8 @@ returns how to recompute the equation's parameters for other sizes (or None
 where they hold no size). That is all there is to know of a primitive: the
 types say what shrinks together, and the parameters make the smaller program.
 A primitive without a rule locks every axis that it touches, under its name. The
-rules stand in :mod:`jaxprune.structure.primitives`, beside all else that is
-known of a primitive.
+rules stand in :mod:`jaxprune.structure.rules.primitives`, beside all else that
+is known of a primitive.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jax import core
 
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis, Size
-from jaxprune.structure.primitives import Primitive, add, known, where
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis, Size
+from jaxprune.structure.rules.primitives import Primitive, add, known, where
 
 SizeOf = Callable[[Axis], Size]
 Resize = Callable[[SizeOf], dict[str, Any]]
@@ -124,8 +124,9 @@ def rule(
   parameters of the equation at other sizes. What works entry by entry has its
   rule already: :func:`elementwise`. Known primitives may be given another rule.
 
-  The traits are those of :class:`jaxprune.structure.primitives.Primitive`; one
-  that is None stays as it is, which for a new primitive is the careful choice.
+  The traits are those of
+  :class:`jaxprune.structure.rules.primitives.Primitive`; one that is None stays
+  as it is, which for a new primitive is the careful choice.
 
   Args:
     *names: of primitives, as a jaxpr prints them.
