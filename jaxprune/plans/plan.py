@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -396,6 +395,11 @@ def to_json(plan: Plan) -> str:
   )
 
 
+_NO_PLAN = (
+  'This is no plan: a JSON object with "version", "graph" and "kept" is.'
+)
+
+
 @kinds.checked
 def from_json(text: str) -> Plan:
   """Returns the plan that :func:`to_json` wrote.
@@ -410,27 +414,27 @@ def from_json(text: str) -> Plan:
     True
   """
   try:
-    data = json.loads(text)
+    data = checks.loads(text)
     version = data['version']
-  except (ValueError, KeyError, TypeError):
-    raise ValueError(
-      'This is no plan: a JSON object with "version", "graph" and "kept" is.'
-    ) from None
-  if version not in READABLE:
+  except (KeyError, TypeError):
+    raise ValueError(_NO_PLAN) from None
+  except ValueError as error:
+    raise ValueError(f'{_NO_PLAN} {error}') from None
+  if type(version) is not int or version not in READABLE:
     raise ValueError(
       f'The plan has format {version}, this version of jaxprune reads formats '
       f'{" and ".join(map(str, READABLE))}; install the version that wrote it.'
     )
   try:
     kept = tuple(
-      (str(name), tuple(operator.index(i) for i in index))
+      (str(name), tuple(map(_index, index)))
       for name, index in sorted(data['kept'].items())
     )
     dropped = tuple(str(name) for name in data.get('dropped', ()))
     sides = data.get('resolution')
-    resolution = None if sides is None else tuple(map(operator.index, sides))
+    resolution = None if sides is None else tuple(map(_index, sides))
     resized = tuple(
-      (str(cut), tuple(map(operator.index, there)))
+      (str(cut), tuple(map(_index, there)))
       for cut, there in data.get('resized', ())
     )
     return Plan(str(data['graph']), kept, dropped, resolution, resized)
@@ -440,6 +444,13 @@ def from_json(text: str) -> Plan:
       'a list of indices, "dropped" be a list of blocks, "resolution" a list '
       'of ints or null and "resized" a list of cuts with such lists.'
     ) from None
+
+
+def _index(value: Any) -> int:
+  """Returns an int of JSON; true is none, though Python counts it as 1."""
+  if type(value) is not int:
+    raise TypeError(f'{value!r} is no index.')
+  return value
 
 
 def check(graph: Graph, plan: Plan) -> None:
@@ -456,6 +467,8 @@ def check(graph: Graph, plan: Plan) -> None:
   _check_graph(graph, plan)
   names = [name for name, _ in plan.kept]
   for name, index in plan.kept:
+    if not all(type(i) is int for i in index):  # A bool and 0.5 are none.
+      index = [_unit(name, i) for i in index]
     _check_range(name, group(graph, name).size, index)
     if names.count(name) > 1:
       raise ValueError(

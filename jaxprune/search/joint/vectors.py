@@ -1,7 +1,6 @@
 """Pruning vectors and what each of their coordinates may be."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -464,7 +463,7 @@ def from_json(text: str) -> PruningVector:
     ValueError: if it is none, or of a format that this version does not know.
   """
   try:
-    data = json.loads(text)
+    data = checks.loads(text)
     version = data.pop('version')
     vector = PruningVector(**data)
     sound = isinstance(vector.widths, dict) and isinstance(vector.depths, dict)
@@ -476,7 +475,7 @@ def from_json(text: str) -> PruningVector:
       'This is no pruning vector: a JSON object with "version", "widths", '
       '"depths" and "side" is.'
     )
-  if version not in READABLE:
+  if type(version) is not int or version not in READABLE:
     raise ValueError(
       f'The pruning vector has format {version}, this version of jaxprune '
       f'reads formats {" and ".join(map(str, READABLE))}.'
