@@ -25,10 +25,11 @@ from jaxprune import io, plans, scores
 from jaxprune.numerics import kinds
 
 ROOMS = """
-  augment checkpoint cost data decisions distributions dynamic estimator
-  evolution export gates joint lookahead masks plans proof recovery
-  report reparam schedules scores select soft soft_channels soft_training
-  stagewise structure transforms tree weights zeros
+  cost data data.augment distributions gates io io.checkpoint io.pretrained
+  masks numerics.select plans plans.recovery report schedules scores
+  scores.lookahead search.estimator search.evolution search.joint
+  search.stagewise soft soft.channels soft.reparam soft.training structure
+  transforms transforms.dynamic transforms.preview transforms.zeros tree
 """.split()
 
 # Any value is right for these, or any that is like the values of the caller.
@@ -38,6 +39,7 @@ FREE = {
   'tree.compact',
   'tree.is_prunable',
   'tree.why_dense',
+  'structure.elementwise',  # A rule: the tracer calls it for every operation.
 }
 
 

@@ -58,8 +58,8 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @kinds.checked
 def normalise(
   images: jax.Array,
-  mean: Sequence[float] | jax.Array,
-  deviation: Sequence[float] | jax.Array,
+  mean: Sequence[float] | jax.typing.ArrayLike,
+  deviation: Sequence[float] | jax.typing.ArrayLike,
   dtype: Any = jnp.float32,
 ) -> jax.Array:
   """Returns (images - mean) / deviation, per channel.

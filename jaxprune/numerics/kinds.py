@@ -43,7 +43,7 @@ _REMEDIES = {
   'PruningVector': '`joint.unit_range(space)` gives two.',
   'PDPState': '`soft.pdp_init(params, sparsity)` makes one.',
   'Diagnosis': '`soft.diagnose(params, state)` makes one.',
-  'Channels': '`soft_channels.kernel_channels(params)` makes one.',
+  'Channels': '`soft.channels.kernel_channels(params)` makes one.',
   'Gates': '`gates.init(structure)` makes them.',
   'Values': '`gates.evaluate(gates, structure)` makes them.',
   'GradientTransformation': 'An optimizer is one, as `optax.adam(1e-3)`.',
@@ -63,7 +63,7 @@ _OF_ARGUMENTS = {
 _NEEDS = {
   'which': 'None, a function (path, leaf) -> bool or rules over paths',
 }
-_OF_FUNCTIONS = ('scores', 'distributions', 'schedules', 'models', 'weights')
+_OF_FUNCTIONS = ('scores', 'distributions', 'schedules', 'models', 'pretrained')
 _OF_LEAVES = (
   'Keep the arrays of a module apart from all else: '
   '`eqx.partition(model, eqx.is_inexact_array)`, `nnx.split(model)`.'

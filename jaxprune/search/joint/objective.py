@@ -171,7 +171,7 @@ def _rung(side: jax.Array, ladder: np.ndarray) -> jax.Array:
 
 @kinds.checked
 def penalty(
-  cost: float | jax.Array, limit: float, kind: Penalty = 'hinge'
+  cost: jax.typing.ArrayLike, limit: float, kind: Penalty = 'hinge'
 ) -> jax.Array:
   """Returns how far a cost is from its limit, in logarithms.
 

@@ -213,6 +213,7 @@ def _handed_back(graph: Graph, program: Program) -> list[str]:
   return [str(paths[value]) for value in program.outputs[1:]]
 
 
+@kinds.checked
 def first_read(graph: Graph, at: Sequence[str]) -> tuple[str, ...]:
   """Returns the leaf that each cut falls before, by its path.
 
