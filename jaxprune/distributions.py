@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, floats, select, sharding
+from jaxprune.numerics import checks, floats, kinds, select, sharding
 from jaxprune.numerics import counts as counts_lib
 from jaxprune.numerics.select import keys
 
@@ -38,6 +38,7 @@ class Pooled(NamedTuple):
 Distribution = Callable[[Shapes, float], Kept] | Pooled
 
 
+@kinds.checked
 def uniform(shapes: Shapes, sparsity: float) -> Kept:
   """Gives every leaf the same sparsity, to a weight.
 
@@ -76,6 +77,7 @@ def _evenly(sizes: Mapping[str, int], sparsity: float) -> Kept:
   return kept
 
 
+@kinds.checked
 def uniform_plus(
   first: str, last: str, *, last_density: float = 0.2
 ) -> Callable[[Shapes, float], Kept]:
@@ -122,6 +124,7 @@ def uniform_plus(
   return distribution
 
 
+@kinds.checked
 def erk(shapes: Shapes, sparsity: float) -> Kept:
   """Keeps weights in proportion to the sum of a leaf's dimensions.
 
@@ -149,6 +152,7 @@ def erk(shapes: Shapes, sparsity: float) -> Kept:
   return share(_sizes(shapes), weights, sparsity)
 
 
+@kinds.checked
 def by_macs(
   macs: Mapping[str, float], *, power: float = 0.5
 ) -> Callable[[Shapes, float], Kept]:
@@ -200,6 +204,7 @@ def by_macs(
   return distribution
 
 
+@kinds.checked
 def share(
   sizes: Mapping[str, int],
   weights: Mapping[str, float],
@@ -237,6 +242,7 @@ def share(
       f'{sum(lowest.values())} that bounded leaves hold; lower it, or the '
       'bounds.'
     )
+  checks.has_each('weights', weights, paths)
   exact = _water(
     [fractions.Fraction(weights[path]) for path in paths],
     [lowest[path] for path in paths],
@@ -298,6 +304,7 @@ def _normalise(scores: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(one, scores)
 
 
+@kinds.checked
 def survival(x: jax.Array) -> jax.Array:
   """Returns each square over the sum of those at least as large.
 
@@ -353,6 +360,7 @@ normalised = Pooled(_normalise)
 lamp = Pooled(lambda scores: jax.tree.map(survival, scores))
 
 
+@kinds.checked
 def select_pooled(
   scores: tree_lib.PyTree, keep: counts_lib.Keep, distribution: Pooled
 ) -> tree_lib.PyTree:
@@ -382,6 +390,7 @@ def select_pooled(
   return select.top_masks(scores, keep)
 
 
+@kinds.checked
 def table(
   distribution: Callable[[Shapes, float], Kept],
   shapes: Shapes,
@@ -414,6 +423,7 @@ def table(
   multiples = [i / 128 for i in range(129)] if grid else []
   rows_at = sorted({np.float32(x): x for x in (*multiples, *levels)}.values())
   sizes = _sizes(shapes)
+  checks.has_each('units', units, shapes)
   rows = []
   for sparsity in rows_at:
     try:
@@ -434,6 +444,7 @@ def table(
   return np.array(rows_at), np.array(rows, np.int64)
 
 
+@kinds.checked
 def interpolate(
   grid: np.ndarray, pruned: np.ndarray, sparsity: jax.Array
 ) -> counts_lib.Limbs:
@@ -487,6 +498,7 @@ def interpolate(
   return counts_lib.carry(whole[0][:-1], whole[1][:-1] + extra)
 
 
+@kinds.checked
 def counts(
   distribution: Callable[[Shapes, float], Kept],
   shapes: Shapes,
@@ -535,6 +547,7 @@ def counts(
   return counts_lib.minus(whole, pruned)
 
 
+@kinds.checked
 def uniform_counts(
   sizes: Sequence[int], sparsity: jax.Array, levels: Sequence[float]
 ) -> counts_lib.Limbs:

@@ -15,15 +15,16 @@ import numpy as np
 import optax
 
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, floats, select, sharding
+from jaxprune.numerics import checks, floats, kinds, select, sharding
 from jaxprune.numerics import counts as counts_lib
 from jaxprune.numerics.counts import kept
 
 _WIDE = 1 << 31  # From so many entries on an int32 may not hold a count.
 
 
+@kinds.checked
 def top(
-  scores: tree_lib.PyTree,
+  scores: tree_lib.Arrays,
   sparsity: float | jax.Array | tree_lib.PyTree,
 ) -> tree_lib.PyTree:
   """Returns masks that keep the best n - round(s n) entries of each leaf.
@@ -47,10 +48,21 @@ def top(
   check_finite(scores)
   if jax.tree_util.all_leaves([sparsity]):
     sparsity = jax.tree.map(lambda _: sparsity, scores)
+  tree_lib.check_alike('Fractions', sparsity, scores)
+  odd = [
+    f'{path} {np.shape(x)}'
+    for path, x in tree_lib.leaves(sparsity).items()
+    if np.ndim(x)
+  ]
+  if odd:
+    raise ValueError(
+      f'A sparsity must be a number, got arrays: {", ".join(odd)}.'
+    )
   counts = jax.tree.map(lambda x, s: kept(x.size, s), scores, sparsity)
   return select.top_masks(scores, counts)
 
 
+@kinds.checked
 def check_finite(scores: tree_lib.PyTree) -> None:
   """Raises if scores are not finite; does nothing under a trace.
 
@@ -69,11 +81,13 @@ def check_finite(scores: tree_lib.PyTree) -> None:
   bad = [path for path, fine in jax.device_get(finite).items() if not fine]
   if bad:
     raise ValueError(
-      f'Scores must be finite; NaN or infinity in: {", ".join(bad)}. Weights '
+      'Scores must be finite; NaN or infinity in: '
+      f'{", ".join(path or "the array" for path in bad)}. Weights '
       'that diverged cannot be ranked.'
     )
 
 
+@kinds.checked
 def n_by_m(
   score: jax.Array,
   n: int | jax.Array,
@@ -135,6 +149,7 @@ def n_by_m(
   return sharding.like(keeps, given)
 
 
+@kinds.checked
 def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   """Returns the mean score of every block; a ragged edge is its own block.
 
@@ -170,6 +185,7 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   return floats.join(floats.Scaled(means, exponent), most=127)
 
 
+@kinds.checked
 def spread(
   mask: jax.Array, sizes: tuple[int, ...], shape: tuple[int, ...]
 ) -> jax.Array:
@@ -252,11 +268,13 @@ class NByM(NamedTuple):
 Granularity = Blocks | NByM
 
 
+@kinds.checked
 def elements() -> Blocks:
   """Granularity of single entries: unstructured pruning."""
   return Blocks({})
 
 
+@kinds.checked
 def blocks(sizes: Mapping[int, int | None]) -> Blocks:
   """Granularity of blocks; axes that are not named have length 1.
 
@@ -280,6 +298,7 @@ def blocks(sizes: Mapping[int, int | None]) -> Blocks:
   return Blocks(dict(sizes))
 
 
+@kinds.checked
 def channels(axis: int = -1) -> Blocks:
   """Granularity of whole channels along an axis.
 
@@ -296,6 +315,7 @@ def channels(axis: int = -1) -> Blocks:
   return Blocks({checks.whole('axis', axis): 1}, others=None)
 
 
+@kinds.checked
 def groups(n: int, m: int, *, axis: int | None = None) -> NByM:
   """Granularity of N:M groups, such as 2:4.
 
@@ -323,7 +343,8 @@ def groups(n: int, m: int, *, axis: int | None = None) -> NByM:
   return NByM(n, m, axis)
 
 
-def apply(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
+@kinds.checked
+def apply(masks: tree_lib.Arrays, params: tree_lib.Arrays) -> tree_lib.Arrays:
   """Returns params with exact zeros where pruned.
 
   w where mask else 0, so that what is not finite does not get past a mask.
@@ -349,7 +370,8 @@ def apply(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
   )
 
 
-def check_like(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
+@kinds.checked
+def check_like(masks: tree_lib.Arrays, params: tree_lib.Arrays) -> None:
   """Raises unless masks are bool and have the shapes of their leaves.
 
   Args:
@@ -369,12 +391,14 @@ def check_like(masks: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
         f'mask of {path!r} must have shape {np.shape(w)}, got {np.shape(mask)}'
       )
 
+  tree_lib.check_alike('Masks', masks, params)
   tree_lib.map_with_path(look, params, masks)
   if bad:
     raise ValueError('; '.join(bad) + '.')
 
 
-def check_bool(masks: tree_lib.PyTree) -> None:
+@kinds.checked
+def check_bool(masks: tree_lib.Arrays) -> None:
   """Raises unless masks are bool: bytes of packed ones and floats are not.
 
   Args:
@@ -398,12 +422,14 @@ def check_bool(masks: tree_lib.PyTree) -> None:
   )
 
 
+@kinds.checked
 def is_dense(mask: Any) -> bool:
   """Whether a place in a tree of masks says that the leaf is not pruned."""
   return isinstance(mask, optax.MaskedNode)
 
 
-def count(masks: tree_lib.PyTree) -> dict[str, tuple[int, int]]:
+@kinds.checked
+def count(masks: tree_lib.Arrays) -> dict[str, tuple[int, int]]:
   """Returns (kept, size) of every masked leaf by path, as exact ints.
 
   Args:
@@ -428,7 +454,8 @@ def count(masks: tree_lib.PyTree) -> dict[str, tuple[int, int]]:
   return rows
 
 
-def sparsity(masks: tree_lib.PyTree) -> float:
+@kinds.checked
+def sparsity(masks: tree_lib.Arrays) -> float:
   """Returns the fraction of zeros over all masked leaves, in float64.
 
   Args:
@@ -446,7 +473,8 @@ def sparsity(masks: tree_lib.PyTree) -> float:
   return 1 - sum(k for k, _ in rows) / size if size else 0.0
 
 
-def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
+@kinds.checked
+def pack(masks: tree_lib.Arrays) -> tree_lib.Arrays:
   """Stores eight masks in a byte.
 
   Args:
@@ -467,7 +495,8 @@ def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(bits, masks)
 
 
-def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
+@kinds.checked
+def unpack(packed: tree_lib.Arrays, params: tree_lib.Arrays) -> tree_lib.Arrays:
   """Undoes :func:`pack`.
 
   Args:
@@ -478,10 +507,16 @@ def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
     >>> unpack(pack(jnp.array([True, False])), jnp.zeros(2)).tolist()
     [True, False]
   """
+  tree_lib.check_alike('Packed masks', packed, params)
 
   def one(w, bits):
     if is_dense(bits):
       return bits
+    if bits.dtype != jnp.uint8 or bits.shape != (-(-w.size // 8),):
+      raise ValueError(
+        f'`packed` must be uint8 of shape [{-(-w.size // 8)}] for a leaf of '
+        f'shape {w.shape}, as `masks.pack` makes it; got {kinds.shown(bits)}.'
+      )
     size = math.prod(w.shape)
     mask = jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
     return sharding.like(mask, w)
@@ -489,9 +524,10 @@ def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
   return jax.tree.map(one, params, packed)
 
 
+@kinds.checked
 def unpacked(
-  masks: tree_lib.PyTree, params: tree_lib.PyTree
-) -> tree_lib.PyTree:
+  masks: tree_lib.Arrays, params: tree_lib.Arrays
+) -> tree_lib.Arrays:
   """Returns masks as bool, whether or not they are packed.
 
   Args:

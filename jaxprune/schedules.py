@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Schedule:
     return jnp.asarray(self.fn(jnp.asarray(step)), jnp.float32)
 
 
+@kinds.checked
 def constant(sparsity: float, *, begin: int = 0) -> Schedule:
   """Returns 0 before ``begin``, ``sparsity`` from there on: one-shot pruning.
 
@@ -57,6 +58,7 @@ def constant(sparsity: float, *, begin: int = 0) -> Schedule:
   )
 
 
+@kinds.checked
 def polynomial(
   sparsity: float,
   *,
@@ -100,6 +102,7 @@ def polynomial(
   return Schedule(fn, (initial, sparsity), sparsity < initial)
 
 
+@kinds.checked
 def cubic(
   sparsity: float, *, begin: int, end: int, initial: float = 0.0
 ) -> Schedule:
@@ -127,6 +130,7 @@ def cubic(
   return polynomial(sparsity, begin=begin, end=end, initial=initial)
 
 
+@kinds.checked
 def cosine(
   sparsity: float, *, begin: int, end: int, initial: float = 0.0
 ) -> Schedule:
@@ -158,6 +162,7 @@ def cosine(
   return Schedule(fn, (initial, sparsity), sparsity < initial)
 
 
+@kinds.checked
 def iterative(
   sparsity: float, *, begin: int, end: int, rounds: int
 ) -> Schedule:
@@ -199,6 +204,7 @@ def iterative(
   return Schedule(fn, tuple(levels))
 
 
+@kinds.checked
 def prune_then_regrow(
   peak: float, sparsity: float, *, begin: int, turn: int, end: int
 ) -> Schedule:
@@ -232,6 +238,7 @@ def prune_then_regrow(
   return Schedule(fn, (0.0, peak, sparsity), sparsity < peak)
 
 
+@kinds.checked
 def warm_restarts(
   sparsity: float,
   *,

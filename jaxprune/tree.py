@@ -9,23 +9,29 @@ expression over paths to a value, in which the first match wins.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-PyTree = Any  # A pytree of arrays, such as the params of a network.
+from jaxprune.numerics import kinds
+
+# Pytrees such as the params of a network; numbers are as good in the first.
+PyTree = Annotated[Any, kinds.NUMBERS]
+Arrays = Annotated[Any, kinds.ARRAYS]
 Rules = Mapping[str, Any]  # Regular expression over paths -> value.
 Which = Callable[[str, Any], bool] | Mapping[str, bool] | None
 T = TypeVar('T')
 
 _VARIABLE_VALUE = jax.tree_util.GetAttrKey('value')
 _WEIGHT_NAMES = ('kernel', 'weight', 'w')
+_BESIDE = 'Masks, scores and states of these settings and params'
 _DENSE_NAMES = ('bias', 'b', 'scale', 'offset', 'embedding', 'embeddings')
 
 
+@kinds.checked
 def path_string(path: tuple[Any, ...]) -> str:
   """Returns a key path as one string, the same for every framework.
 
@@ -70,10 +76,11 @@ def leaves(tree: PyTree) -> dict[str, Any]:
   return named
 
 
+@kinds.checked
 def map_with_path(
   fn: Callable[..., Any],
-  tree: PyTree,
-  *rest: PyTree,
+  tree: Any,
+  *rest: Any,
   is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
   """Maps ``fn(path, leaf, *rest_leaves)`` over a pytree.
@@ -111,6 +118,7 @@ def compact(tree: PyTree) -> PyTree:
   return {n: child for n, child in inner.items() if jax.tree.leaves(child)}
 
 
+@kinds.checked
 def match(
   rules: Mapping[str, T],
   paths: Iterable[str],
@@ -223,6 +231,7 @@ def why_dense(path: str, leaf: Any) -> str:
   return ''
 
 
+@kinds.checked
 def prunable(params: PyTree, which: Which = None) -> PyTree:
   """Returns params with ``optax.MaskedNode()`` for each leaf that stays dense.
 
@@ -276,7 +285,81 @@ def prunable(params: PyTree, which: Which = None) -> PyTree:
   return map_with_path(keep, params)
 
 
-def restrict(params: PyTree, like: PyTree) -> PyTree:
+@kinds.checked
+def check_alike(
+  name: str, given: Any, like: Any, *, shapes: bool = False
+) -> None:
+  """Raises if a pytree has not the leaves of another one, which it goes with.
+
+  Args:
+    name: of what is given, for the error.
+    given: a pytree of which ``like`` is a prefix, or that is one of ``like``,
+      ``optax.MaskedNode()`` and None standing for leaves.
+    like: the pytree that decides.
+    shapes: whether each leaf must broadcast to the shape of its partner.
+
+  Raises:
+    ValueError: naming the leaves that one has and the other has not, or those
+      of another shape.
+
+  Examples:
+    >>> try:
+    ...   check_alike('The masks', {'a': 1}, {'a': 1, 'b': 2})
+    ... except ValueError as error:
+    ...   print(error)
+    The masks must have the leaves of what they go with; not there: b.
+  """
+  odd: list[str] = []
+
+  def look(path, x, y):
+    if shapes and not _broadcasts(np.shape(y), np.shape(x)):
+      what = f'of {path!r} ' if path else ''
+      odd.append(f'{what}{np.shape(x)}, got {np.shape(y)}')
+
+  is_single = like is None or jax.tree_util.all_leaves([like])
+  try:
+    if (
+      is_single
+      and not isinstance(given, optax.MaskedNode | None)
+      and (not jax.tree_util.all_leaves([given]))
+    ):
+      raise ValueError('A leaf is a prefix of every pytree.')
+    call = lambda path, x, y: look(path, x, y) if _is_leaf(y) else None
+    map_with_path(call, like, given, is_leaf=lambda x: x is None)
+  except (ValueError, TypeError):
+    odd = []
+  else:
+    if odd:
+      raise ValueError(f'{name} must have the shape {"; ".join(odd)}.')
+    return
+  theirs, ours = _paths(given), _paths(like)
+  lacking = ', '.join(path for path in ours if path not in theirs)
+  beyond = ', '.join(path for path in theirs if path not in ours)
+  faults = [f'not there: {lacking}'] if lacking else []
+  faults += [f'too many: {beyond}'] if beyond else []
+  why = '; '.join(faults) or 'the containers are of other types'
+  raise ValueError(f'{name} must have the leaves of what they go with; {why}.')
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+  try:
+    return np.broadcast_shapes(shape, to) == tuple(to)
+  except ValueError:
+    return False
+
+
+def _is_leaf(x: Any) -> bool:
+  return x is not None and jax.tree_util.all_leaves([x])
+
+
+def _paths(tree: Any) -> list[str]:
+  is_leaf = lambda x: x is None or isinstance(x, optax.MaskedNode)
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  return [path_string(path) or 'a single array' for path, _ in flat]
+
+
+@kinds.checked
+def restrict(params: Any, like: Any) -> PyTree:
   """Returns params with ``optax.MaskedNode()`` wherever ``like`` has one.
 
   Args:
@@ -288,12 +371,14 @@ def restrict(params: PyTree, like: PyTree) -> PyTree:
     >>> restrict({'kernel': 1, 'bias': 2}, masks)
     {'bias': MaskedNode(), 'kernel': 1}
   """
+  check_alike(_BESIDE, like, params)
   choose = lambda leaf, x: x if isinstance(x, optax.MaskedNode) else leaf
   return jax.tree.map(choose, params, like)
 
 
+@kinds.checked
 def map_pruned(
-  fn: Callable[..., Any], params: PyTree, some: PyTree, *rest: PyTree
+  fn: Callable[..., Any], params: Any, some: Any, *rest: Any
 ) -> PyTree:
   """Maps ``fn(w, x, ...)`` over the leaves to prune; the others pass unchanged.
 
@@ -312,6 +397,8 @@ def map_pruned(
   call = lambda leaf, x, *xs: (
     leaf if isinstance(x, optax.MaskedNode) else fn(leaf, x, *xs)
   )
+  for given in (some, *rest):
+    check_alike(_BESIDE, given, params)
   return jax.tree.map(call, params, some, *rest)
 
 

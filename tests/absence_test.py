@@ -227,3 +227,39 @@ def test_the_column_is_what_jax_computes(name):
   result = OF_LAX[name](*[jnp.zeros((), dtype)] * (2 if name in OF_TWO else 1))
   is_kept = primitives.known(name).zero == 'all'
   assert is_kept == (not np.any(np.asarray(result)))
+
+
+FILLED = {
+  'by a number': ({'mode': 'fill', 'fill_value': 2.0}, False),
+  'by zero': ({'mode': 'fill', 'fill_value': 0.0}, True),
+  'by NaN': ({'mode': 'fill'}, True),
+  'never': ({'mode': 'clip'}, True),
+}
+
+
+@pytest.mark.parametrize('name', FILLED)
+def test_what_a_gather_fills_in_is_not_zero(name):
+  options, is_offered = FILLED[name]
+  params = weights((4, 8), (4, 8))
+
+  def fn(p, x):
+    rows = jnp.take(x @ p['a'], jnp.array([0, 2]), 0, **options)
+    return rows @ jnp.exp(x @ p['b']).T
+
+  graph = jp.trace(fn, params, X)
+  assert ('a' in graph.groups) == is_offered
+  kept = jp.trace(fn, params, X, reductions='keep')
+  plan = jp.plans.from_kept(kept, {'a': np.arange(5)})
+  assert jp.check(kept, plan, params, X).values < 1e-5
+
+
+def test_an_index_of_a_unit_does_not_make_its_entry_zero():
+  """Row 0 of a table is read where the index of an absent unit is 0."""
+  params = {**weights((4, 8), (4, 8)), 't': jnp.linspace(1.0, 2.0, 16)}
+
+  def fn(p, x):
+    places = jnp.floor(jnp.abs(x @ p['a'])).astype(jnp.int32)
+    return p['t'][places] @ jnp.exp(x @ p['b']).T
+
+  graph = jp.trace(fn, params, X)
+  assert 'a' not in graph.groups

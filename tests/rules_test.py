@@ -129,3 +129,37 @@ def test_the_path_of_a_leaf_is_taken_as_it_stands():
   assert structure.first_read(IMAGE, ['a(a+)+b']) == ('a(a+)+b',)
   plan = plans.from_kept(IMAGE, {}, resized=[('b', (4, 4))])
   assert plans.at(IMAGE, None, plan.resized).args[0].shape == (2, 6, 6, 3)
+
+
+@pytest.mark.parametrize(
+  ('kept', 'message'),
+  [
+    ((('wide', (0.5, 1)),), 'must be an integer, got 0.5'),
+    ((('wide', (True, 2)),), 'must be an integer, got True'),
+    ((('wide', (1,)), ('wide', (2, 3))), "has group 'wide' twice"),
+  ],
+)
+@pytest.mark.parametrize('name', TAKES_A_PLAN)
+def test_a_plan_by_hand_names_whole_units_once(name, kept, message):
+  plan = plans.Plan(FREE.fingerprint, kept)
+  with pytest.raises((ValueError, TypeError), match=message):
+    TAKES_A_PLAN[name](FREE, plan)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (('[0, 1]', '[true, 2]'), 'The plan is damaged'),
+    (('[0, 1]', '[0.5, 2]'), 'The plan is damaged'),
+    (('[0, 1]', '[NaN, 2]'), 'JSON has no NaN'),
+    (('[0, 1]', '[0, 1], "wide": [2, 3]'), "The JSON has 'wide' twice"),
+    (('"version": 3', '"version": true'), 'The plan has format True'),
+    (('[0, 1]', '[' * 100_000), 'This is no plan'),
+  ],
+)
+def test_a_file_that_says_two_things_is_refused(changes, message):
+  text = plans.to_json(plans.Plan(FREE.fingerprint, (('wide', (0, 1)),)))
+  old, new = changes
+  assert old in text
+  with pytest.raises(ValueError, match=message):
+    plans.from_json(text.replace(old, new))

@@ -279,5 +279,5 @@ def test_errors():
     scores.magnitude(params, lambda *_: False)
   with pytest.raises(TypeError, match=r"True or False, got '.*': 0.5"):
     scores.magnitude(params, {'.*': 0.5})
-  with pytest.raises(TypeError, match=r'function .* or rules .*, got int'):
+  with pytest.raises(TypeError, match=r'function .* or rules .*, got 3'):
     scores.magnitude(params, 3)

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, entries, evaluate
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
@@ -85,6 +86,7 @@ class Table:
     return '\n'.join(lines)
 
 
+@kinds.checked
 def measure(
   graph: Graph,
   *,
@@ -178,6 +180,7 @@ def digest(graph: Graph) -> str:
   return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
+@kinds.checked
 def predict(table: Table, values: Mapping[str, Any]) -> Any:
   """Returns the milliseconds of a call at widths.
 

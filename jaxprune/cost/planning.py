@@ -11,9 +11,10 @@ from jaxprune import plans, tree
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
-from jaxprune.numerics import checks, counts
+from jaxprune.numerics import checks, counts, kinds
 from jaxprune.plans.plan import vanished_groups
 from jaxprune.structure.graph import Graph
+from jaxprune.structure.queries import held
 
 TOLERANCE = 1e-3  # Of a bound: what may be left of it unused.
 
@@ -43,6 +44,7 @@ class Reached(NamedTuple):
     return 1 - self.reached / self.asked
 
 
+@kinds.checked
 def budget(
   *,
   macs: float | int | None = None,
@@ -137,6 +139,7 @@ def _bounds(
   return found
 
 
+@kinds.checked
 def reached(
   graph: Graph,
   plan: plans.Plan,
@@ -169,6 +172,7 @@ def reached(
   }
 
 
+@kinds.checked
 def plan(
   graph: Graph,
   scores: Mapping[str, Any],
@@ -248,7 +252,7 @@ def plan(
       _units(score, low if name in values else high, high, pitch, normalise)
     )
   top = np.array([high for _, high, _ in ranges.values()], np.int64)
-  _check_reach(bounds, top, units)
+  _check_reach(graph, bounds, top, units)
   tight = [b for b in bounds if b.limit < b.cost(top)]
   best = top
   if tight:
@@ -411,7 +415,7 @@ def _trade(
 
 
 def _check_reach(
-  bounds: list[_Bound], top: np.ndarray, units: list[_Units]
+  graph: Graph, bounds: list[_Bound], top: np.ndarray, units: list[_Units]
 ) -> None:
   """Refuses a budget beyond what the widths can cost, at either end."""
   least = top - np.array([unit.sizes.sum() for unit in units], np.int64)
@@ -425,7 +429,7 @@ def _check_reach(
     raise ValueError(
       f'The budget cannot be met: with every group at its smallest there '
       f'remain {found}. Ask for more, or allow smaller groups (`round_to`, '
-      f'`keep`).'
+      f'`keep`). {held.remedy(graph)}'.rstrip()
     )
   if all(b.limit > b.whole for b in bounds):
     found = ', '.join(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.numerics import kinds
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
 
@@ -22,6 +23,7 @@ Term = tuple[str, ...]  # The variables of a term, sorted, with repetitions.
 Polynomial = Mapping[Term, int]  # Term -> coefficient, not negative.
 
 
+@kinds.checked
 def evaluate(
   polynomial: Polynomial | Sequence[Polynomial], values: Mapping[str, Any]
 ) -> Any:
@@ -39,6 +41,7 @@ def evaluate(
       ints, NumPy arrays or JAX arrays that broadcast against each other.
 
   Raises:
+    TypeError: if there is no polynomial, or no mapping of values.
     ValueError: if a variable has no value, or an exact result would not fit
       64 bits (Python ints always do).
 
@@ -49,6 +52,11 @@ def evaluate(
     array([3, 6])
   """
   many = [polynomial] if isinstance(polynomial, Mapping) else list(polynomial)
+  if not all(isinstance(t, tuple) for p in many for t in _terms(p)):
+    raise TypeError(
+      '`polynomial` must be a mapping from tuples of names to integers, or '
+      'several, as `cost.macs_polynomial(graph)` makes one.'
+    )
   names = sorted({name for p in many for term in p for name in term})
   missing = [name for name in names if name not in values]
   if missing:
@@ -66,6 +74,11 @@ def evaluate(
       _check_range(p, exact)
     return functools.reduce(np.maximum, [_exactly(p, exact) for p in many])
   return max(_exactly(p, given) for p in many)
+
+
+def _terms(polynomial: Any) -> Iterable[Any]:
+  """Returns the terms of a polynomial; of anything else one that is none."""
+  return polynomial if isinstance(polynomial, Mapping) else [None]
 
 
 def _exact(value: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.cost.steps import Assume, Branches, Step
 from jaxprune.cost.taps import written_out
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program.axes import Axis
 from jaxprune.structure.program.typed import Program, loop_parts
@@ -42,6 +43,7 @@ Layers = Mapping[str, Collection[str]]  # Variable -> paths of leaves.
 Priced = tuple[str, Polynomial]  # A layer and the multiply-adds in it.
 
 
+@kinds.checked
 def macs_polynomial(
   graph: Graph,
   count: Collection[Count] = (),
@@ -86,6 +88,7 @@ def macs_polynomial(
   return polynomials.total(polynomial for _, polynomial in priced)
 
 
+@kinds.checked
 def parameters_polynomial(
   graph: Graph, *, layers: Layers | None = None
 ) -> Polynomial:
@@ -104,6 +107,7 @@ def parameters_polynomial(
   return total
 
 
+@kinds.checked
 def weight_bytes_polynomial(
   graph: Graph, *, layers: Layers | None = None
 ) -> Polynomial:
@@ -120,6 +124,7 @@ def weight_bytes_polynomial(
   return total
 
 
+@kinds.checked
 def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
   """Returns polynomials of which the largest is the live activations' bytes.
 
@@ -135,6 +140,7 @@ def activation_bytes_polynomials(graph: Graph) -> tuple[Polynomial, ...]:
   )
 
 
+@kinds.checked
 def macs(
   graph: Graph,
   plan: plans.Plan | None = None,
@@ -159,6 +165,7 @@ def macs(
   return evaluate(polynomials.total(each for _, each in priced), values)
 
 
+@kinds.checked
 def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the number of entries of all leaves, an exact int."""
   return evaluate(
@@ -166,6 +173,7 @@ def parameters(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns the bytes of all leaves, statistics too, an exact int."""
   return evaluate(
@@ -173,6 +181,7 @@ def weight_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   """Returns an upper bound of the bytes of live activations, an exact int.
 
@@ -183,6 +192,7 @@ def activation_bytes(graph: Graph, plan: plans.Plan | None = None) -> int:
   )
 
 
+@kinds.checked
 def layers(
   graph: Graph,
   plan: plans.Plan | None = None,
@@ -224,6 +234,7 @@ def layers(
   return [Layer(name, *figures) for name, figures in found.items()]
 
 
+@kinds.checked
 def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   """Returns the value of each variable: the widths and blocks a plan leaves.
 

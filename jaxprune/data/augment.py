@@ -5,7 +5,7 @@ with the key of ``data.step_key`` they depend on (seed, epoch, step) alone. The
 last ones cut one photo of any size on the host, for ``data.stream``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import extras
+from jaxprune.numerics import kinds
 
 PIXELS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   # Mean and standard deviation per channel over the training split, in units
@@ -26,6 +27,7 @@ PIXELS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+@kinds.checked
 def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns mean and standard deviation of each channel, exactly summed.
 
@@ -54,8 +56,12 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 
+@kinds.checked
 def normalise(
-  images: jax.Array, mean: Any, deviation: Any, dtype: Any = jnp.float32
+  images: jax.Array,
+  mean: Sequence[float] | jax.typing.ArrayLike,
+  deviation: Sequence[float] | jax.typing.ArrayLike,
+  dtype: Any = jnp.float32,
 ) -> jax.Array:
   """Returns (images - mean) / deviation, per channel.
 
@@ -69,12 +75,28 @@ def normalise(
     >>> print(normalise(jnp.uint8([[0], [4]]), (2.0,), (2.0,)).ravel())
     [-1.  1.]
   """
+  channels = images.shape[-1:]
+  for name, given in (('mean', mean), ('deviation', deviation)):
+    if np.shape(given) not in (channels, (1,)):
+      raise ValueError(
+        f'`{name}` must be a number for each of the channels {channels}, got '
+        f'the shape {np.shape(given)}.'
+      )
   shape = (1,) * (images.ndim - 1) + (-1,)
   mean = jnp.asarray(mean, jnp.float32).reshape(shape)
   deviation = jnp.asarray(deviation, jnp.float32).reshape(shape)
   return ((images.astype(jnp.float32) - mean) / deviation).astype(dtype)
 
 
+def _check_images(images: jax.Array) -> None:
+  if images.ndim != 4:
+    raise ValueError(
+      '`images` must be [batch, height, width, channels], got '
+      f'{kinds.shown(images)}.'
+    )
+
+
+@kinds.checked
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Mirrors each image left to right with probability 1/2.
 
@@ -84,10 +106,12 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     key: PRNG key.
     images: [batch, height, width, channels].
   """
+  _check_images(images)
   flip = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
   return jnp.where(flip, images[:, :, ::-1], images)
 
 
+@kinds.checked
 def random_crop(
   key: jax.Array, images: jax.Array, padding: int = 4
 ) -> jax.Array:
@@ -107,6 +131,7 @@ def random_crop(
   """
   if padding < 0:
     raise ValueError(f'`padding` must be at least 0, got {padding}.')
+  _check_images(images)
   n, height, width, channels = images.shape
   edge = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   padded = jnp.pad(images, edge)
@@ -117,6 +142,7 @@ def random_crop(
   return jax.vmap(cut)(padded, corners)
 
 
+@kinds.checked
 def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
   """Sets a square of each image to zero, around a random pixel.
 
@@ -146,6 +172,7 @@ def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
   return jnp.where(hole, jnp.zeros((), images.dtype), images)
 
 
+@kinds.checked
 def mixup(
   key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -176,6 +203,7 @@ def mixup(
   return mix(images), mix(targets)
 
 
+@kinds.checked
 def center_crop(
   image: np.ndarray, rng: np.random.Generator | None = None, *, side: int = 224
 ) -> np.ndarray:
@@ -201,6 +229,7 @@ def center_crop(
   return _resize(image, (left, top, left + cut, top + cut), side)
 
 
+@kinds.checked
 def random_resized_crop(
   image: np.ndarray, rng: np.random.Generator, *, side: int = 224
 ) -> np.ndarray:

@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.numerics import kinds
 
+
+@kinds.checked
 def epoch_batches(
   seed: int | jax.Array, epoch: int | jax.Array, *, size: int, batch: int
 ) -> jax.Array:
@@ -41,6 +44,7 @@ def epoch_batches(
   return order[: steps * batch].reshape(steps, batch)
 
 
+@kinds.checked
 def step_key(
   seed: int | jax.Array, epoch: int | jax.Array, step: int | jax.Array
 ) -> jax.Array:
@@ -61,6 +65,7 @@ def _epoch_key(seed, epoch) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), epoch)
 
 
+@kinds.checked
 def eval_batches(size: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns batches of one shape that visit every example once.
 

@@ -11,11 +11,13 @@ import numpy as np
 from jaxprune import extras
 from jaxprune.data import digits
 from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
+from jaxprune.numerics import kinds
 
 Images = np.ndarray | Sequence[Any]
 Labels = np.ndarray | Sequence[int] | Sequence[str] | None
 
 
+@kinds.checked
 def save(
   root: str | os.PathLike[str],
   name: str,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.data import folders
+from jaxprune.numerics import kinds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Dataset:
     return len(self.labels)
 
 
+@kinds.checked
 def load(
   name: str,
   split: str = 'train',
@@ -97,6 +99,7 @@ def load(
   return Dataset(images, labels, classes, builder.name, version)
 
 
+@kinds.checked
 def records(
   name: str,
   split: str = 'train',
@@ -134,6 +137,7 @@ def records(
   return rows, classes, str(builder.info.version)
 
 
+@kinds.checked
 def count(
   name: str, split: str = 'train', data_dir: str | os.PathLike | None = None
 ) -> int:

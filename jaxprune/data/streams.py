@@ -14,8 +14,10 @@ import numpy as np
 from jaxprune import extras
 from jaxprune.data import folders
 from jaxprune.data.order import epoch_batches
+from jaxprune.numerics import kinds
 
 
+@kinds.checked
 def stream(
   name: str,
   split: str = 'train',
@@ -134,6 +136,7 @@ def stream(
   return iterator
 
 
+@kinds.checked
 def prefetch(
   batches: Iterable[Any],
   sharding: jax.sharding.Sharding | None = None,

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.numerics import kinds
 
+
+@kinds.checked
 def shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns x in another shape, without parameters.
 
@@ -51,6 +54,7 @@ def shortcut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return x[..., : shape[-1]]
 
 
+@kinds.checked
 def nothing(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns zeros: what a closed branch adds to a sum; see :func:`bypass`.
 
@@ -61,6 +65,7 @@ def nothing(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.zeros(shape, x.dtype)
 
 
+@kinds.checked
 def bypass(
   layer: Callable[[jax.Array], jax.Array],
   x: jax.Array,

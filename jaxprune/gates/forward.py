@@ -17,8 +17,10 @@ from jaxprune.gates.records import (
   names_of,
   reach,
 )
+from jaxprune.numerics import kinds
 
 
+@kinds.checked
 def init(
   structure: Structure,
   start: float = 1.0,
@@ -59,6 +61,7 @@ def init(
   )
 
 
+@kinds.checked
 def evaluate(
   gates: Gates, structure: Structure, function: Function | None = None
 ) -> Values:
@@ -115,6 +118,7 @@ def evaluate(
   )
 
 
+@kinds.checked
 def masks(values: Values, structure: Structure) -> dict[str, np.ndarray]:
   """Returns the mask of each group, for a plan; not under jit.
 
@@ -141,16 +145,23 @@ def masks(values: Values, structure: Structure) -> dict[str, np.ndarray]:
   return whole
 
 
+@kinds.checked
 def closed(scalars: Scalars) -> tuple[str, ...]:
   """Returns the names of the layers or blocks that are closed; not under jit.
 
   Args:
     scalars: ``values.open.layers`` or ``values.open.blocks``, concrete.
 
+  Raises:
+    ValueError: if one is no scalar.
+
   Examples:
     >>> closed({'block1': jnp.float32(0), 'block2': jnp.float32(1)})
     ('block1',)
   """
+  odd = [f'{name} {np.shape(x)}' for name, x in scalars.items() if np.ndim(x)]
+  if odd:
+    raise ValueError(f'`scalars` must be of shape (), got: {", ".join(odd)}.')
   return tuple(name for name, x in scalars.items() if not float(x))
 
 

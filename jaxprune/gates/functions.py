@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 
 class Function(NamedTuple):
@@ -27,6 +27,7 @@ def lift(x: jax.Array) -> jax.Array:
   return x - lax.stop_gradient(x)
 
 
+@kinds.checked
 def scale(dead_zone: float = 0.05) -> Function:
   """Returns the gate that is a scaling factor with a dead zone.
 
@@ -61,6 +62,7 @@ def scale(dead_zone: float = 0.05) -> Function:
   return Function(is_open, value)
 
 
+@kinds.checked
 def binary() -> Function:
   """Returns the gate that is 1 where sigmoid(theta) >= 1/2, else 0.
 
@@ -82,6 +84,7 @@ def binary() -> Function:
   )
 
 
+@kinds.checked
 def sharp(beta: float | jax.Array) -> Function:
   """Returns the gate sigmoid(beta theta), which hardens as beta grows.
 

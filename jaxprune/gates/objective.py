@@ -11,9 +11,10 @@ from jax import lax
 from jaxprune import tree
 from jaxprune.gates.functions import lift
 from jaxprune.gates.records import Cost, Structure, Values, names_of, reach
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 
+@kinds.checked
 def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:
   """Returns the variables of a cost: widths of groups, and what is open.
 
@@ -38,6 +39,7 @@ def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:
   return dict(zip(names_of(structure), matrix[0], strict=True))
 
 
+@kinds.checked
 def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   """Returns the remaining part of a cost, in [0, 1], differentiable.
 
@@ -97,6 +99,7 @@ def remaining(values: Values, structure: Structure, cost: Cost) -> jax.Array:
   return (found[0] + jnp.sum(lost * moved)) / found[-1]
 
 
+@kinds.checked
 def penalty(
   rho: jax.Array,
   strength: float | jax.Array,
@@ -126,6 +129,7 @@ def penalty(
   return strength * jnp.maximum(rho - target, 0)
 
 
+@kinds.checked
 def slimming(params: tree.PyTree, rule: str = r'(.*/)?scale') -> jax.Array:
   """Returns the sum of |w| over the scales of normalisations.
 
@@ -153,6 +157,7 @@ def slimming(params: tree.PyTree, rule: str = r'(.*/)?scale') -> jax.Array:
   return jnp.sum(jnp.stack(found))
 
 
+@kinds.checked
 def partition(
   weights: optax.GradientTransformation,
   gates: optax.GradientTransformation,

@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxprune import tree as tree_lib
+from jaxprune.numerics import kinds
 from jaxprune.tree import PyTree
 
 _SEAL = 'files.json'
@@ -355,7 +356,8 @@ def _line(error: BaseException) -> str:
 # --- Weights as plain files --------------------------------------------------
 
 
-def save_arrays(path: str | os.PathLike, tree: PyTree) -> int:
+@kinds.checked
+def save_arrays(path: str | os.PathLike, tree: Any) -> int:
   """Writes the arrays of a pytree as one compressed ``.npz`` file.
 
   A leaf is the member named by its path, in sorted order, without a date: the
@@ -401,6 +403,7 @@ def save_arrays(path: str | os.PathLike, tree: PyTree) -> int:
   return path.stat().st_size
 
 
+@kinds.checked
 def load_arrays(
   path: str | os.PathLike, template: PyTree | None = None
 ) -> PyTree:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.io import pretrained
 from jaxprune.io.stablehlo import write
+from jaxprune.numerics import kinds
 
 _NAMES = {
   'bool': 'BOOL',
@@ -33,6 +34,7 @@ _NAMES = {
 }
 
 
+@kinds.checked
 def save_safetensors(
   path: str | os.PathLike,
   params: tree.PyTree,
@@ -96,6 +98,7 @@ def save_safetensors(
   return write(path, b''.join([struct.pack('<Q', len(text)), text, *body]))
 
 
+@kinds.checked
 def load_safetensors(
   path: str | os.PathLike, template: tree.PyTree | None = None
 ) -> tuple[tree.PyTree, dict[str, str]]:

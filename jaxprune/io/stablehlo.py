@@ -16,12 +16,14 @@ import jax
 from jax import export
 
 from jaxprune import extras, tree
+from jaxprune.numerics import kinds
 
 _SEAL = b'sha256:'  # Ends the file; what a reader of the format passes over.
 _SIZE = len(_SEAL) + 32
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
+@kinds.checked
 def save_stablehlo(
   path: str | os.PathLike,
   fn: Callable[..., Any],
@@ -75,6 +77,7 @@ def save_stablehlo(
   return write(path, sealed)
 
 
+@kinds.checked
 def load_stablehlo(path: str | os.PathLike) -> Callable[..., Any]:
   """Returns the function that :func:`save` wrote; it may be jitted.
 

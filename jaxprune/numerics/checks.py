@@ -7,7 +7,7 @@ may be and what came. A traced number is known to nobody yet and passes.
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -128,6 +128,28 @@ def sparsity(value: T, *, below: float = math.inf) -> T:
     ) from None
 
 
+def has_each(name: str, value: Mapping[str, Any], names: Iterable[str]) -> None:
+  """Raises unless a mapping has an entry for each name.
+
+  Args:
+    name: of the argument, for the error.
+    value: the mapping.
+    names: what must be there.
+
+  Raises:
+    ValueError: naming what is missing.
+
+  Examples:
+    >>> has_each('weights', {'a': 1.0, 'b': 2.0}, ['a', 'b'])
+  """
+  missing = [entry for entry in names if entry not in value]
+  if missing:
+    raise ValueError(
+      f'`{name}` must have an entry for each leaf; missing: '
+      f'{", ".join(missing)}.'
+    )
+
+
 def is_static(value: Any) -> bool:
   """Whether a number is known before a trace."""
   return not isinstance(value, core.Tracer | jax.ShapeDtypeStruct)
@@ -154,6 +176,44 @@ def dumps(data: Any, indent: int | None = None) -> str:
       'number, or null for what is not known.'
     )
   return json.dumps(data, indent=indent, allow_nan=False)
+
+
+def loads(text: str) -> Any:
+  """Returns what JSON of any origin holds, if each name stands once.
+
+  Python takes the last of two entries of one name, and NaN for a number: of a
+  file that says two things neither is known to be meant.
+
+  Args:
+    text: the JSON.
+
+  Raises:
+    ValueError: if it is not JSON, has a name twice, NaN or an infinity, or is
+      nested too deeply to be read.
+
+  Examples:
+    >>> loads('{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+  """
+  try:
+    return json.loads(
+      text, object_pairs_hook=_once, parse_constant=_refuse_constant
+    )
+  except RecursionError:
+    raise ValueError('The JSON is nested too deeply.') from None
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  entries = dict(pairs)
+  if len(entries) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f'The JSON has {", ".join(map(repr, twice))} twice.')
+  return entries
+
+
+def _refuse_constant(word: str) -> float:
+  raise ValueError(f'JSON has no {word}: write a number, or null.')
 
 
 def _not_finite(data: Any, path: str):

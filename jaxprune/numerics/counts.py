@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
 Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
@@ -27,6 +27,7 @@ Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
 _ROW = 4096
 
 
+@kinds.checked
 def kept(size: int, sparsity: float | jax.Array) -> Keep:
   """Returns how many of ``size`` weights a sparsity keeps, exactly.
 

@@ -13,6 +13,7 @@ from jax import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.plans import states
 from jaxprune.plans.plan import Plan, kept_indices, vanished
 from jaxprune.structure.graph import Graph, like, runner
@@ -22,6 +23,7 @@ from jaxprune.structure.program.axes import Axis
 from jaxprune.structure.program.run import Run
 
 
+@kinds.checked
 def masks(
   graph: Graph,
   plan: Plan,
@@ -56,6 +58,7 @@ def masks(
   return like(params, located)
 
 
+@kinds.checked
 def leaf_masks(graph: Graph, plan: Plan) -> dict[str, np.ndarray]:
   """Returns path -> bool mask, for every leaf that a plan touches."""
   run = runner(graph, kept_indices(graph, plan))
@@ -75,6 +78,7 @@ def leaf_masks(graph: Graph, plan: Plan) -> dict[str, np.ndarray]:
   return found
 
 
+@kinds.checked
 def shrink(
   graph: Graph,
   plan: Plan,
@@ -126,6 +130,7 @@ def shrink(
   )
 
 
+@kinds.checked
 def grow(
   graph: Graph,
   plan: Plan,

@@ -3,19 +3,19 @@
 import dataclasses
 import itertools
 import json
-import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 from jaxprune.plans.differences import Change, Diff, Resized
 from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.run import Run
 from jaxprune.structure.program.slices import Group, member, occurrences
+from jaxprune.structure.queries import held
 from jaxprune.structure.walks.branches import severed
 
 FORMAT = 3
@@ -50,6 +50,7 @@ class Plan:
   version: int = FORMAT
 
 
+@kinds.checked
 def from_kept(
   graph: Graph,
   kept: Mapping[str, Sequence[int]],
@@ -129,6 +130,7 @@ def _positive(what: str, sides: Sequence[int]) -> tuple[int, ...]:
   return whole
 
 
+@kinds.checked
 def from_masks(
   graph: Graph,
   masks: Mapping[str, Any],
@@ -160,6 +162,7 @@ def from_masks(
   return from_kept(graph, kept, dropped, resolution, resized)
 
 
+@kinds.checked
 def from_widths(
   graph: Graph,
   widths: Mapping[str, int],
@@ -197,6 +200,7 @@ def from_widths(
   return from_kept(graph, kept, dropped, resolution, resized)
 
 
+@kinds.checked
 def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
   """Returns the units of every group, (before, after).
 
@@ -213,6 +217,7 @@ def widths(graph: Graph, plan: Plan) -> dict[str, tuple[int, int]]:
   }
 
 
+@kinds.checked
 def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   """Returns block -> 1 if it stays, 0 if the plan drops it."""
   _check_graph(graph, plan)
@@ -220,6 +225,7 @@ def open_blocks(graph: Graph, plan: Plan) -> dict[str, int]:
   return {name: int(name not in closed) for name in graph.blocks}
 
 
+@kinds.checked
 def compose(
   graph: Graph, first: Plan, small_graph: Graph, second: Plan
 ) -> Plan:
@@ -310,6 +316,7 @@ def _original(
   )
 
 
+@kinds.checked
 def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
   """Returns what a second plan does otherwise than a first.
 
@@ -358,6 +365,7 @@ def diff(graph: Graph, first: Plan, second: Plan) -> Diff:
   )
 
 
+@kinds.checked
 def to_json(plan: Plan) -> str:
   """Returns a plan as JSON, one group a line, the same bytes each time.
 
@@ -387,6 +395,12 @@ def to_json(plan: Plan) -> str:
   )
 
 
+_NO_PLAN = (
+  'This is no plan: a JSON object with "version", "graph" and "kept" is.'
+)
+
+
+@kinds.checked
 def from_json(text: str) -> Plan:
   """Returns the plan that :func:`to_json` wrote.
 
@@ -400,27 +414,27 @@ def from_json(text: str) -> Plan:
     True
   """
   try:
-    data = json.loads(text)
+    data = checks.loads(text)
     version = data['version']
-  except (ValueError, KeyError, TypeError):
-    raise ValueError(
-      'This is no plan: a JSON object with "version", "graph" and "kept" is.'
-    ) from None
-  if version not in READABLE:
+  except (KeyError, TypeError):
+    raise ValueError(_NO_PLAN) from None
+  except ValueError as error:
+    raise ValueError(f'{_NO_PLAN} {error}') from None
+  if type(version) is not int or version not in READABLE:
     raise ValueError(
       f'The plan has format {version}, this version of jaxprune reads formats '
       f'{" and ".join(map(str, READABLE))}; install the version that wrote it.'
     )
   try:
     kept = tuple(
-      (str(name), tuple(operator.index(i) for i in index))
+      (str(name), tuple(map(_index, index)))
       for name, index in sorted(data['kept'].items())
     )
     dropped = tuple(str(name) for name in data.get('dropped', ()))
     sides = data.get('resolution')
-    resolution = None if sides is None else tuple(map(operator.index, sides))
+    resolution = None if sides is None else tuple(map(_index, sides))
     resized = tuple(
-      (str(cut), tuple(map(operator.index, there)))
+      (str(cut), tuple(map(_index, there)))
       for cut, there in data.get('resized', ())
     )
     return Plan(str(data['graph']), kept, dropped, resolution, resized)
@@ -430,6 +444,13 @@ def from_json(text: str) -> Plan:
       'a list of indices, "dropped" be a list of blocks, "resolution" a list '
       'of ints or null and "resized" a list of cuts with such lists.'
     ) from None
+
+
+def _index(value: Any) -> int:
+  """Returns an int of JSON; true is none, though Python counts it as 1."""
+  if type(value) is not int:
+    raise TypeError(f'{value!r} is no index.')
+  return value
 
 
 def check(graph: Graph, plan: Plan) -> None:
@@ -446,6 +467,8 @@ def check(graph: Graph, plan: Plan) -> None:
   _check_graph(graph, plan)
   names = [name for name, _ in plan.kept]
   for name, index in plan.kept:
+    if not all(type(i) is int for i in index):  # A bool and 0.5 are none.
+      index = [_unit(name, i) for i in index]
     _check_range(name, group(graph, name).size, index)
     if names.count(name) > 1:
       raise ValueError(
@@ -509,10 +532,14 @@ def _check_graph(graph: Graph, plan: Plan) -> None:
     )
   raise ValueError(
     f'The plan is of graph {plan.graph}, got graph {graph.fingerprint}: trace '
-    f'the function and params that it was made for, with its rules.'
+    f'the function and params that it was made for, with its rules. One plan '
+    f'for several functions of the same params, such as the evaluation and the '
+    f'training step, needs one trace: trace(fn, params, *args, '
+    f'also=[(step, *others)]).'
   )
 
 
+@kinds.checked
 def kept_indices(graph: Graph, plan: Plan) -> dict[str, tuple[int, ...]]:
   """Returns group -> kept indices, once the plan is known to be of the graph.
 
@@ -532,13 +559,16 @@ def group(graph: Graph, name: str) -> Group:
   if name not in graph.groups:
     raise ValueError(
       f'There is no group {name!r}; the groups are: '
-      f'{", ".join(graph.groups) or "none"}.'
+      f'{", ".join(graph.groups) or "none"}. {held.remedy(graph)}'.rstrip()
     )
   return graph.groups[name]
 
 
+@kinds.checked
 def vanished(graph: Graph, dropped: Iterable[str]) -> set[str]:
   """Returns the paths of the leaves that go with dropped blocks."""
+  dropped = list(dropped)
+  _with_inner(graph, dropped)  # Raises where a name is unknown.
   return {path for name in dropped for path in graph.blocks[name].leaves}
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import plans, tree
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.program.typed import all_equations
 from jaxprune.structure.queries.gate_points import scale
@@ -50,6 +51,7 @@ class Proof(NamedTuple):
   closed: float | None = None
 
 
+@kinds.checked
 def check(
   graph: Graph,
   plan: plans.Plan,

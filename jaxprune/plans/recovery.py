@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 
+@kinds.checked
 def batch_statistics(
   update: Callable[[tree.PyTree, Any], tree.PyTree],
   stats: tree.PyTree,
@@ -184,6 +185,7 @@ def _momenta(
   return momenta
 
 
+@kinds.checked
 def logit_distillation(
   logits: jax.Array, teacher: jax.Array, *, temperature: float = 4.0
 ) -> jax.Array:
@@ -226,6 +228,7 @@ def logit_distillation(
   return temperature**2 * divergence
 
 
+@kinds.checked
 def feature_distillation(
   features: jax.Array,
   teacher: jax.Array,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.plans.plan import (
   Plan,
   Resized,
@@ -23,6 +24,7 @@ from jaxprune.structure.program.run import Switched
 from jaxprune.structure.queries import stages
 
 
+@kinds.checked
 def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
   """Returns the smaller function: the traced one at the sizes that are left.
 
@@ -50,6 +52,7 @@ def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
   return functools.partial(_call, _resized(graph, plan), plan, False)
 
 
+@kinds.checked
 def masked(graph: Graph, plan: Plan) -> Callable[..., Any]:
   """Returns the function at its full size with the removed units absent.
 
@@ -69,6 +72,7 @@ def _resized(graph: Graph, plan: Plan) -> Graph:
   return at(graph, plan.resolution, plan.resized)
 
 
+@kinds.checked
 def at(
   graph: Graph, resolution: tuple[int, ...] | None, resized: Resized = ()
 ) -> Graph:
@@ -125,6 +129,7 @@ def at(
   return found
 
 
+@kinds.checked
 def supernet(graph: Graph) -> Callable[..., Any]:
   """Returns the function under masks and switches that are arguments.
 

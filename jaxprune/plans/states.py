@@ -68,7 +68,9 @@ def register_state(kind: type) -> Callable[[R], R]:
     ...   return RowState(cut(state.rows, lambda path, x: (0,)))
   """
   if not isinstance(kind, type):
-    raise TypeError(f'A type of state must be a class, got {kind!r}.')
+    raise TypeError(
+      f'A type of state must be a class, got {type(kind).__name__}.'
+    )
 
   def register(rule: R) -> R:
     _RULES[kind] = rule

@@ -15,11 +15,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxprune.numerics import kinds
 from jaxprune.report import plots
 
 # --- The log -----------------------------------------------------------------
 
 
+@kinds.checked
 def append_metrics(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   """Adds one line of JSON to a log; first drops a last line cut by a kill.
 
@@ -31,7 +33,10 @@ def append_metrics(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   Raises:
     TypeError: if JSON cannot hold a value.
   """
-  line = json.dumps(_plain(record), allow_nan=False) + '\n'
+  try:
+    line = json.dumps(_plain(record), allow_nan=False) + '\n'
+  except TypeError as error:
+    raise TypeError(f'`record` must be plain data: {error}.') from None
   with open(path, 'ab+') as file:
     end = file.seek(0, os.SEEK_END)
     if end:
@@ -42,6 +47,7 @@ def append_metrics(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     file.write(line.encode())
 
 
+@kinds.checked
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Returns the records of a log, but a last line that a kill cut short.
 
@@ -52,6 +58,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   return [record for record, _ in _lines(path)]
 
 
+@kinds.checked
 def truncate_metrics(path: str | os.PathLike, step: int) -> int:
   """Cuts a log back to a step; the lines that stay keep their bytes.
 
@@ -118,6 +125,7 @@ def _plain(value: Any) -> Any:
 # --- The table ---------------------------------------------------------------
 
 
+@kinds.checked
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns rows as text in aligned columns, for the terminal.
 
@@ -239,6 +247,7 @@ dd { margin: 0; overflow-wrap: anywhere;
 """
 
 
+@kinds.checked
 def write_html(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
   """Writes a page that needs no other file: no script, no font, no network.
 

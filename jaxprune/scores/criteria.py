@@ -31,12 +31,13 @@ import optax
 from jax import lax
 
 from jaxprune import distributions, tree
-from jaxprune.numerics import checks, floats, sharding
+from jaxprune.numerics import averages, checks, floats, kinds, sharding
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']
 
 
+@kinds.checked
 def magnitude(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns the magnitude |w| of each prunable weight, in its own dtype.
 
@@ -61,6 +62,7 @@ def magnitude(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return jax.tree.map(jnp.abs, tree.prunable(params, which))
 
 
+@kinds.checked
 def random(
   key: jax.Array, params: tree.PyTree, which: tree.Which = None
 ) -> tree.PyTree:
@@ -83,6 +85,7 @@ def random(
   )
 
 
+@kinds.checked
 def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns layer-adaptive magnitudes, comparable between leaves.
 
@@ -110,6 +113,7 @@ def lamp(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return jax.tree.map(survive, tree.prunable(params, which))
 
 
+@kinds.checked
 def norm_scale(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   """Returns |gamma|, the score of each channel by the norm that follows it.
 
@@ -129,6 +133,7 @@ def norm_scale(params: tree.PyTree, which: tree.Which = None) -> tree.PyTree:
   return magnitude(params, which)
 
 
+@kinds.checked
 def fpgm(
   params: tree.PyTree, which: tree.Which = None, *, axis: int = -1
 ) -> tree.PyTree:
@@ -164,6 +169,7 @@ def fpgm(
   return jax.tree.map(score, tree.prunable(params, which))
 
 
+@kinds.checked
 def saliency(
   params: tree.PyTree, grads: tree.PyTree, which: tree.Which = None
 ) -> tree.PyTree:
@@ -183,11 +189,13 @@ def saliency(
     [[9. 1.]]
   """
   chosen = tree.prunable(params, which)
+  tree.check_alike('Gradients', grads, params, shapes=True)
   return jax.tree.map(
     jnp.abs, floats.products(chosen, tree.restrict(grads, chosen))
   )
 
 
+@kinds.checked
 def movement(
   params: tree.PyTree,
   grads: tree.PyTree,
@@ -215,6 +223,7 @@ def movement(
     [[-1.5  0.5]]
   """
   chosen = tree.prunable(params, which)
+  tree.check_alike('Gradients', grads, params, shapes=True)
   grads = tree.restrict(grads, chosen)
   step = jax.tree.map(lambda w, g: -floats.wide(w) * g, chosen, grads)
   return step if previous is None else jax.tree.map(jnp.add, previous, step)
@@ -223,6 +232,7 @@ def movement(
 # Scores that need the loss and data.
 
 
+@kinds.checked
 def snip(
   loss: Loss,
   params: tree.PyTree,
@@ -252,10 +262,11 @@ def snip(
     {'kernel': Array([[0., 1.]], dtype=float32)}
   """
   chosen = tree.prunable(params, which)
-  grads = _mean(_gradient(loss), params, chosen, batches)
+  grads = averages.mean(_gradient(loss), params, chosen, batches)
   return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
+@kinds.checked
 def taylor(
   loss: Loss,
   params: tree.PyTree,
@@ -291,10 +302,11 @@ def taylor(
     return jax.tree.map(lambda g: jnp.square(floats.wide(g)), grads)
 
   return floats.products(
-    chosen, chosen, _mean(squares, params, chosen, batches)
+    chosen, chosen, averages.mean(squares, params, chosen, batches)
   )
 
 
+@kinds.checked
 def obd(
   loss: Loss,
   params: tree.PyTree,
@@ -373,11 +385,12 @@ def obd(
       raise ValueError("hessian='hutchinson' draws random signs: give a `key`.")
     keyed = enumerate(batches)
     batches = ((jax.random.fold_in(key, i), batch) for i, batch in keyed)
-  h = _mean(ways[hessian], params, chosen, batches)
+  h = averages.mean(ways[hessian], params, chosen, batches)
   half = jax.tree.map(lambda h: 0.5 * h, h)
   return floats.products(half, chosen, chosen)
 
 
+@kinds.checked
 def grasp(
   loss: Loss,
   params: tree.PyTree,
@@ -412,21 +425,22 @@ def grasp(
   batches = tuple(batches)
   chosen = tree.prunable(params, which)
   gradient = _gradient(loss)
-  grads = _mean(gradient, params, chosen, batches)
+  grads = averages.mean(gradient, params, chosen, batches)
 
   def flow(params, chosen, batch):
     weights, grads = chosen
     grads = jax.tree.map(lambda w, g: g.astype(w.dtype), weights, grads)
     return _product(gradient, params, weights, batch)(grads)
 
-  product = _mean(flow, params, (chosen, grads), batches)
+  product = averages.mean(flow, params, (chosen, grads), batches)
   return floats.products(chosen, product)
 
 
+@kinds.checked
 def synflow(
   apply_fn: Callable[[Any, Any], Any],
   params: tree.PyTree,
-  inputs: Any,
+  inputs: tree.Arrays,
   which: tree.Which = None,
 ) -> tree.PyTree:
   """Returns the synaptic flow |w| dR/d|w|, R the sum of outputs, without data.
@@ -462,6 +476,7 @@ def synflow(
   return jax.tree.map(jnp.abs, floats.products(chosen, grads))
 
 
+@kinds.checked
 def wanda(
   capture: Callable[[Any, Any], Mapping[str, jax.Array]],
   params: tree.PyTree,
@@ -511,7 +526,7 @@ def wanda(
     flat = lambda x: squares(x).reshape(-1, x.shape[-1])
     return {path: jnp.sum(flat(inputs[path]), 0) for path in named}
 
-  sums, _ = _total(energy, params, chosen, batches)
+  sums, _ = averages.total(energy, params, chosen, batches)
 
   def score(path, w):
     shape = [1] * w.ndim
@@ -558,40 +573,3 @@ def _diagonal(product, chosen):
   ]
   shaped = [d.reshape(w.shape) for d, w in zip(diagonals, leaves, strict=True)]
   return treedef.unflatten(shaped)
-
-
-def _total(
-  fn: Callable[[Any, Any, Any], tree.PyTree],
-  params: tree.PyTree,
-  chosen: tree.PyTree,
-  batches: Iterable[Any],
-) -> tuple[tree.PyTree, int]:
-  """Returns the sum of fn(params, chosen, batch), and how many batches."""
-
-  @jax.jit
-  def add(total, params, chosen, batch):
-    return jax.tree.map(jnp.add, total, fn(params, chosen, batch))
-
-  def zeros(x):
-    return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-  total, count = None, 0
-  for batch in batches:
-    if total is None:
-      shapes = jax.eval_shape(fn, params, chosen, batch)
-      total = jax.tree.map(zeros, shapes)
-    total = add(total, params, chosen, batch)
-    count += 1
-  if total is None:
-    raise ValueError('A score over batches needs at least one, got none.')
-  return total, count
-
-
-def _mean(
-  fn: Callable[[Any, Any, Any], tree.PyTree],
-  params: tree.PyTree,
-  chosen: tree.PyTree,
-  batches: Iterable[Any],
-) -> tree.PyTree:
-  total, count = _total(fn, params, chosen, batches)
-  return jax.tree.map(lambda x: x / count, total)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import tree
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 
 Baseline = Literal['none', 'mean', 'standard']
 Directions = Literal['normal', 'rademacher']
@@ -55,6 +55,7 @@ class Estimator(NamedTuple):
   update: Callable[[Losses, EstimatorState, Any], tuple[Any, EstimatorState]]
 
 
+@kinds.checked
 def directions(
   key: jax.Array,
   mean: tree.PyTree,
@@ -87,6 +88,7 @@ def directions(
   return jax.tree.unflatten(structure, drawn)
 
 
+@kinds.checked
 def estimate(
   noise: tree.PyTree,
   losses: jax.Array,
@@ -186,6 +188,7 @@ def _like(values: jax.Array, e: jax.Array) -> jax.Array:
   return values.reshape(-1, *[1] * (e.ndim - 1))
 
 
+@kinds.checked
 def estimator(
   *,
   n: int = 8,
@@ -312,6 +315,7 @@ def estimator(
   return Estimator(init_fn, ask_fn, tell_fn, update_fn)
 
 
+@kinds.checked
 def chunked(
   loss: Losses, size: int, *, loop: Literal['unroll', 'map'] = 'unroll'
 ) -> Losses:
@@ -369,6 +373,7 @@ def _after(last: jax.Array, vectors: Any) -> Any:
   return jax.tree.map(lambda x: lax.select(never, -x, x), vectors)
 
 
+@kinds.checked
 def spread(loss: Losses, axis_name: str) -> Losses:
   """Returns the same losses, each device computing its share of the vectors.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxprune.numerics import kinds
 from jaxprune.search import joint
 from jaxprune.search.joint import Coster, PruningVector, Space
 
@@ -23,6 +24,7 @@ class Candidate(NamedTuple):
   vector: PruningVector
 
 
+@kinds.checked
 def draw(
   space: Space,
   cost: Coster,
@@ -47,6 +49,7 @@ def draw(
   return joint.project(space, cost, target, unit, tolerance=tolerance)
 
 
+@kinds.checked
 def search(
   space: Space,
   cost: Coster,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import cost, plans, tree
-from jaxprune.numerics import checks, sharding
+from jaxprune.numerics import checks, kinds, sharding
 from jaxprune.plans import recovery
 from jaxprune.structure import Graph, trace
 from jaxprune.structure.queries.stages import Stage
@@ -43,6 +43,7 @@ class Losses(NamedTuple):
   logits: jax.Array  # Of the full network; float32 [batch, classes].
 
 
+@kinds.checked
 def graphs(
   stages: Sequence[Stage], params: tree.PyTree, x: Any
 ) -> tuple[Graph, ...]:
@@ -60,6 +61,8 @@ def graphs(
   Raises:
     ValueError: if a stage has no inner group, so that it has no sub-networks.
   """
+  if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+    raise TypeError(f'`x` must be an array, got {kinds.shown(x)}.')
   found, spec = [], jax.ShapeDtypeStruct(x.shape, x.dtype)
   for number, stage in enumerate(stages):
     graph = trace(stage, params, spec)
@@ -73,6 +76,7 @@ def graphs(
   return tuple(found)
 
 
+@kinds.checked
 def choices(
   graph: Graph, fractions: Sequence[float], *, round_to: int = 1
 ) -> dict[str, np.ndarray]:
@@ -110,6 +114,7 @@ def choices(
   return found
 
 
+@kinds.checked
 def sample(
   key: jax.Array,
   space: Sequence[Mapping[str, np.ndarray]],
@@ -148,6 +153,7 @@ def sample(
   return found
 
 
+@kinds.checked
 def prefix(graph: Graph, widths: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Returns the masks that keep the first units: bool[..., size].
 
@@ -162,6 +168,12 @@ def prefix(graph: Graph, widths: Mapping[str, Any]) -> dict[str, jax.Array]:
     >>> print(prefix(graph, {'a': 2})['a'])
     [ True  True False]
   """
+  odd = [name for name in widths if name not in graph.groups]
+  if odd:
+    raise ValueError(
+      f'There is no group {", ".join(odd)}; the groups are: '
+      f'{", ".join(graph.groups)}.'
+    )
 
   def one(name: str, width: Any) -> jax.Array:
     width = jnp.asarray(width)
@@ -172,6 +184,7 @@ def prefix(graph: Graph, widths: Mapping[str, Any]) -> dict[str, jax.Array]:
   return {name: one(name, width) for name, width in widths.items()}
 
 
+@kinds.checked
 def losses(
   stages: Sequence[Graph],
   params: tree.PyTree,
@@ -248,6 +261,7 @@ def losses(
   return Losses(total, of_task, by_stage, h), new
 
 
+@kinds.checked
 def updated(params: tree.PyTree, new: Mapping[str, Any]) -> tree.PyTree:
   """Returns params with what stages handed back in its place.
 
@@ -258,6 +272,7 @@ def updated(params: tree.PyTree, new: Mapping[str, Any]) -> tree.PyTree:
   return tree.map_with_path(lambda path, leaf: new.get(path, leaf), params)
 
 
+@kinds.checked
 def proxy(
   graph: Graph,
   params: tree.PyTree,
@@ -327,6 +342,7 @@ def _error(
   return jnp.mean((found - target) ** 2) / (jnp.var(target) + 1e-12)
 
 
+@kinds.checked
 def knapsack(
   values: Sequence[Any], costs: Sequence[Any], limit: int
 ) -> tuple[int, ...]:
@@ -384,6 +400,7 @@ def knapsack(
   return min(points, key=lambda pair: (pair[1], pair[0]))[2]
 
 
+@kinds.checked
 def macs(
   graph: Graph,
   widths: Mapping[str, Any],
@@ -409,6 +426,7 @@ def macs(
   )
 
 
+@kinds.checked
 def plan(graph: Graph, widths: Widths) -> plans.Plan:
   """Returns the plan of the whole network: each stage at its widths.
 

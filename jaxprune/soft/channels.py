@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxprune import tree
-from jaxprune.numerics import floats
+from jaxprune.numerics import floats, kinds
 from jaxprune.soft import weights
 
 Groups = Mapping[str, Any]  # Name of a group -> array of its size.
@@ -39,6 +40,7 @@ class Channels(NamedTuple):
   scale: Callable[[tree.PyTree, Groups], tree.PyTree]  # Params, factors.
 
 
+@kinds.checked
 def init(
   params: tree.PyTree,
   channels: Channels,
@@ -91,6 +93,7 @@ def init(
   return state
 
 
+@kinds.checked
 def pdp(
   params: tree.PyTree,
   state: weights.PDPState,
@@ -135,6 +138,7 @@ def pdp(
   return channels.scale(params, _present(gates))
 
 
+@kinds.checked
 def harden(
   params: tree.PyTree, state: weights.PDPState, channels: Channels
 ) -> weights.PDPState:
@@ -155,6 +159,7 @@ def harden(
   return weights.harden(channels.reduce(params), state)
 
 
+@kinds.checked
 def close(
   params: tree.PyTree, masks: Groups, channels: Channels
 ) -> tree.PyTree:
@@ -176,6 +181,7 @@ def close(
   return jax.tree.map(cut, params, leaf_masks(params, masks, channels))
 
 
+@kinds.checked
 def leaf_masks(
   params: tree.PyTree, masks: Groups, channels: Channels
 ) -> tree.PyTree:
@@ -202,6 +208,7 @@ def leaf_masks(
   return jax.tree.map(lambda x: x != 0, channels.scale(ones, gates))
 
 
+@kinds.checked
 def kernel_channels(
   params: tree.PyTree, *, which: tree.Which = None, axis: int = -1
 ) -> Channels:
@@ -247,9 +254,12 @@ def kernel_channels(
 
   def reduce(params):
     named = tree.leaves(params)
+    _check_kernels(named, kernels)
     return {path: _norm(named[path], axis) for path in kernels}
 
   def scale(params, groups):
+    _check_gates(groups, kernels, axis)
+
     def one(path, w):
       if path not in groups:
         return w
@@ -259,6 +269,30 @@ def kernel_channels(
     return tree.map_with_path(one, params)
 
   return Channels(reduce, scale)
+
+
+def _check_kernels(
+  params: Mapping[str, Any], kernels: Mapping[str, Any]
+) -> None:
+  missing = [path for path in kernels if path not in params]
+  if missing:
+    raise ValueError(
+      '`params` must be those that the channels are of; not there: '
+      f'{", ".join(missing)}.'
+    )
+
+
+def _check_gates(groups: Groups, kernels: Mapping[str, Any], axis: int) -> None:
+  odd = [
+    f'{path!r} {np.shape(x)}'
+    for path, x in groups.items()
+    if path in kernels and np.shape(x) != (kernels[path].shape[axis],)
+  ]
+  if odd:
+    raise ValueError(
+      'A mask of channels has an entry for each of its kernel; of others: '
+      f'{", ".join(odd)}.'
+    )
 
 
 def _norm(w: jax.Array, axis: int) -> jax.Array:

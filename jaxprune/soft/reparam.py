@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune import masks as masks_lib
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.soft import weights
 
 
+@kinds.checked
 def straight_through(
-  params: tree.PyTree, masks: tree.PyTree, decay: float | jax.Array = 0.0
-) -> tree.PyTree:
+  params: tree.Arrays, masks: tree.Arrays, decay: float | jax.Array = 0.0
+) -> tree.Arrays:
   """Returns the masked params, whose gradient passes as if they were dense.
 
   Forward where(mask, w, 0); backward g + decay (1 - mask) w.
@@ -33,10 +36,12 @@ def straight_through(
     >>> print(jax.grad(lambda w: straight_through(w, mask, 0.5).sum())(w))
     [1. 2.]
   """
+  tree.check_alike('Masks', masks, params, shapes=True)
   cut = lambda w, mask: _straight_through(w, mask, jnp.asarray(decay, w.dtype))
   return tree.map_pruned(cut, params, masks)
 
 
+@kinds.checked
 def sr_ste(
   params: tree.PyTree,
   n_by_m: weights.NByM = (2, 4),
@@ -73,7 +78,8 @@ def sr_ste(
   return straight_through(params, masks, decay)
 
 
-def soft_threshold(params: tree.PyTree, logits: tree.PyTree) -> tree.PyTree:
+@kinds.checked
+def soft_threshold(params: tree.Arrays, logits: tree.Arrays) -> tree.Arrays:
   """Returns the params shrunk by learned thresholds, one per leaf (STR).
 
   sign(w) max(|w| - sigmoid(s), 0); s learns by gradient, and weight decay on s
@@ -93,6 +99,7 @@ def soft_threshold(params: tree.PyTree, logits: tree.PyTree) -> tree.PyTree:
     >>> print(soft_threshold(jnp.array([2.0, -0.25]), jnp.float32(0.0)))
     [ 1.5 -0. ]
   """
+  tree.check_alike('Logits', logits, params, shapes=True)
 
   def shrink(w, s):
     left = jax.nn.relu(jnp.abs(w) - jax.nn.sigmoid(s).astype(w.dtype))
@@ -101,9 +108,10 @@ def soft_threshold(params: tree.PyTree, logits: tree.PyTree) -> tree.PyTree:
   return tree.map_pruned(shrink, params, logits)
 
 
+@kinds.checked
 def sigmoid_gates(
-  params: tree.PyTree, logits: tree.PyTree, beta: float | jax.Array
-) -> tree.PyTree:
+  params: tree.Arrays, logits: tree.Arrays, beta: float | jax.Array
+) -> tree.Arrays:
   """Returns the params times learned sigmoid gates (CS).
 
   w sigmoid(beta s), with lambda sum sigmoid(beta s) in the loss and beta rising
@@ -122,13 +130,15 @@ def sigmoid_gates(
     >>> print(sigmoid_gates(jnp.array([2.0, 2.0]), jnp.array([0.0, 9.0]), 99.0))
     [1. 2.]
   """
+  tree.check_alike('Logits', logits, params, shapes=True)
   gate = lambda w, s: w * jax.nn.sigmoid(beta * s).astype(w.dtype)
   return tree.map_pruned(gate, params, logits)
 
 
+@kinds.checked
 def movement(
-  params: tree.PyTree, scores: tree.PyTree, masks: tree.PyTree
-) -> tree.PyTree:
+  params: tree.Arrays, scores: tree.Arrays, masks: tree.Arrays
+) -> tree.Arrays:
   """Returns the masked params, with the gradient g w for learned scores.
 
   Forward where(mask, w, 0); the weights learn through the mask, the scores as
@@ -149,6 +159,9 @@ def movement(
     >>> print(jax.grad(lambda s: movement(w, s, mask).sum())(jnp.zeros(2)))
     [4. 2.]
   """
+  masks_lib.check_bool(masks)
+  tree.check_alike('Scores', scores, params, shapes=True)
+  tree.check_alike('Masks', masks, params, shapes=True)
 
   def cut(w, s, mask):
     lift = (s - lax.stop_gradient(s)).astype(w.dtype)  # 0, with a gradient.

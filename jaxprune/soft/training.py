@@ -10,12 +10,13 @@ import optax
 from jax import lax
 
 from jaxprune import transforms, tree
-from jaxprune.numerics import checks, sharding
+from jaxprune.numerics import checks, kinds, sharding
 from jaxprune.soft import channels as soft_channels
 from jaxprune.soft import weights
 from jaxprune.transforms import zeros
 
 
+@kinds.checked
 def ramp(
   epoch: float | jax.Array, begin: float = 16, rate: float = 0.015
 ) -> jax.Array:
@@ -45,6 +46,7 @@ def ramp(
   return jnp.where(epoch < begin, 0.0, ramp)
 
 
+@kinds.checked
 def ramp_schedule(
   steps_per_epoch: int, rate: float = 0.015, by: str = 'epoch'
 ) -> optax.Schedule:
@@ -79,6 +81,7 @@ def ramp_schedule(
   return schedule
 
 
+@kinds.checked
 def is_warm(
   accuracies: Sequence[float], *, upper: float = 1.0, patience: int = 5
 ) -> bool:
@@ -109,6 +112,7 @@ def is_warm(
   return len(recent) == patience and min(recent) > upper / 2
 
 
+@kinds.checked
 def warn_about(diagnosis: weights.Diagnosis) -> None:
   """Warns if a leaf closes, or if the temperature makes masks hard, or worse.
 
@@ -175,6 +179,7 @@ class TrackPDPState(NamedTuple):
 _NEVER = 2**31 - 1
 
 
+@kinds.checked
 def track_pdp(
   sparsity: float | Mapping[str, float] | None = None,
   *,
@@ -313,6 +318,7 @@ def track_pdp(
   return optax.GradientTransformation(init_fn, update_fn)
 
 
+@kinds.checked
 def end_warm_up(opt_state: optax.OptState) -> optax.OptState:
   """Returns the optimizer state in which the next update ends the warm-up.
 
@@ -344,6 +350,7 @@ def end_warm_up(opt_state: optax.OptState) -> optax.OptState:
   return jax.tree.map(replace, opt_state, is_leaf=_is_ours)
 
 
+@kinds.checked
 def with_pdp(
   apply_fn: Callable[..., Any],
   *,

@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxprune import masks as masks_lib
 from jaxprune import tree
-from jaxprune.numerics import checks, counts, select, sharding
+from jaxprune.numerics import checks, counts, kinds, select, sharding
 
 NByM = tuple[int, int]  # Keep n of every m.
 
@@ -51,6 +51,7 @@ class Diagnosis(NamedTuple):
   density: tree.PyTree  # Share of weights that the full ramp keeps.
 
 
+@kinds.checked
 def pdp_init(
   params: tree.PyTree,
   sparsity: float | jax.Array | Mapping[str, float] | None = None,
@@ -128,6 +129,7 @@ def pdp_init(
   return PDPState(goal, scalar(0.0), scalar(tau), scalar(c))
 
 
+@kinds.checked
 def pdp(
   params: tree.PyTree,
   state: PDPState,
@@ -179,6 +181,7 @@ def pdp(
   """
   if state.masks is not None:
     cut = lambda w, mask: jnp.where(mask, w, 0)
+    tree.check_alike('Masks', state.masks, params, shapes=True)
     return tree.map_pruned(cut, params, state.masks)
   views = _views(params, state, n_by_m, axis)
   ts = _thresholds(views, state, n_by_m, axis, through)
@@ -187,6 +190,7 @@ def pdp(
   return tree.map_pruned(_back, params, soft)
 
 
+@kinds.checked
 def mask(
   params: tree.PyTree,
   state: PDPState,
@@ -230,6 +234,7 @@ def mask(
   return jax.tree.map(one, live, views, ts, _counts(state, n_by_m))
 
 
+@kinds.checked
 def sides(
   params: tree.PyTree,
   state: PDPState,
@@ -270,6 +275,7 @@ def sides(
   return jax.tree.map(_back, live, masks)
 
 
+@kinds.checked
 def harden(
   params: tree.PyTree,
   state: PDPState,
@@ -302,6 +308,7 @@ def harden(
   return state._replace(masks=sides(params, full, n_by_m=n_by_m, axis=axis))
 
 
+@kinds.checked
 def diagnose(
   params: tree.PyTree,
   state: PDPState,

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune import tree
-from jaxprune.numerics import counts
+from jaxprune.numerics import counts, kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
@@ -169,6 +169,7 @@ def check_width(group: Group, width: int) -> None:
     )
 
 
+@kinds.checked
 def pools(graph: Graph) -> dict[str, str]:
   """Returns group -> the first group that is isomorphic to it, perhaps itself.
 
@@ -193,6 +194,7 @@ def pools(graph: Graph) -> dict[str, str]:
   return found
 
 
+@kinds.checked
 def normalise(
   graph: Graph, scores: Mapping[str, Any], *, over: Over = 'group'
 ) -> dict[str, Any]:

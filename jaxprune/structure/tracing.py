@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.group_rules import Choice
@@ -37,6 +38,7 @@ from jaxprune.structure.walks import absence
 Reductions = Literal['protect', 'keep', 'rescale']
 
 
+@kinds.checked
 def trace(
   fn: Callable[..., Any],
   params: tree.PyTree,

@@ -15,7 +15,7 @@ import optax
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, select, sharding
+from jaxprune.numerics import checks, kinds, select, sharding
 from jaxprune.numerics import counts as counts_lib
 from jaxprune.transforms import sparsity as transforms
 from jaxprune.transforms import zeros
@@ -30,6 +30,7 @@ class DynamicState(NamedTuple):
   revived: jax.Array  # As in :class:`jaxprune.transforms.SparsifyState`.
 
 
+@kinds.checked
 def rigl(
   inner: optax.GradientTransformation,
   sparsity: float,
@@ -96,6 +97,7 @@ def rigl(
   )
 
 
+@kinds.checked
 def set_(
   inner: optax.GradientTransformation,
   sparsity: float,

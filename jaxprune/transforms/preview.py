@@ -15,6 +15,7 @@ import numpy as np
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
+from jaxprune.numerics import kinds
 from jaxprune.transforms import recipes
 
 
@@ -29,6 +30,7 @@ class Decision(NamedTuple):
   why: str  # Of a leaf that is not pruned, or of its sparsity; may be empty.
 
 
+@kinds.checked
 def decide(
   params: tree_lib.PyTree,
   sparsity: recipes.Sparsity | Mapping[str, recipes.Sparsity] | None = None,
@@ -105,6 +107,7 @@ def decide(
   return rows
 
 
+@kinds.checked
 def table(rows: Iterable[Decision]) -> str:
   """Returns decisions as lines of text, one for each leaf.
 

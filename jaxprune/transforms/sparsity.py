@@ -48,7 +48,7 @@ from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import schedules
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 from jaxprune.transforms import recipes, zeros
 
 
@@ -72,6 +72,7 @@ class KeepSparseState(NamedTuple):
   revived: jax.Array  # As in :class:`SparsifyState`.
 
 
+@kinds.checked
 def sparsify(
   score: recipes.Score | None,
   sparsity: recipes.Sparsity | Mapping[str, recipes.Sparsity] | None = None,
@@ -156,7 +157,7 @@ def sparsify(
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
-    old = masks_lib.unpack(state.masks, params) if packed else state.masks
+    old = _masks_of(state, params, recipe, packed)
     due, levels = _due(recipe, state, every)
 
     def redraw():
@@ -180,6 +181,7 @@ def sparsify(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def soft_shrinkage(
   score: recipes.Score | None,
   sparsity: recipes.Sparsity | None = None,
@@ -257,7 +259,7 @@ def soft_shrinkage(
   def update_fn(updates, state, params=None, *, scores=None, **extra):
     del extra
     _check_given(params, score, scores)
-    old = masks_lib.unpack(state.masks, params) if packed else state.masks
+    old = _masks_of(state, params, recipe, packed)
     soft = state.step < end
     due = state.step <= end
     levels = recipes.levels_at(recipe, jnp.minimum(state.step, end))
@@ -286,8 +288,9 @@ def soft_shrinkage(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def keep_sparse(
-  masks: tree_lib.PyTree | None = None,
+  masks: tree_lib.Arrays | None = None,
   *,
   which: tree_lib.Which = None,
   packed: bool = False,
@@ -337,6 +340,7 @@ def keep_sparse(
     held = state.masks
     if packed:
       held = masks_lib.unpack(held, params)
+    masks_lib.check_like(held, params)
     new = KeepSparseState(
       state.masks,
       next_step(state.step),
@@ -347,6 +351,7 @@ def keep_sparse(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def mask_moments(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -398,6 +403,7 @@ def mask_moments(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kinds.checked
 def replace_in_state(
   tx: optax.GradientTransformation,
   state: optax.OptState,
@@ -444,8 +450,9 @@ def replace_in_state(
   return jax.tree.map(pick, state, fresh, chosen, is_leaf=is_leaf)
 
 
+@kinds.checked
 def project(
-  updates: optax.Updates, params: tree_lib.PyTree, masks: tree_lib.PyTree
+  updates: optax.Updates, params: tree_lib.Arrays, masks: tree_lib.Arrays
 ) -> optax.Updates:
   """Returns updates that make pruned weights exactly zero.
 
@@ -464,6 +471,8 @@ def project(
     >>> print(project(u, w, jnp.array([True, False])))
     [ 0.5 -2. ]
   """
+  tree_lib.check_alike('Updates', updates, params, shapes=True)
+  tree_lib.check_alike('Masks', masks, params, shapes=True)
 
   def one(w, u, mask):
     if u is None or masks_lib.is_dense(mask):
@@ -497,6 +506,33 @@ def _check_given(params, score, scores) -> None:
     )
 
 
+def _masks_of(
+  state: SparsifyState,
+  params: tree_lib.PyTree,
+  recipe: recipes.Recipe,
+  packed: bool,
+) -> tree_lib.PyTree:
+  """Returns the masks of a state as bool; refuses one of other settings."""
+  there, needed = map(
+    jax.tree.structure, (state.mask_sparsity, recipe.sparsity)
+  )
+  if there != needed:
+    raise ValueError(
+      f'The state is of other settings: it has {_form(state.mask_sparsity)}, '
+      f'and this link {_form(recipe.sparsity)}. Restore it with the settings '
+      'that it was made with, or begin with tx.init(params).'
+    )
+  masks = masks_lib.unpack(state.masks, params) if packed else state.masks
+  masks_lib.check_like(masks, params)
+  return masks
+
+
+def _form(sparsity: Any) -> str:
+  if isinstance(sparsity, Mapping):
+    return f'a sparsity for each of the rules {", ".join(sparsity)}'
+  return 'one sparsity for all'
+
+
 def _due(
   recipe: recipes.Recipe, state: SparsifyState, every: int
 ) -> tuple[jax.Array, Any]:
@@ -519,12 +555,17 @@ def _minus(w: jax.Array, u: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(w), minus_w, 0)  # inf - inf would be NaN.
 
 
-def applied(params, updates) -> tree_lib.PyTree:
+@kinds.checked
+def applied(
+  params: tree_lib.Arrays, updates: tree_lib.Arrays
+) -> tree_lib.PyTree:
   """Returns the params as the updates would leave them."""
+  tree_lib.check_alike('Updates', updates, params, shapes=True)
   add = lambda w, u: w if u is None else (w + u).astype(w.dtype)
   return jax.tree.map(add, params, updates)
 
 
+@kinds.checked
 def next_step(step: jax.Array) -> jax.Array:
   """Returns step + 1, at most the largest int32."""
   return jnp.asarray(optax.safe_increment(step))

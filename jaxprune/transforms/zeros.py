@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, sharding
+from jaxprune.numerics import checks, kinds, sharding
 
 _AT_FIRST, _LATER = 8, 16  # Steps that are all looked at, then every so many.
 
@@ -37,9 +37,10 @@ _WRAPPERS = {
 }
 
 
+@kinds.checked
 def most_revived(
-  params: tree_lib.PyTree,
-  masks: tree_lib.PyTree,
+  params: tree_lib.Arrays,
+  masks: tree_lib.Arrays,
   so_far: jax.Array,
   age: jax.Array,
 ) -> jax.Array:
@@ -89,7 +90,8 @@ def most_revived(
   return jax.lax.cond(due, look, lambda: jnp.asarray(so_far, jnp.int32))
 
 
-def check_sparse(params: tree_lib.PyTree, masks: Any) -> None:
+@kinds.checked
+def check_sparse(params: tree_lib.Arrays, masks: Any) -> None:
   """Raises if a weight that masks have pruned is not zero.
 
   Given the state of the optimizer, it knows what stands behind and around the
@@ -154,7 +156,8 @@ def check_sparse(params: tree_lib.PyTree, masks: Any) -> None:
   _warn_of_hidden(params, masks, seen)
 
 
-def check_finite(params: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
+@kinds.checked
+def check_finite(params: tree_lib.Arrays, masks: tree_lib.Arrays) -> None:
   """Raises if a weight to prune is NaN or infinite; not under a trace.
 
   Args:
@@ -167,6 +170,7 @@ def check_finite(params: tree_lib.PyTree, masks: tree_lib.PyTree) -> None:
   Examples:
     >>> check_finite(jnp.array([jnp.inf, 1.0]), jnp.array([True, False]))
   """
+  masks_lib.check_like(masks, params)
   if not all(map(checks.is_static, jax.tree.leaves((params, masks)))):
     return
   fine = tree_lib.leaves(

@@ -17,6 +17,7 @@ from jaxprune.io.onnx import contractions, layout, pointwise, translation
 from jaxprune.io.onnx.nodes import Node, Tape, simplify
 from jaxprune.io.onnx.views import Writer
 from jaxprune.io.stablehlo import open_batch, write
+from jaxprune.numerics import kinds
 from jaxprune.structure.program import jaxprs
 from jaxprune.structure.program import typed as program
 from jaxprune.structure.program.axes import atom
@@ -31,6 +32,7 @@ FAMILIES = (
 )  # Registered when they are imported.
 
 
+@kinds.checked
 def save_onnx(
   path: str | os.PathLike,
   fn: Callable[..., Any],

@@ -11,8 +11,9 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.io.pretrained import faults, prefixes
 from jaxprune.io.pretrained.names import Named, Names
+from jaxprune.numerics import kinds
 
-PyTree = Any
+PyTree = tree.Arrays
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -28,6 +29,7 @@ class _Library(NamedTuple):
   to_theirs: Callable[[np.ndarray, Named, str], np.ndarray]
 
 
+@kinds.checked
 def from_torch(
   arrays: Arrays,
   like: PyTree,
@@ -81,6 +83,7 @@ def from_torch(
   return _convert(weights, like, names, _TORCH, ignore, keep, allow_rounding)
 
 
+@kinds.checked
 def from_keras(
   arrays: Arrays,
   like: PyTree,
@@ -115,6 +118,7 @@ def from_keras(
   return _convert(weights, like, names, _KERAS, ignore, keep, allow_rounding)
 
 
+@kinds.checked
 def to_torch(variables: PyTree, names: Names) -> dict[str, np.ndarray]:
   """Returns a PyTorch state dict: the inverse of :func:`from_torch`.
 

@@ -9,7 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.numerics import kinds
 
+
+@kinds.checked
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """Returns the arrays of a ``.npz`` or ``.safetensors`` file by name.
 
@@ -70,6 +73,7 @@ _CONVERSIONS = {
 }
 
 
+@kinds.checked
 def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the keywords of ``models.BERT`` for a Hugging Face ``config.json``.
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jaxprune.numerics import kinds
+
 
 class Named(NamedTuple):
   """A layer under the name that another library has for it."""
@@ -20,16 +22,19 @@ Names = Callable[[Mapping[str, int]], Mapping[str, Named]]
 # Names of layers in PyTorch.
 
 
+@kinds.checked
 def torch_resnet(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's and timm's ResNets."""
   return _resnet(layers, 'fc', 'downsample')
 
 
+@kinds.checked
 def cifar_resnet(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of the usual CIFAR ResNets: ``linear`` and ``shortcut``."""
   return _resnet(layers, 'linear', 'shortcut')
 
 
+@kinds.checked
 def torchvision_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's VGGs, with and without norms."""
   features, flat = _vgg_features(layers)
@@ -40,6 +45,7 @@ def torchvision_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
   return features | dict(zip(dense, named, strict=True))
 
 
+@kinds.checked
 def timm_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's VGGs, whose hidden layers are convolutions."""
   features, flat = _vgg_features(layers)
@@ -50,6 +56,7 @@ def timm_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
   return features | hidden | {'head': Named('head.fc')}
 
 
+@kinds.checked
 def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's GoogLeNet; its other heads are ``aux.*``.
 
@@ -76,6 +83,7 @@ def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
   return named
 
 
+@kinds.checked
 def torchvision_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V2."""
   named = _unit('stem', 'features.0.0', 'features.0.1')
@@ -92,6 +100,7 @@ def torchvision_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'head': Named('classifier.1')}
 
 
+@kinds.checked
 def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V3, small and large."""
   named = _unit('stem', 'features.0.0', 'features.0.1')
@@ -112,6 +121,7 @@ def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'head': Named('classifier.3')}
 
 
+@kinds.checked
 def timm_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V1; its sides are padded evenly."""
   named = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
@@ -121,12 +131,14 @@ def timm_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   return named
 
 
+@kinds.checked
 def timm_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V2."""
   named = _timm_inverted(layers, _timm_blocks(layers))
   return named | _unit('last', 'conv_head', 'bn2')
 
 
+@kinds.checked
 def timm_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V3, small and large.
 
@@ -146,6 +158,7 @@ def timm_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'hidden': Named('conv_head', side=1)}
 
 
+@kinds.checked
 def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Hugging Face's ``BertForSequenceClassification``.
 
@@ -181,6 +194,7 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
 # Names of layers in Keras.
 
 
+@kinds.checked
 def keras_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V1."""
   named = _unit('stem', 'conv1', 'conv1_bn')
@@ -191,6 +205,7 @@ def keras_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'head': Named('conv_preds', side=1)}
 
 
+@kinds.checked
 def keras_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V2; its epsilon is 1e-3, its padding (0, 1)."""
   named = _unit('stem', 'Conv1', 'bn_Conv1')
@@ -204,6 +219,7 @@ def keras_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   return named | {'head': Named('predictions')}
 
 
+@kinds.checked
 def keras_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V3, small and large, of Keras 3.
 
@@ -247,6 +263,11 @@ def _resnet(layers: Mapping[str, int], head: str, shortcut: str):
 def _vgg_features(layers: Mapping[str, int]) -> tuple[dict[str, Named], int]:
   """Returns the names of the convolutions and norms, and the last width."""
   convs = sorted(layer for layer in layers if '_conv' in layer)
+  if not convs:
+    raise ValueError(
+      f'`layers` must be those of a VGG, with convolutions; got: '
+      f'{", ".join(layers) or "none"}.'
+    )
   named, place, stage = {}, 0, '1'
   for layer in convs:
     place += layer[len('stage')] != stage  # A pooling.

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks
+from jaxprune.numerics import checks, kinds
 from jaxprune.numerics import counts as counts_lib
 from jaxprune.numerics.counts import Keep, Limbs
 from jaxprune.numerics.select import keys
@@ -21,6 +21,7 @@ from jaxprune.numerics.select.secant import secant
 Method = Literal['auto', 'histogram', 'bisection']
 
 
+@kinds.checked
 def top_mask(
   x: jax.Array,
   keep: Keep,
@@ -60,11 +61,12 @@ def top_mask(
   return top_masks([x], keep, specs=[spec], method=method)[0]
 
 
+@kinds.checked
 def top_masks(
-  scores: tree_lib.PyTree,
+  scores: tree_lib.Arrays,
   keep: Keep | tree_lib.PyTree,
   *,
-  specs: tree_lib.PyTree | None = None,
+  specs: Any = None,
   method: Method = 'auto',
 ) -> tree_lib.PyTree:
   """Marks exactly the largest entries of each leaf, or of the whole pytree.
@@ -99,6 +101,7 @@ def top_masks(
   return treedef.unflatten(map(keys.kept, xs, cuts, splits))
 
 
+@kinds.checked
 def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
   """Returns the k-th largest entry, exactly; 1 is the largest.
 
@@ -127,8 +130,9 @@ def kth_largest(x: jax.Array, k: Keep, *, method: Method = 'auto') -> jax.Array:
   return keys.value(key[0], x.dtype)
 
 
+@kinds.checked
 def boundaries(
-  scores: tree_lib.PyTree,
+  scores: tree_lib.Arrays,
   keep: tree_lib.PyTree,
   *,
   method: Method = 'auto',
@@ -196,6 +200,17 @@ def _arguments(scores: Any, keep: Any, specs: Any):
   """Checks and flattens: leaves, treedef, counts as limbs, splits."""
   named = tree_lib.leaves(scores)
   treedef = jax.tree.structure(scores)
+  empty = [
+    f'{path or "the array"} {x.shape}'
+    for path, x in named.items()
+    if not x.size
+  ]
+  if empty or not named:
+    raise ValueError(
+      'There must be scores to rank in each leaf, got none in: '
+      f'{", ".join(empty) or "an empty pytree"}. Leaves to keep whole are '
+      '`optax.MaskedNode()`, as `which` makes them.'
+    )
   for path, x in named.items():
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):

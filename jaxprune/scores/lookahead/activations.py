@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.scores.lookahead.wiring import Wiring, complement
 
 
+@kinds.checked
 def activation_rates(
   capture: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any]
 ) -> dict[str, jax.Array]:
@@ -44,6 +46,7 @@ def activation_rates(
   return jax.tree.map(lambda x: x / samples, total)
 
 
+@kinds.checked
 def scale_by_activation(
   params: tree.PyTree, wiring: Wiring, rates: Mapping[str, jax.Array]
 ) -> tree.PyTree:

@@ -9,13 +9,14 @@ import numpy as np
 
 from jaxprune import masks as masks_lib
 from jaxprune import tree
-from jaxprune.numerics import checks, floats, select
+from jaxprune.numerics import checks, floats, kinds, select
 from jaxprune.scores.lookahead.neighbours import products, squares_of
 from jaxprune.scores.lookahead.wiring import Look, Wiring, check
 
 Order = Literal['all', 'forward', 'backward']
 
 
+@kinds.checked
 def lookahead(
   params: tree.PyTree,
   wiring: Wiring,
@@ -71,6 +72,7 @@ def lookahead(
   return tree.map_with_path(lambda path, _: floats.join(scores[path]), chosen)
 
 
+@kinds.checked
 def lookahead_masks(
   params: tree.PyTree,
   wiring: Wiring,
@@ -131,6 +133,10 @@ def lookahead_masks(
   rates = tree.match(rules, wiring, 0.0)
   for path, rate in rates.items():
     checks.real(f'sparsity[{path!r}]', rate)
+    if np.ndim(rate):
+      raise ValueError(
+        f'`sparsity[{path!r}]` must be one number, got {kinds.shown(rate)}.'
+      )
   odd = {path: r for path, r in rates.items() if not 0 <= r < 1}
   if odd:
     raise ValueError(f'A sparsity must be in [0, 1), got {odd}.')
@@ -172,9 +178,10 @@ def _alive(mask: jax.Array, squares: floats.Scaled) -> floats.Scaled:
   return squares._replace(x=jnp.where(mask, squares.x, 0))
 
 
+@kinds.checked
 def obd(
-  params: tree.PyTree,
-  saliencies: tree.PyTree,
+  params: tree.Arrays,
+  saliencies: tree.Arrays,
   wiring: Wiring,
   *,
   stats: tree.PyTree = None,

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 
 Look = Literal['both', 'before', 'after']
 
@@ -44,6 +45,7 @@ class Wire(NamedTuple):
 Wiring = Mapping[str, Wire]  # Path -> wire, in the order of the forward pass.
 
 
+@kinds.checked
 def chain(
   params: tree.PyTree,
   paths: Sequence[str],

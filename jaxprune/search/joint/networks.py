@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import plans
+from jaxprune.numerics import kinds
 from jaxprune.search.joint.vectors import PruningVector, Space, masks, parts
 from jaxprune.structure.sizes import padded
 
 
+@kinds.checked
 def supernet(space: Space, *, on_canvas: bool = False) -> Callable[..., Any]:
   """Returns the network under a vector that may be traced.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import cost as costs
+from jaxprune.numerics import kinds
 from jaxprune.search.joint.vectors import (
   PruningVector,
   Space,
@@ -24,6 +25,7 @@ Penalty = Literal['hinge', 'two_sided', 'none']
 Coster = Callable[[PruningVector], Any]  # A vector, or many -> its cost.
 
 
+@kinds.checked
 def coster(
   space: Space,
   measure: Callable[..., Any] = costs.macs_polynomial,
@@ -167,7 +169,10 @@ def _rung(side: jax.Array, ladder: np.ndarray) -> jax.Array:
   )
 
 
-def penalty(cost: Any, limit: float, kind: Penalty = 'hinge') -> jax.Array:
+@kinds.checked
+def penalty(
+  cost: jax.typing.ArrayLike, limit: float, kind: Penalty = 'hinge'
+) -> jax.Array:
   """Returns how far a cost is from its limit, in logarithms.
 
   'hinge': max(0, log(cost / limit)); 'two_sided': |log(cost / limit)|;
@@ -183,6 +188,7 @@ def penalty(cost: Any, limit: float, kind: Penalty = 'hinge') -> jax.Array:
   return jnp.abs(ratio) if kind == 'two_sided' else jnp.maximum(ratio, 0.0)
 
 
+@kinds.checked
 def objective(
   space: Space,
   loss: Callable[[PruningVector], jax.Array],
@@ -214,6 +220,7 @@ def objective(
   return call
 
 
+@kinds.checked
 def limit(space: Space, cost: Coster, target: float | int) -> float:
   """Returns the cost that is asked for.
 
@@ -237,6 +244,7 @@ def limit(space: Space, cost: Coster, target: float | int) -> float:
   return asked
 
 
+@kinds.checked
 def whole(space: Space, cost: Coster) -> Any:
   """Returns the cost of the network with nothing removed."""
   return cost(
@@ -261,6 +269,7 @@ def _check_range(
     )
 
 
+@kinds.checked
 def project(
   space: Space,
   cost: Coster,
@@ -315,6 +324,7 @@ def project(
   return _nearest([v for v in found if v is not None], cost, asked, tolerance)
 
 
+@kinds.checked
 def uniform(
   space: Space,
   cost: Coster,

@@ -1,7 +1,6 @@
 """Pruning vectors and what each of their coordinates may be."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import plans, tree
-from jaxprune.numerics import checks, counts
+from jaxprune.numerics import checks, counts, kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.queries import stages as chain
@@ -76,6 +75,7 @@ class Space:
     return tuple(sorted({int(n) for ladder in ladders for n in ladder}))
 
 
+@kinds.checked
 def space(
   graph: Graph,
   *args: Any,
@@ -144,6 +144,7 @@ def space(
   return Space(graph, PruningVector(widths, depths, side), found, graphs, cuts)
 
 
+@kinds.checked
 def restrict(
   full: Space,
   *,
@@ -169,6 +170,7 @@ def restrict(
   )
 
 
+@kinds.checked
 def parts(space: Space) -> tuple[str, ...]:
   """Returns the names of the parts that have sides of their own, in order."""
   return (INPUT, *space.cuts) if space.cuts else ()
@@ -289,6 +291,7 @@ def _at_sides(
   return tuple(graphs)
 
 
+@kinds.checked
 def to_unit(space: Space, vector: PruningVector) -> PruningVector:
   """Returns a vector in units of the largest network, each in [0, 1]."""
   return jax.tree.map(
@@ -296,6 +299,7 @@ def to_unit(space: Space, vector: PruningVector) -> PruningVector:
   )
 
 
+@kinds.checked
 def from_unit(space: Space, unit: PruningVector) -> PruningVector:
   """Returns the vector, allowed values, of fractions of the largest network.
 
@@ -307,6 +311,7 @@ def from_unit(space: Space, unit: PruningVector) -> PruningVector:
   return rounded(space, scaled)
 
 
+@kinds.checked
 def unit_range(space: Space) -> tuple[PruningVector, PruningVector]:
   """Returns the least and the largest fractions, float32."""
   return to_unit(space, space.low), to_unit(space, space.high)
@@ -324,6 +329,7 @@ def check(space: Space, vector: PruningVector) -> None:
     )
 
 
+@kinds.checked
 def rounded(space: Space, vector: PruningVector) -> PruningVector:
   """Returns the nearest allowed value of every coordinate.
 
@@ -362,6 +368,7 @@ def rounded(space: Space, vector: PruningVector) -> PruningVector:
   return jax.tree.map(nearest, vector, space.ladders)
 
 
+@kinds.checked
 def masks(
   space: Space, vector: PruningVector
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -393,6 +400,7 @@ def masks(
   return units, blocks
 
 
+@kinds.checked
 def plan(space: Space, vector: PruningVector) -> plans.Plan:
   """Returns the one plan that a vector stands for.
 
@@ -425,6 +433,7 @@ def plan(space: Space, vector: PruningVector) -> plans.Plan:
   )
 
 
+@kinds.checked
 def to_json(vector: PruningVector) -> str:
   """Returns a vector of numbers as JSON, one coordinate a line.
 
@@ -446,6 +455,7 @@ def to_json(vector: PruningVector) -> str:
   return checks.dumps({'version': FORMAT, **plain._asdict()}, indent=1)
 
 
+@kinds.checked
 def from_json(text: str) -> PruningVector:
   """Returns the vector that :func:`to_json` wrote.
 
@@ -453,7 +463,7 @@ def from_json(text: str) -> PruningVector:
     ValueError: if it is none, or of a format that this version does not know.
   """
   try:
-    data = json.loads(text)
+    data = checks.loads(text)
     version = data.pop('version')
     vector = PruningVector(**data)
     sound = isinstance(vector.widths, dict) and isinstance(vector.depths, dict)
@@ -465,7 +475,7 @@ def from_json(text: str) -> PruningVector:
       'This is no pruning vector: a JSON object with "version", "widths", '
       '"depths" and "side" is.'
     )
-  if version not in READABLE:
+  if type(version) is not int or version not in READABLE:
     raise ValueError(
       f'The pruning vector has format {version}, this version of jaxprune '
       f'reads formats {" and ".join(map(str, READABLE))}.'

@@ -112,8 +112,12 @@ class Run:
     """Returns what is left of a constant of the program."""
     if value.recompute is not None:
       return self.take(value.recompute(self.size), value.axes)
+    if value.indexes is not None and self.masked:
+      # Each entry stays where it is, absent or not: of [3, 1, 0] a removed
+      # entry made 0 would write what it has over entry 0.
+      return value.constant
     mask = None if value.indexes is None else self.mask(value.indexes)
-    if mask is None or self.masked:
+    if mask is None:
       return self.take(value.constant, value.axes)
     # Entries are numbered anew: of [3, 1, 0] without entry 2 is left [2, 1, 0].
     numbers = np.cumsum(mask, dtype=value.constant.dtype) - 1

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.locating import Follow, belonging
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.slices import member, occurrences
 
 
+@kinds.checked
 def scale(
   graph: Graph,
   params: tree.PyTree,

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from jaxprune import masks, tree
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
@@ -22,6 +23,7 @@ class InputAxis(NamedTuple):
   why: str = ''
 
 
+@kinds.checked
 def input_axes(graph: Graph) -> dict[str, InputAxis]:
   """Returns the input axis of every leaf that pruning may thin out.
 
@@ -71,6 +73,7 @@ def input_axes(graph: Graph) -> dict[str, InputAxis]:
   }
 
 
+@kinds.checked
 def n_by_m(graph: Graph, n: int, m: int) -> dict[str, masks.NByM | None]:
   """Returns rules that keep n of every m inputs of each kernel of a graph.
 

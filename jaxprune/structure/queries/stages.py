@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph, leaves_like
 from jaxprune.structure.program.run import Run
 from jaxprune.structure.program.typed import Program
@@ -22,6 +23,7 @@ from jaxprune.structure.sizes import padded
 Stage = Callable[[tree.PyTree, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
+@kinds.checked
 def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
   """Returns the stages of a function: one more than there are cuts.
 
@@ -76,6 +78,7 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
   return tuple(stage(number) for number in range(len(parts)))
 
 
+@kinds.checked
 def resized(
   graph: Graph,
   at: Sequence[str],
@@ -210,6 +213,7 @@ def _handed_back(graph: Graph, program: Program) -> list[str]:
   return [str(paths[value]) for value in program.outputs[1:]]
 
 
+@kinds.checked
 def first_read(graph: Graph, at: Sequence[str]) -> tuple[str, ...]:
   """Returns the leaf that each cut falls before, by its path.
 

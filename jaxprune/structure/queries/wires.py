@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.numerics import kinds
 from jaxprune.scores import lookahead
 from jaxprune.structure import rules
 from jaxprune.structure.graph import Graph
@@ -57,6 +58,7 @@ class _Use(NamedTuple):
   why: str
 
 
+@kinds.checked
 def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
   """Returns the wiring of the kernels of a traced function.
 
@@ -96,6 +98,7 @@ def wiring(graph: Graph) -> dict[str, lookahead.Wire]:
   return wires
 
 
+@kinds.checked
 def unwired(graph: Graph) -> dict[str, str]:
   """Returns what :func:`wiring` leaves out: path of a leaf -> the reason.
 

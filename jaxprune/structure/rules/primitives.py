@@ -33,7 +33,7 @@ WORDS = {
   'positive': ('', 'first', 'jointly'),
   'zero': (
     '', 'any', 'first', 'all', 'bounds', 'cases', 'quotient', 'power',
-    'product', 'broadcast', 'handed', 'pad',
+    'product', 'broadcast', 'gather', 'handed', 'pad',
   ),
   'counts': ('', 'norms', 'activations', 'pooling'),
 }  # fmt: skip
@@ -227,7 +227,8 @@ add('reshape', 'squeeze', 'transpose', linear='first')
 add('broadcast_in_dim', zero='broadcast', moves='broadcasts', linear='first')
 add('rev', zero='handed', moves='flips', linear='first')
 add('slice', 'dynamic_slice', zero='handed', moves='slices', linear='first')
-add('gather', 'split', 'tile', 'unstack', zero='handed', linear='first')
+add('gather', zero='gather', linear='first')
+add('split', 'tile', 'unstack', zero='handed', linear='first')
 add('concatenate', 'stack', zero='handed', linear='jointly')
 add('pad', zero='pad', linear='jointly')
 add('dynamic_update_slice', 'sort', zero='handed')

@@ -22,7 +22,9 @@ others :func:`counted` tells, and they are what they compute: reductions.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
@@ -229,6 +231,24 @@ def _handed_on(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
   )
 
 
+def _gather(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
+  """Entries of the first operand, or what is filled in out of bounds.
+
+  A fill of NaN is not told from zero: it fills the kept entries of the row too,
+  so that the result is NaN whatever is absent.
+  """
+  x, fill = eqn.inputs[0], eqn.params['fill_value']
+  may_fill = eqn.params['mode'] == lax.GatherScatterMode.FILL_OR_DROP
+  if fill is None:
+    is_neutral = jnp.issubdtype(x.dtype, jnp.inexact)
+  else:
+    is_neutral = not np.any(fill) or bool(np.all(np.isnan(fill)))
+  if may_fill and not is_neutral:
+    return _NOWHERE
+  known = _zeros_of(x, zeros)
+  return _within(out, known) if _EVERYWHERE in known else _atoms(out) & known
+
+
 def _pad(eqn: Equation, out: Value, zeros: Zeros) -> Atoms:
   x, filling = eqn.inputs
   if _EVERYWHERE not in _zeros_of(filling, zeros):
@@ -285,6 +305,7 @@ def _bounds(value: Value, sign: int) -> bool:
 _RULES = {
   'product': _product,
   'broadcast': _broadcast,
+  'gather': _gather,
   'handed': _handed_on,
   'pad': _pad,
 }

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.slices import occurrences
@@ -28,6 +29,7 @@ class Branches(NamedTuple):
   rivals: tuple[tuple[str, ...], ...]
 
 
+@kinds.checked
 def branches(graph: Graph) -> Branches:
   """Returns the parallel branches of a function.
 
