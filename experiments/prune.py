@@ -36,7 +36,16 @@ import numpy as np
 import tqdm
 
 import jaxprune as jp
-from experiments import flags, methods, tasks, timing, train, workdir
+from experiments import (
+  command,
+  flags,
+  methods,
+  settings,
+  tasks,
+  timing,
+  train,
+  workdir,
+)
 from jaxprune import (
   checkpoint,
   cost,
@@ -444,12 +453,11 @@ def main(argv: Sequence[str]) -> int:
   Args:
     argv: without the name of the program.
   """
+  if command.wants_help(argv):
+    print(f'{__doc__}\n{settings.usage(flags.Config)}')
+    return 0
   try:
-    config = flags.parse(argv)
-    if config is None:
-      print(flags.usage())
-      return 0
-    return run(config)
+    return run(flags.parse(argv))
   except (flags.BadInputError, data.DataError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
-from experiments.flags import BadInputError
+from experiments import settings
+from experiments.settings import BadInputError
 
 _PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
              'tensorflow-datasets', 'numpy')  # fmt: skip
@@ -51,7 +52,7 @@ def check(config: Config) -> None:
     found = json.loads(file.read_text())['flags']
   except (ValueError, KeyError, TypeError, OSError):
     raise BadInputError(f'{file} is damaged. {other}') from None
-  asked = _asked(config)
+  asked = settings.deciding(config)
   differ = [n for n in {**found, **asked} if found.get(n) != asked.get(n)]
   if differ:
     text = ', '.join(
@@ -86,7 +87,7 @@ def describe(config: Config) -> dict[str, Any]:
   """Returns flags, seed, versions and device as plain data."""
   device = jax.devices()[0]
   return {
-    'flags': _asked(config),
+    'flags': settings.deciding(config),
     'seed': config.seed,
     'versions': {
       'python': platform.python_version(),
@@ -131,10 +132,3 @@ def complete(
 def _holds_something(folder: pathlib.Path) -> bool:
   """Whether a folder holds more than what a killed start of ours left."""
   return any(file.name != 'config.json.tmp' for file in folder.iterdir())
-
-
-def _asked(config: Config) -> dict[str, Any]:
-  """Returns the flags that decide the result."""
-  asked = dataclasses.asdict(config)
-  del asked['workdir']
-  return json.loads(json.dumps(asked))  # As it will be read: tuples as lists.

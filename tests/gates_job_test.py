@@ -135,9 +135,9 @@ def test_a_wrong_flag_is_one_line_and_code_2(flag, text, capsys, tmp_path):
 
 def test_a_task_fills_the_flags_that_are_not_given():
   asked = job.parse(['--task=lenet', '--epochs=2', '--seed=3', '--seeds=2'])
-  assert (asked.config.dataset, asked.config.epochs) == ('mnist', 2)
-  assert list(asked.seeds) == [3, 4]
-  assert asked.config.workdir.startswith('runs/gates-lenet-')
+  assert (asked.dataset, asked.epochs) == ('mnist', 2)
+  assert (asked.seed, asked.seeds) == (3, 2)
+  assert asked.workdir.startswith('runs/gates-lenet-')
 
 
 class GoneError(Exception):

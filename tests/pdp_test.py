@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments import command, flags
+from experiments import settings
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, contests, phases
@@ -121,9 +121,8 @@ def test_a_wrong_flag_is_named_before_anything_runs(
 ):
   given = contest(toy, {name: QUICK[name] for name in ('PDP', 'GMP')})
   monkeypatch.setattr(pdp, 'TASKS', {'toy': lambda *_: given})
-  command.parse(pdp._F, ['--task=toy', f'--workdir={tmp_path}', flag])
-  with pytest.raises(flags.BadInputError, match=re.escape(text)):
-    pdp.main()
+  with pytest.raises(settings.BadInputError, match=re.escape(text)):
+    pdp.run(['--task=toy', f'--workdir={tmp_path}', flag])
   assert not any(tmp_path.iterdir())
 
 
@@ -147,12 +146,13 @@ def test_the_runs_for_a_gpu_are_ready(monkeypatch):
 
 def test_groups_are_targets_of_groups(toy):
   given = contest(toy, {'PDP': QUICK['PDP']})._replace(targets=('2:4', '1:4'))
-  command.parse(pdp._F, ['--targets=1:4', '--seeds=3'])
-  assert pdp.narrowed(given)[1:4] == (('1:4',), '0.5', 3)
+  narrow = lambda *argv: pdp.narrowed(given, settings.parse(pdp.Config, argv))
+  assert narrow('--targets=1:4', '--seeds=3')[1:4] == (('1:4',), '0.5', 3)
   for target in ('4:4', '0.5'):
-    command.parse(pdp._F, [f'--targets={target}'])
-    with pytest.raises(flags.BadInputError, match=f'2:4,1:4, got {target!r}'):
-      pdp.narrowed(given)
+    with pytest.raises(
+      settings.BadInputError, match=f'2:4,1:4, got {target!r}'
+    ):
+      narrow(f'--targets={target}')
 
 
 def test_runs_of_another_length_are_not_mixed(
@@ -167,8 +167,8 @@ def test_runs_of_another_length_are_not_mixed(
     pdp, 'compete', lambda _, book, __: book.add(trial=1, seconds=60.0)
   )
   for given_flags in ([], ['--epochs=7']):
-    command.parse(pdp._F, [f'--workdir={tmp_path}', '--task=toy', *given_flags])
-    pdp.main()
+    asked = [f'--workdir={tmp_path}', '--task=toy', *given_flags]
+    assert pdp.main(asked) == 0
     assert '1.0 CPU-minutes' in capsys.readouterr().out
   assert lengths == [None, 7]
 

@@ -12,9 +12,6 @@ from experiments.joint.supernets import Steps, target_of, train_supernet
 from experiments.joint.tasks import Task
 from jaxprune import evolution, joint, plots
 
-METHODS = (
-  'joint', 'uniform', 'channel', 'depth', 'resolution', 'random', 'evolution'
-)  # fmt: skip
 MOST = 256  # Settings of the sides of all stages that are looked at.
 
 

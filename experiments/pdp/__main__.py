@@ -11,43 +11,38 @@ each ``--epochs``: the same command goes on where it was stopped, and
 ``--table`` prints what is there.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments import command, evidence
-from experiments.flags import BadInputError
+from experiments import command, evidence, settings
 from experiments.pdp import phases
 from experiments.pdp.contests import TASKS, Contest
+from experiments.settings import BadInputError, at_least, setting
 
-_F = flags.FlagValues()
-_TASK = flags.DEFINE_string('task', 'mnist', 'What to learn.', flag_values=_F)
-_METHODS = flags.DEFINE_list(
-  'methods', [], 'Only these; all without it.', flag_values=_F
-)
-_TARGETS = flags.DEFINE_list(
-  'targets', [], 'Only these sparsities.', flag_values=_F
-)
-_SEEDS = flags.DEFINE_integer(
-  'seeds', None, 'Runs of each; its own number.', flag_values=_F
-)
-_EPOCHS = flags.DEFINE_integer(
-  'epochs', None, 'Epochs; its own number.', flag_values=_F
-)
-_DATA_DIR = flags.DEFINE_string(
-  'data_dir', None, 'See experiments.prune.', flag_values=_F
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/pdp', 'Where runs are kept.', flag_values=_F
-)
-_TABLE = flags.DEFINE_bool(
-  'table', False, 'Print the results; run nothing.', flag_values=_F
-)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for; what is None follows from the task."""
+
+  task: str = setting('mnist', 'What to learn.')
+  methods: tuple[str, ...] = setting((), 'Only these; all without it.')
+  targets: tuple[str, ...] = setting((), 'Only these sparsities.')
+  seeds: int | None = setting(
+    None, 'Runs of each; its own number.', fits=at_least(1)
+  )
+  epochs: int | None = setting(
+    None, 'Epochs; its own number.', fits=at_least(1)
+  )
+  data_dir: str | None = setting(None, 'See experiments.prune.')
+  workdir: str = setting('runs/pdp', 'Where runs are kept.', decides=False)
+  table: bool = setting(False, 'Print the results; run nothing.', decides=False)
+
 
 TUNING_SEED = 100
 
@@ -176,17 +171,18 @@ def _line(found: Mapping[str, Any]) -> str:
   )
 
 
-def narrowed(contest: Contest) -> Contest:
-  """Returns a contest with the targets and the seeds of the flags.
+def narrowed(contest: Contest, config: Config) -> Contest:
+  """Returns a contest with the targets and the seeds that are asked for.
 
   Args:
     contest: with its own.
+    config: what is asked for.
 
   Raises:
     BadInputError: if it has no such targets or methods.
   """
   first = contest.targets[0]
-  for target in _TARGETS.value:
+  for target in config.targets:
     if ':' in first:
       found = re.fullmatch(r'(\d+):(\d+)', target)
       fits = found and 0 < int(found[1]) < int(found[2])
@@ -197,35 +193,37 @@ def narrowed(contest: Contest) -> Contest:
         f'--targets must be like {",".join(contest.targets)}, got {target!r}.'
       )
   known = contest.methods(first)
-  unknown = [name for name in _METHODS.value if name not in known]
+  unknown = [name for name in config.methods if name not in known]
   if unknown:
     raise BadInputError(
       f'--methods must be of {"; ".join(known)}, got {"; ".join(unknown)}.'
     )
-  seeds = contest.seeds if _SEEDS.value is None else _SEEDS.value
-  targets = tuple(_TARGETS.value) or contest.targets
-  return contest._replace(seeds=seeds, targets=targets)
+  seeds = contest.seeds if config.seeds is None else config.seeds
+  return contest._replace(
+    seeds=seeds, targets=config.targets or contest.targets
+  )
 
 
-def main() -> None:
-  """Runs one contest, or prints it."""
-  if _TASK.value not in TASKS:
+def run(argv: Sequence[str]) -> tuple[None, str]:
+  """Runs one contest, or reads it; returns (None, its tables)."""
+  config = settings.parse(Config, argv)
+  if config.task not in TASKS:
     raise BadInputError(
-      f'No task is called {_TASK.value!r}; there are {", ".join(TASKS)}.'
+      f'No task is called {config.task!r}; there are {", ".join(TASKS)}.'
     )
-  for flag in (_SEEDS, _EPOCHS):
-    if flag.value is not None and flag.value < 1:
-      raise BadInputError(
-        f'--{flag.name} must be at least 1, got {flag.value}.'
-      )
   # Runs of another length are not those that are there.
-  length = '' if _EPOCHS.value is None else f'-{_EPOCHS.value}-epochs'
-  book = Book(pathlib.Path(_WORKDIR.value, f'{_TASK.value}{length}.jsonl'))
-  if not _TABLE.value:
-    contest = TASKS[_TASK.value](_DATA_DIR.value, _EPOCHS.value)
-    compete(narrowed(contest), book, _METHODS.value)
-  print(summarise(book))
+  length = '' if config.epochs is None else f'-{config.epochs}-epochs'
+  book = Book(pathlib.Path(config.workdir, f'{config.task}{length}.jsonl'))
+  if not config.table:
+    contest = TASKS[config.task](config.data_dir, config.epochs)
+    compete(narrowed(contest, config), book, config.methods)
+  return None, summarise(book)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs or prints one contest from the command line; returns the exit code."""
+  return command.job(run, Config, argv, __doc__)
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(main(sys.argv[1:]))
