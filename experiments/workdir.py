@@ -85,20 +85,30 @@ def claim(config: Config) -> pathlib.Path:
 
 def describe(config: Config) -> dict[str, Any]:
   """Returns flags, seed, versions and device as plain data."""
-  device = jax.devices()[0]
   return {
     'flags': settings.deciding(config),
     'seed': config.seed,
-    'versions': {
-      'python': platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in _PACKAGES},
-    },
-    'device': {
-      'platform': device.platform,
-      'kind': device.device_kind,
-      'count': jax.device_count(),
-      'cores': os.cpu_count(),
-    },
+    'versions': versions(),
+    'device': device(),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python and of the packages that decide figures."""
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def device() -> dict[str, Any]:
+  """Returns what a run is computed on."""
+  first = jax.devices()[0]
+  return {
+    'platform': first.platform,
+    'kind': first.device_kind,
+    'count': jax.device_count(),
+    'cores': os.cpu_count(),
   }
 
 

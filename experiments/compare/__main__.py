@@ -38,7 +38,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from experiments import command, settings, train
+from experiments import command, runbook, settings, train
 from experiments.compare import choices, standings, thin
 from experiments.settings import at_least, setting
 from jaxprune import (
@@ -500,23 +500,13 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: Config) -> Iterator[dict[str, Any]]:
   """Yields what has run, and then runs the rest of what is asked for."""
-  book = folder(config) / 'runs.jsonl'
-  lines = book.read_text().splitlines() if book.exists() else []
-  done = [json.loads(line) for line in lines]
-  yield from done
+  book = runbook.Book(folder(config) / 'runs.jsonl', 'experiments.compare')
+  yield from book.read()
   if config.table:
     return
   asked = list(contenders(config))
-  common = {
-    'pretrain': config.pretrain,
-    'steps': config.steps,
-    'schedule': config.schedule,
-    'every': config.every,
-    'granularity': config.granularity,
-    'distribution': config.distribution,
-    'test_split': config.test_split,
-    'score_batches': config.score_batches,
-  }
+  common = settings.deciding(config)
+  del common['data_dir']  # The same data, wherever they lie.
   task = prepare(config)
   choices.check_norms({contender.score for contender in asked}, task.wiring)
   dense = pretrain(task)
@@ -525,25 +515,26 @@ def run(config: Config) -> Iterator[dict[str, Any]]:
     if contender is not None:
       name, amount = contender.name, contender.amount
     what = {'contender': name, 'amount': amount, **common}
-    if any(row['what'] == what for row in done):
+    if book.find(what) is not None:
       continue
-    begin = time.process_time()
+    begun = time.process_time()
     state, kept, form = dense, {}, 'dense'
     if contender is not None:
       state, drawn, form = finetune(task, contender, dense)
       transforms.check(state.params, drawn)
       one = jax.tree.map(lambda x: x[0], drawn)
       kept = {p: k for p, (k, _) in masks.count(one).items()}
-    row = {
-      'what': what,
-      'weights': sum(map(math.prod, task.shapes.values())),
-      'kept': kept,
-      'accuracy': accuracy(task, state),
-      'form': form,
-      'cpu_seconds': time.process_time() - begin,
-    }
-    with book.open('a') as file:
-      file.write(json.dumps(row) + '\n')
+    row = book.add(
+      what,
+      seed=np.asarray(task.seeds).tolist(),
+      accuracy=accuracy(task, state),
+      counts={
+        'weights': sum(map(math.prod, task.shapes.values())),
+        'kept': kept,
+      },
+      cpu_seconds=time.process_time() - begun,
+      details={'form': form},
+    )
     print(json.dumps(row), flush=True)
     yield row
 

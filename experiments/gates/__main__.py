@@ -29,7 +29,6 @@ training step with all gates against one without, in turn.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import sys
@@ -48,6 +47,7 @@ from experiments import (
   evidence,
   flags,
   recipes,
+  runbook,
   search,
   settings,
   timing,
@@ -347,48 +347,63 @@ def fit(
 # --- Runs --------------------------------------------------------------------
 
 
+def book_of(folder: pathlib.Path) -> runbook.Book:
+  """Returns the run book of a run folder."""
+  return runbook.Book(folder / 'runs.jsonl', 'experiments.gates')
+
+
 def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
   """Runs what the run folder does not hold yet of an arm."""
   folder = pathlib.Path(job.config.workdir)
-  file = folder / 'runs.jsonl'
+  book = book_of(folder)
   arm = gated.ARMS[name](job.task, job.graph)
   step = make_step(job, arm)
   whole = functools.partial(infer, job, arm)
   evaluate = train.make_evaluate(whole, job.splits.prepare)
 
   def run(seed, trial, setting):
-    what = {'arm': name, 'seed': seed, 'trial': trial}
-    what['setting'] = list(setting)
-    for row in read(file):
-      if all(row[k] == v for k, v in what.items()):
-        return row
-    clock = time.process_time()
+    what = {
+      **settings.deciding(job.config),
+      'arm': name,
+      'seed': seed,
+      'trial': trial,
+      'setting': list(setting),
+    }
+    if (ended := book.find(what)) is not None:
+      return ended
+    begun = time.process_time()
     saved = folder / f'{name}-{seed}-{"final" if trial is None else trial}'
     state, history = fit(job, arm, step, seed, setting, saved)
     small = arm.finish(state.learned, state.stats, state.masks)
     split = job.splits.test if trial is None else job.splits.held
-    row = {
-      **what,
-      'accuracy': 100 * evaluate(state, split),
-      'parameters': jp.tree.size(small.variables['params']),
-      **small.report,
-    }
+    accuracy = 100 * evaluate(state, split)
+    details = dict(small.report)
+    counts = {'parameters': jp.tree.size(small.variables['params'])}
+    if 'macs' in details:
+      counts['macs'] = details.pop('macs')
     if trial is None:  # The small network gives the same logits.
       x = job.splits.prepare(job.splits.examples.images[:16])
       wanted = jax.jit(whole)(state, x)
       error = jax.jit(small.fn)(small.variables, x) - wanted
-      row['error'] = float(jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(wanted)))
+      details['error'] = float(
+        jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(wanted))
+      )
       if seed == job.config.seed and any(history):
         figure = plots.gates(_pictures(history))
         text = plots.svg(figure, f'gates of {job.config.task}: {name}')
         workdir.write(folder / f'{name}.svg', text)
-    row['seconds'] = time.process_time() - clock
-    with file.open('a') as out:
-      out.write(json.dumps(row) + '\n')
+    row = book.add(
+      what,
+      seed=seed,
+      accuracy=accuracy,
+      counts=counts,
+      cpu_seconds=time.process_time() - begun,
+      details=details,
+    )
     shutil.rmtree(saved)
     print(
       f'{name}, seed {seed}: {row["accuracy"]:.2f} % with '
-      f'{row["parameters"]:,} parameters at {setting}',
+      f'{counts["parameters"]:,} parameters at {setting}',
       flush=True,
     )
     return row
@@ -396,7 +411,7 @@ def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
   trials = [run(TUNING_SEED, i, s) for i, s in enumerate(arm.settings)]
   best = choose(trials, job.task.target * cost.parameters(job.graph))
   for seed in seeds:
-    run(seed, None, tuple(best['setting']))
+    run(seed, None, tuple(best['settings']['setting']))
 
 
 def choose(
@@ -405,21 +420,22 @@ def choose(
   """Returns the best trial within 1 % of a budget, or else the smallest.
 
   Args:
-    trials: their 'accuracy' and 'parameters'.
+    trials: their records.
     budget: of parameters.
 
   Examples:
     >>> rows = [
-    ...   {'accuracy': 95, 'parameters': 110},
-    ...   {'accuracy': 96, 'parameters': 140},
+    ...   {'accuracy': 95, 'counts': {'parameters': 110}},
+    ...   {'accuracy': 96, 'counts': {'parameters': 140}},
     ... ]
     >>> choose(rows, 140)['accuracy'], choose(rows, 100)['accuracy']
     (96, 95)
   """
-  fits = [row for row in trials if row['parameters'] <= 1.01 * budget]
+  size = lambda row: row['counts']['parameters']
+  fits = [row for row in trials if size(row) <= 1.01 * budget]
   if fits:
     return max(fits, key=lambda row: row['accuracy'])
-  return min(trials, key=lambda row: (row['parameters'], -row['accuracy']))
+  return min(trials, key=lambda row: (size(row), -row['accuracy']))
 
 
 def speed(job: Job, pairs: int) -> str:
@@ -473,39 +489,30 @@ def _pictures(history: gates.Gates) -> list[dict[str, np.ndarray]]:
   return [{name: x[k] for name, x in rows.items()} for k in range(epochs)]
 
 
-def read(file: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the runs of a file."""
-  lines = file.read_text().splitlines() if file.exists() else []
-  return [json.loads(line) for line in lines]
-
-
 def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the table of what was run."""
   finals: dict[str, dict[int, Any]] = {}
-  for row in rows:
-    if row['trial'] is None:
-      finals.setdefault(row['arm'], {})[row['seed']] = row
+  for row in runbook.matching(rows, {'trial': None}):
+    finals.setdefault(row['settings']['arm'], {})[row['seed']] = row
   lines = []
   for name, found in finals.items():
-    column = lambda key, found=found: [row[key] for row in found.values()]
     both = sorted(found.keys() & finals.get('all', {}).keys())
     against = ''
     if name != 'all' and len(both) > 1:
       ours = [finals['all'][s]['accuracy'] for s in both]
       against = evidence.paired(ours, [found[s]['accuracy'] for s in both])
-    sizes = column('parameters')
+    sizes = [row['counts']['parameters'] for row in found.values()]
     lines.append(
       [
         name,
         len(found),
         f'{np.mean(sizes):,.0f} ± {np.std(sizes):,.0f}',
-        evidence.summary(column('accuracy')),
+        evidence.summary([row['accuracy'] for row in found.values()]),
         against,
       ]
     )
-  minutes = sum(row['seconds'] for row in rows) / 60
   header = ['arm', 'seeds', 'parameters', 'accuracy, %', 'all minus it']
-  return f'{evidence.table(header, lines)}\n\n{minutes:.1f} CPU-minutes'
+  return f'{evidence.table(header, lines)}\n\n{runbook.minutes(rows)}'
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -546,7 +553,7 @@ def compare(argv: Sequence[str]) -> tuple[pathlib.Path | None, str]:
   seeds = range(config.seed, config.seed + config.seeds)
   for name in config.arms or gated.arms_of(job.task, job.graph):
     contend(job, name, seeds)
-  return folder, summarise(read(folder / 'runs.jsonl'))
+  return folder, summarise(book_of(folder).read())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import command, evidence, settings
+from experiments import command, evidence, runbook, settings
 from experiments.pdp import phases
 from experiments.pdp.contests import TASKS, Contest
 from experiments.settings import BadInputError, at_least, setting
@@ -60,28 +60,7 @@ def sparsity_of(target: str) -> float:
   return float(target)
 
 
-class Book:
-  """The runs of a file, by what they are."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    lines = path.read_text().splitlines() if path.exists() else []
-    self.rows = [json.loads(line) for line in lines]
-
-  def find(self, **what: Any) -> list[dict[str, Any]]:
-    """Returns the runs with these values."""
-    agrees = lambda row: all(row[k] == v for k, v in what.items())
-    return [row for row in self.rows if agrees(row)]
-
-  def add(self, **row: Any) -> None:
-    """Appends a run."""
-    self.rows.append(row)
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    with self.path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
-
-
-def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
+def compete(contest: Contest, book: runbook.Book, names: Sequence[str]) -> None:
   """Runs what the book does not hold yet."""
   problem = contest.problem
   made = functools.lru_cache(
@@ -89,21 +68,28 @@ def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
   )
 
   def run(name, target, seed, trial, hyper, split):
-    what = {'method': name, 'target': target, 'seed': seed, 'trial': trial}
-    found = book.find(**what)
-    if not found:
-      target_of = target if ':' in target else contest.tune
-      out = made(target_of, name)(seed, hyper, sparsity_of(target), split)
-      figures = {
-        'accuracy': out.accuracy,
-        'zeros': out.zeros,
-        'seconds': out.seconds,
-      }
-      figures |= contest.report(out)
-      book.add(**what, split=split, hyper=dict(hyper), **figures)
-      print(json.dumps(book.rows[-1]), flush=True)
-      found = book.rows[-1:]
-    return found[0]
+    what = {
+      'task': problem.name,
+      'epochs': problem.epochs,
+      'method': name,
+      'target': target,
+      'seed': seed,
+      'trial': trial,
+    }
+    if (ended := book.find(what)) is not None:
+      return ended
+    target_of = target if ':' in target else contest.tune
+    out = made(target_of, name)(seed, hyper, sparsity_of(target), split)
+    record = book.add(
+      {**what, 'split': split, 'hyper': dict(hyper)},
+      seed=seed,
+      accuracy=out.accuracy,
+      counts={'zeros': out.zeros},
+      cpu_seconds=out.seconds,
+      details=contest.report(out),
+    )
+    print(json.dumps(record), flush=True)
+    return record
 
   for target in contest.targets:
     for name, method in contest.methods(target).items():
@@ -118,25 +104,27 @@ def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
           run(name, tune, TUNING_SEED, i, hyper, 'validation')
           for i, hyper in enumerate(method.grid)
         ]
-        best = max(trials, key=lambda row: row['accuracy'])['hyper']
+        best = max(trials, key=lambda row: row['accuracy'])
+        best = best['settings']['hyper']
       for seed in range(contest.seeds):
         run(name, target, seed, None, best, 'test')
 
 
-def summarise(book: Book) -> str:
-  """Returns the tables of a book, one for each target, and its sources."""
-  finals = book.find(trial=None)
+def summarise(rows: Sequence[runbook.Record]) -> str:
+  """Returns the tables of runs, one for each target, and their sources."""
+  finals = runbook.matching(rows, {'trial': None})
   parts = []
-  for target in dict.fromkeys(row['target'] for row in finals):
-    by = {
-      name: {
-        row['seed']: row['accuracy']
-        for row in finals
-        if row['target'] == target and row['method'] == name
-      }
-      for name in dict.fromkeys(row['method'] for row in finals)
+  of = lambda key: dict.fromkeys(row['settings'][key] for row in finals)
+  for target in of('target'):
+    runs = {
+      name: runbook.matching(finals, {'target': target, 'method': name})
+      for name in of('method')
     }
-    rows = []
+    by = {
+      name: {row['seed']: row['accuracy'] for row in some}
+      for name, some in runs.items()
+    }
+    lines = []
     for name, found in by.items():
       if not found:
         continue
@@ -148,17 +136,18 @@ def summarise(book: Book) -> str:
           [by['PDP'][s] for s in both], [found[s] for s in both]
         )
       )
-      chosen = book.find(method=name, target=target, trial=None)[0]['hyper']
+      chosen = runs[name][0]['settings']['hyper']
       setting = ', '.join(f'{k} {v:g}' for k, v in chosen.items())
       accuracy = evidence.summary(list(found.values()))
-      rows.append([name, setting, len(found), accuracy, against])
+      lines.append([name, setting, len(found), accuracy, against])
     header = ['method', 'setting', 'seeds', 'accuracy, %', 'PDP minus it']
-    parts.append(f'{target}\n\n{evidence.table(header, rows)}')
-  minutes = sum(row['seconds'] for row in book.rows) / 60
-  lines = dict.fromkeys(
-    _line(row['sources']) for row in book.rows if 'sources' in row
+    parts.append(f'{target}\n\n{evidence.table(header, lines)}')
+  facts = dict.fromkeys(
+    _line(row['details']['sources'])
+    for row in rows
+    if 'sources' in row['details']
   )
-  return '\n\n'.join([*parts, *lines, f'{minutes:.1f} CPU-minutes'])
+  return '\n\n'.join([*parts, *facts, runbook.minutes(rows)])
 
 
 def _line(found: Mapping[str, Any]) -> str:
@@ -213,11 +202,12 @@ def run(argv: Sequence[str]) -> tuple[None, str]:
     )
   # Runs of another length are not those that are there.
   length = '' if config.epochs is None else f'-{config.epochs}-epochs'
-  book = Book(pathlib.Path(config.workdir, f'{config.task}{length}.jsonl'))
+  path = pathlib.Path(config.workdir, f'{config.task}{length}.jsonl')
+  book = runbook.Book(path, 'experiments.pdp')
   if not config.table:
     contest = TASKS[config.task](config.data_dir, config.epochs)
     compete(narrowed(contest, config), book, config.methods)
-  return None, summarise(book)
+  return None, summarise(book.read())
 
 
 def main(argv: Sequence[str]) -> int:
