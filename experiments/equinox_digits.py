@@ -20,7 +20,7 @@ import optax
 
 import jaxprune as jp
 from jaxprune import cost, data, masks, plans, scores
-from jaxprune.soft_training import track_pdp, with_pdp
+from jaxprune.soft.training import track_pdp, with_pdp
 
 
 class Net(eqx.Module):

@@ -23,7 +23,8 @@ from experiments.settings import (
   preset,
   setting,
 )
-from jaxprune import augment, models
+from jaxprune import models
+from jaxprune.data import augment
 
 # Strings to functions.
 

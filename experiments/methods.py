@@ -11,15 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from experiments import train
-from jaxprune import (
-  distributions,
-  masks,
-  schedules,
-  scores,
-  soft_training,
-  transforms,
-  tree,
-)
+from jaxprune import distributions, masks, schedules, scores, transforms, tree
+from jaxprune.soft import training
 
 
 class Method(NamedTuple):
@@ -65,7 +58,7 @@ def pdp(sparsity: float, steps: int) -> Method:
   full, cool, hard = (max(1, round(f * steps)) for f in (0.4, 0.5, 0.7))
   ramp = lambda step: jnp.minimum(1.0, (step + 1) / full)
   fall = lambda step: jnp.clip((step - cool) / max(1, hard - cool), 0.0, 1.0)
-  link = soft_training.track_pdp(
+  link = training.track_pdp(
     sparsity,
     begin=0,
     end=hard,
@@ -75,7 +68,7 @@ def pdp(sparsity: float, steps: int) -> Method:
   )
   return Method(
     link=link,
-    view=soft_training.with_pdp(lambda params: params),
+    view=training.with_pdp(lambda params: params),
     start=lambda variables: variables,
   )
 

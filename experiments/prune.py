@@ -46,16 +46,8 @@ from experiments import (
   train,
   workdir,
 )
-from jaxprune import (
-  checkpoint,
-  cost,
-  data,
-  export,
-  masks,
-  models,
-  plans,
-  report,
-)
+from jaxprune import cost, data, io, masks, models, plans, report
+from jaxprune.io import checkpoint
 
 CHUNK = 64  # Steps between two lines of the log.
 
@@ -286,7 +278,7 @@ def measure(
     fn = lambda x, net=net: net.fn(net.variables, x)
     shape = (1, *task.test.images.shape[1:])
     program = folder / f'{name}.stablehlo'
-    export.save(program, fn, jax.ShapeDtypeStruct(shape, jnp.float32))
+    io.save_stablehlo(program, fn, jax.ShapeDtypeStruct(shape, jnp.float32))
     results.append(result)
   return results
 
@@ -311,7 +303,7 @@ def prove(
       proof = jp.check(task.graph, end.plan, masked(task, end), x)
       passed = True
       text = f'values {proof.values:.1e}, gradients {proof.gradients:.1e}'
-    except jp.proof.CheckError as error:
+    except jp.plans.CheckError as error:
       passed, text = False, str(error)
     add('the small network equals the masked one, to 1e-5', text, passed)
     share = cost.macs(task.graph, end.plan) / cost.macs(task.graph)
@@ -329,7 +321,7 @@ def prove(
     name = result['network']
     net = found[name]
     wanted = jax.jit(net.fn)(net.variables, x)
-    loaded = export.load(folder / f'{name}.stablehlo')(x)
+    loaded = io.load_stablehlo(folder / f'{name}.stablehlo')(x)
     error = float(jnp.max(jnp.abs(loaded - wanted)) / jnp.max(jnp.abs(wanted)))
     text = f'differs by {error:.1e}'
     add(f'{name}.stablehlo computes the same', text, error <= 1e-5)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from experiments import train
-from jaxprune import masks, recovery, tree
+from jaxprune import masks, tree
+from jaxprune.plans import recovery
 
 
 def kernels(params: Any) -> Any:

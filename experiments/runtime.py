@@ -3,7 +3,7 @@
   python -m experiments.runtime
   python -m experiments.runtime --models=mobilenet_v2 --batches=1 --rounds=30
 
-Both networks have random weights, are written by ``jaxprune.export.save_onnx``
+Both networks have random weights, are written by ``jaxprune.io.save_onnx``
 and run on one thread, in interleaved rounds of one run each; the classifier
 keeps its width. Printed are the median CPU seconds of a run, the median of the
 ratio in a round with its 95 % bootstrap interval, and the multiply-adds. With
@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments import command, settings
 from experiments.settings import BadInputError, at_least, setting
-from jaxprune import cost, export, models, plans, structure
+from jaxprune import cost, io, models, plans, structure
 
 MODELS = {
   'resnet50': models.resnet50,
@@ -79,7 +79,7 @@ def in_onnx_runtime(fn: Any, params: Any, x: np.ndarray) -> Call:
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = options.inter_op_num_threads = 1
   with tempfile.NamedTemporaryFile(suffix='.onnx') as file:
-    export.save_onnx(file.name, lambda x: fn(params, x), x)
+    io.save_onnx(file.name, lambda x: fn(params, x), x)
     session = onnxruntime.InferenceSession(
       file.name, options, providers=['CPUExecutionProvider']
     )

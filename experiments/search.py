@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import evidence, flags, recipes, train
-from jaxprune import checkpoint, data
+from jaxprune import data
+from jaxprune.io import checkpoint
 
 
 class Splits(NamedTuple):

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import augment, data
+from jaxprune import data
+from jaxprune.data import augment
 
 Apply = Callable[..., Any]  # flax.linen's Module.apply.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images).

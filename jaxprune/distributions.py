@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checks, floats, placement, select
-from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
-from jaxprune.select import keys
+from jaxprune.numerics import checks, floats, select, sharding
+from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics.select import keys
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = dict[str, int]
@@ -320,7 +320,7 @@ def survival(x: jax.Array) -> jax.Array:
     >>> print(survival(jnp.array([1.0, 2.0, 0.0])))
     [0.2 1.  0. ]
   """
-  unit = floats.split(placement.whole(x))[0].x
+  unit = floats.split(sharding.whole(x))[0].x
   flat = unit.ravel()
   ordered, *places = jax.lax.sort(
     (-flat, *_places(unit)), num_keys=1, is_stable=True
@@ -335,7 +335,7 @@ def survival(x: jax.Array) -> jax.Array:
     *_, found = jax.lax.sort((*places, ratio), num_keys=len(places))
   most = jnp.max(jnp.where(flat < 0, -flat, 0), initial=0)
   below = flat / jnp.where(most > 0, most, 1)
-  return placement.like(jnp.where(flat < 0, below, found).reshape(x.shape), x)
+  return sharding.like(jnp.where(flat < 0, below, found).reshape(x.shape), x)
 
 
 def _places(x: jax.Array) -> list[jax.Array]:
@@ -508,7 +508,7 @@ def counts(
 
   Returns:
     For a static sparsity, path -> count; else limbs of shape [leaves], as
-    :func:`jaxprune.select.top_masks` takes them.
+    :func:`jaxprune.numerics.select.top_masks` takes them.
 
   Raises:
     ValueError: from the distribution.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import checks, floats, placement, select
-from jaxprune import counts as counts_lib
 from jaxprune import tree as tree_lib
-from jaxprune.counts import kept
+from jaxprune.numerics import checks, floats, select, sharding
+from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics.counts import kept
 
 _WIDE = 1 << 31  # From so many entries on an int32 may not hold a count.
 
@@ -120,8 +120,8 @@ def n_by_m(
       'axis, or keep the leaf dense.'
     )
   shape, given = score.shape, score
-  if shape[axis] // m % placement.parts(score)[axis]:
-    score = placement.whole(score)  # A group would lie on two devices.
+  if shape[axis] // m % sharding.parts(score)[axis]:
+    score = sharding.whole(score)  # A group would lie on two devices.
   groups = score.reshape(*shape[:axis], -1, m, *shape[axis + 1 :])
   parts = [jnp.take(groups, i, axis=axis + 1) for i in range(m)]
   ranks = [jnp.zeros(parts[0].shape, jnp.uint8 if m < 256 else jnp.int32)] * m
@@ -132,7 +132,7 @@ def n_by_m(
       ranks[j] = ranks[j] + (~first).astype(ranks[j].dtype)
   keep = jnp.asarray(n).astype(ranks[0].dtype)
   keeps = jnp.stack([r < keep for r in ranks], axis + 1).reshape(shape)
-  return placement.like(keeps, given)
+  return sharding.like(keeps, given)
 
 
 def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
@@ -153,7 +153,7 @@ def block_means(score: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   if all(size == 1 for size in sizes):
     return score
   # Sums must not leave the range that the scores themselves are in.
-  score, exponent = floats.split(placement.whole(score))[0]
+  score, exponent = floats.split(sharding.whole(score))[0]
   counts = 1
   for axis, size in enumerate(sizes):
     length = score.shape[axis]
@@ -186,7 +186,7 @@ def spread(
   """
   if mask.shape == tuple(shape):
     return mask
-  mask = placement.whole(mask)
+  mask = sharding.whole(mask)
   for axis, (size, length) in enumerate(zip(sizes, shape, strict=True)):
     if mask.shape[axis] == 1:
       repeats = [*mask.shape]
@@ -463,7 +463,7 @@ def pack(masks: tree_lib.PyTree) -> tree_lib.PyTree:
     [128, 0]
   """
   check_bool(masks)
-  bits = lambda mask: jnp.packbits(placement.whole(mask).ravel())
+  bits = lambda mask: jnp.packbits(sharding.whole(mask).ravel())
   return jax.tree.map(bits, masks)
 
 
@@ -484,7 +484,7 @@ def unpack(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> tree_lib.PyTree:
       return bits
     size = math.prod(w.shape)
     mask = jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
-    return placement.like(mask, w)
+    return sharding.like(mask, w)
 
   return jax.tree.map(one, params, packed)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxprune import checks
+from jaxprune.numerics import checks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import augment
+from jaxprune.data import augment
 
 
 @pytest.fixture(scope='module')

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import structure
-from jaxprune.structure import axes as ax
-from jaxprune.structure.run import Run
-from jaxprune.structure.slices import occurrences
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.run import Run
+from jaxprune.structure.program.slices import occurrences
 
 
 def test_sizes_that_numpy_computed_are_plain_integers():

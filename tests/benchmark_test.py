@@ -8,7 +8,7 @@ from marks import slow
 
 from experiments.benchmark import analysis, depthwise, shrinking, soft_steps
 from jaxprune import plans, structure
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 SIZES = analysis.Sizes(
   vocabulary=11, layers=1, hidden=8, pairs=2, queries=3, head=4, inner=6

@@ -10,7 +10,7 @@ from jax import lax
 from traces import counted
 
 from jaxprune import models
-from jaxprune.structure.canvas import bilinear, border, on_canvas, resize
+from jaxprune.structure.sizes.padded import bilinear, border, on_canvas, resize
 
 KEY = jax.random.key(0)
 SIDES = (4, 5, 7, 8)

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import checkpoint
 from jaxprune import tree as tree_lib
+from jaxprune.io import checkpoint
 
 
 def make_state(seed=0):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxprune import plans, structure
-from jaxprune.structure import Choice, choices
+from jaxprune.structure import Choice, group_rules
 
 PARAMS = {
   'in': jnp.ones((3, 8)),
@@ -136,7 +136,7 @@ def test_isomorphic_groups_share_a_pool():
     return x
 
   graph = structure.trace(deep, layers, jnp.ones((1, 4)))
-  assert choices.pools(graph) == {
+  assert group_rules.pools(graph) == {
     '0': '0',
     '1': '0',
     '2': '0',

@@ -9,7 +9,9 @@ import pytest
 from jax import lax
 from marks import slow
 
-from jaxprune import plans, proof, soft_channels, structure, tree
+from jaxprune import plans, structure, tree
+from jaxprune.plans import proof
+from jaxprune.soft import channels as soft_channels
 
 
 def normal(*shape, seed=0):

@@ -12,7 +12,8 @@ from marks import slow
 
 from experiments.compare import __main__ as compare
 from experiments.compare import choices, standings, thin
-from jaxprune import lookahead, masks, models
+from jaxprune import masks, models
+from jaxprune.scores import lookahead
 
 
 def test_a_thinned_stack_computes_and_learns_as_the_masked_one():

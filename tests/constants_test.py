@@ -13,11 +13,12 @@ import pytest
 from jax import lax
 
 from jaxprune import cost, plans, structure
-from jaxprune.proof import check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import constants, rules
+from jaxprune.plans.proof import check
+from jaxprune.structure import rules
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import constants
+from jaxprune.structure.program.run import Run
 from jaxprune.structure.rules import Equation, Value
-from jaxprune.structure.run import Run
 
 TOKENS, WIDTH, HEADS, DIM = 5, 6, 4, 8
 
@@ -615,3 +616,25 @@ def test_a_transform_passes_the_axes_that_it_does_not_run_along():
   graph = structure.trace(along, params, X)
   assert 'fft at constants_test.py' in graph.explain('a', 1)
   assert 'runs along it' in graph.explain('a', 1)
+
+
+@pytest.mark.parametrize('kept', [[0, 1, 2, 3], [0, 1, 2, 5], [4], [0, 7]])
+@pytest.mark.parametrize('over', ['zeros', 'features'])
+def test_a_masked_entry_writes_over_no_other(kept, over):
+  """A removed entry of an index keeps its place in the masked network."""
+  order = np.array([3, 1, 2, 0, 7, 6, 5, 4])
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    'a': jax.random.normal(keys[0], (4, 8)),
+    'b': jax.random.normal(keys[1], (8, 5)),
+  }
+  x = jax.random.normal(keys[2], (3, 4))
+
+  def fn(p, x):
+    h = jnp.tanh(x @ p['a'])
+    base = jnp.zeros_like(h) if over == 'zeros' else 2 * h
+    return base.at[:, order].set(h if over == 'zeros' else h[:, order]) @ p['b']
+
+  graph = structure.trace(fn, params, x)
+  plan = plans.from_kept(graph, {'a': kept})
+  assert check(graph, plan, params, x).values < 1e-5

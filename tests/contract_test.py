@@ -20,15 +20,9 @@ from jax.sharding import PartitionSpec as P
 from marks import slow
 from traces import counted
 
-from jaxprune import (
-  distributions,
-  dynamic,
-  masks,
-  reparam,
-  schedules,
-  scores,
-  transforms,
-)
+from jaxprune import distributions, masks, schedules, scores, transforms
+from jaxprune.soft import reparam
+from jaxprune.transforms import dynamic
 
 STEPS = 4
 RAMP = schedules.cubic(0.75, begin=0, end=2)
@@ -209,7 +203,7 @@ def test_moving_masks_through_every_wrapper(mover, wrapper):
   assert sum(zeros(params)) >= 192  # What has just grown is zero too.
   kept = masks.unpacked(optax.tree.get(state, 'masks'), params)
   assert sum(k for k, _ in masks.count(kept).values()) == 64
-  transforms.check(params, kept)
+  transforms.check_sparse(params, kept)
 
 
 def test_members_that_draw_together_draw_only_when_it_is_due():
@@ -315,7 +309,7 @@ def test_bfloat16_compute_with_float32_masters(wrapper, link, narrow):
     params, state = step(params, state)
   assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(params))
   assert sum(zeros(params)) >= 192
-  transforms.check(params, optax.tree.get(state, 'masks'))
+  transforms.check_sparse(params, optax.tree.get(state, 'masks'))
 
 
 @pytest.mark.parametrize(
@@ -472,7 +466,7 @@ def test_any_pytree(tree):
   tx = dynamic.rigl(optax.adam(1e-2), 0.75, KEY, end=9, every=1)
   params, state = train(tx, first)
   assert sum(zeros(params)) >= 192  # What has just grown is zero too.
-  transforms.check(params, state.masks)
+  transforms.check_sparse(params, state.masks)
 
 
 def test_tied_leaves_have_one_mask():
@@ -518,7 +512,7 @@ def test_lookahead_around_the_chain_does_not_and_is_found():
   with pytest.raises(
     ValueError, match='lookahead around it writes its slow copy'
   ):
-    transforms.check(params.slow, state)
+    transforms.check_sparse(params.slow, state)
 
 
 def test_multi_steps_around_a_chain_counts_real_steps():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import counts
+from jaxprune.numerics import counts
 
 kept_jit = {}
 

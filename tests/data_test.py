@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import augment, data, digits
-from jaxprune.data import order
+from jaxprune import data
+from jaxprune.data import augment, digits, order
 
 
 @pytest.fixture(scope='module')

@@ -1,18 +1,12 @@
-"""Tests of jaxprune.decisions."""
+"""Tests of jaxprune.transforms.preview."""
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprune import (
-  decisions,
-  distributions,
-  masks,
-  schedules,
-  scores,
-  transforms,
-)
+from jaxprune import distributions, masks, schedules, scores, transforms
+from jaxprune.transforms import preview
 
 PARAMS = {
   'conv': {'kernel': jnp.ones((3, 3, 4, 8)), 'bias': jnp.ones(8)},
@@ -22,7 +16,7 @@ PARAMS = {
 
 
 def decided(*args, **options):
-  rows = decisions.decide(PARAMS, *args, **options)
+  rows = preview.decide(PARAMS, *args, **options)
   return {row.path: row for row in rows}
 
 
@@ -89,7 +83,7 @@ def test_sparsify_does_what_was_decided(options):
 def test_sparsify_raises_where_a_leaf_is_refused():
   params = {'kernel': jnp.ones((8, 4))}
   options = {'granularity': masks.groups(2, 4)}
-  (row,) = decisions.decide(params, 0.9, **options)
+  (row,) = preview.decide(params, 0.9, **options)
   assert row.verdict == 'refused'
   with pytest.raises(ValueError, match=row.why):
     transforms.sparsify(scores.magnitude, 0.9, **options).init(params)
@@ -97,14 +91,12 @@ def test_sparsify_raises_where_a_leaf_is_refused():
 
 def test_a_part_of_the_channels_is_rounded():
   params = {'kernel': jnp.ones((16, 10))}
-  (row,) = decisions.decide(params, 0.75, granularity=masks.channels())
+  (row,) = preview.decide(params, 0.75, granularity=masks.channels())
   assert row.sparsity == 0.8
 
 
 def test_the_table_lines_up():
-  text = decisions.table(
-    decisions.decide(PARAMS, granularity=masks.groups(2, 4))
-  )
+  text = preview.table(preview.decide(PARAMS, granularity=masks.groups(2, 4)))
   lines = text.splitlines()
   assert len(lines) == 1 + 4
   assert lines[2].split() == [
@@ -114,8 +106,8 @@ def test_the_table_lines_up():
     '50.00%',
     '2:4',
   ]
-  assert 'by score' in decisions.table(
-    decisions.decide(PARAMS, 0.5, distribution=distributions.global_)
+  assert 'by score' in preview.table(
+    preview.decide(PARAMS, 0.5, distribution=distributions.global_)
   )
 
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxprune import digits
+from jaxprune.data import digits
 
 
 def test_split_is_fixed_balanced_and_a_partition():

@@ -7,7 +7,8 @@ import optax
 import pytest
 from traces import counted
 
-from jaxprune import distributions, dynamic, masks
+from jaxprune import distributions, masks
+from jaxprune.transforms import dynamic
 
 KEY = jax.random.key(0)
 PARAMS = {'w': jnp.arange(1.0, 9.0).reshape(2, 4), 'bias': jnp.ones(4)}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import estimator as est
+from jaxprune.search import estimator as est
 
 KEY = jax.random.key(0)
 MEAN = {'a': jnp.float32(0.5), 'b': jnp.array([1.0, -2.0])}

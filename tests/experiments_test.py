@@ -32,16 +32,9 @@ from experiments import (
   train,
   workdir,
 )
-from jaxprune import (
-  augment,
-  checkpoint,
-  data,
-  digits,
-  export,
-  models,
-  plans,
-  report,
-)
+from jaxprune import data, io, models, plans, report
+from jaxprune.data import augment, digits
+from jaxprune.io import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As a user has it: one device, and XLA's usual optimisation.
@@ -705,7 +698,7 @@ def test_the_program_needs_the_file_alone(smoke):
     node[name] = w
   x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
   expected = np.asarray(jax.jit(module.apply)(variables, x))
-  found = export.load(folder / 'channel.stablehlo')(x)
+  found = io.load_stablehlo(folder / 'channel.stablehlo')(x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

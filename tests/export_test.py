@@ -9,7 +9,7 @@ import pytest
 from jax import export as jax_export
 
 import jaxprune as jp
-from jaxprune import export, models, plans
+from jaxprune import io, models, plans
 
 
 @pytest.fixture(scope='module')
@@ -27,13 +27,13 @@ def network():
 def artifact(network, tmp_path_factory):
   path = tmp_path_factory.mktemp('export') / 'network.stablehlo'
   fn, x = network
-  assert export.save(path, fn, x[:1]) == path.stat().st_size
+  assert io.save_stablehlo(path, fn, x[:1]) == path.stat().st_size
   return path
 
 
 def test_the_same_values_at_other_batch_sizes(network, artifact):
   fn, x = network
-  loaded = export.load(artifact)
+  loaded = io.load_stablehlo(artifact)
   for n in (1, 5):
     expected = np.asarray(jax.jit(fn)(x[:n]))
     np.testing.assert_allclose(loaded(x[:n]), expected, rtol=1e-6, atol=1e-6)
@@ -73,8 +73,8 @@ def test_reloads_without_the_python_of_the_model(network, artifact, tmp_path):
 def test_fixed_shapes_and_several_arguments(tmp_path):
   fn = lambda a, b: a['w'] @ b
   args = ({'w': jnp.ones((2, 3))}, jnp.ones(3))
-  export.save(tmp_path / 'fn', fn, *args, batch=None, platforms=['cpu'])
-  loaded = export.load(tmp_path / 'fn')
+  io.save_stablehlo(tmp_path / 'fn', fn, *args, batch=None, platforms=['cpu'])
+  loaded = io.load_stablehlo(tmp_path / 'fn')
   np.testing.assert_array_equal(loaded(*args), [3.0, 3.0])
   with pytest.raises(ValueError, match='shape'):
     loaded({'w': jnp.ones((4, 3))}, jnp.ones(3))
@@ -87,19 +87,19 @@ def test_a_damaged_file_is_refused(artifact, tmp_path):
   for bad in (bytes(content), artifact.read_bytes()[:-40], b''):
     damaged.write_bytes(bad)
     with pytest.raises(ValueError, match=r'damaged.*damaged, or not written'):
-      export.load(damaged)
+      io.load_stablehlo(damaged)
   with pytest.raises(FileNotFoundError):
-    export.load(tmp_path / 'nothing')
+    io.load_stablehlo(tmp_path / 'nothing')
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
   path = tmp_path / 'fn'
   with pytest.raises(ValueError, match=r'got 0 of shape \(\).*batch=None'):
-    export.save(path, lambda x: x, jnp.float32(1))
+    io.save_stablehlo(path, lambda x: x, jnp.float32(1))
   with pytest.raises(ValueError, match='got no array'):
-    export.save(path, lambda: jnp.ones(2))
+    io.save_stablehlo(path, lambda: jnp.ones(2))
   with pytest.raises(ValueError, match='cpu, cuda, tpu, rocm, got abacus'):
-    export.save(path, lambda x: x, jnp.ones(2), platforms=['abacus'])
+    io.save_stablehlo(path, lambda x: x, jnp.ones(2), platforms=['abacus'])
   assert not path.exists()
 
 
@@ -119,11 +119,11 @@ def test_a_specialised_network_comes_back_on_every_platform(tmp_path):
   plan = plans.from_kept(graph, {'a.1': [0, 3, 4], 'b': [1, 2, 6]})
   small, fn = jp.shrink(graph, plan, params), jp.specialise(graph, plan)
   path = tmp_path / 'small.stablehlo'
-  export.save(path, lambda x: fn(small, x), x[:1])
+  io.save_stablehlo(path, lambda x: fn(small, x), x[:1])
   exported = jax_export.deserialize(bytearray(path.read_bytes()))
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
   assert '<9x3xf32>' not in str(exported.mlir_module())
-  loaded = export.load(path)
+  loaded = io.load_stablehlo(path)
   for n in (1, 5):
     np.testing.assert_allclose(
       loaded(x[:n]), plans.masked(graph, plan)(params, x[:n]), rtol=1e-5
@@ -146,15 +146,15 @@ def test_shrunk_params_come_back_with_their_plan(tmp_path):
   plan = plans.from_widths(graph, {'a': 4})
   small = jp.shrink(graph, plan, params)
   path = tmp_path / 'small.safetensors'
-  size = export.save_safetensors(path, small, {'plan': plans.to_json(plan)})
+  size = io.save_safetensors(path, small, {'plan': plans.to_json(plan)})
   assert path.stat().st_size == size
-  found, metadata = export.load_safetensors(path, small)
+  found, metadata = io.load_safetensors(path, small)
   assert plans.from_json(metadata['plan']) == plan
   assert jax.tree.structure(found) == jax.tree.structure(small)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(small), strict=True):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a, b)
-  flat, _ = export.load_safetensors(path)
+  flat, _ = io.load_safetensors(path)
   assert list(flat) == ['a/w', 'b', 'mask', 'step']
   library = pytest.importorskip('safetensors')
   with library.safe_open(path, 'flax') as file:
@@ -168,7 +168,7 @@ def test_what_the_library_wrote_is_read(tmp_path):
   arrays = {'x': np.arange(3, dtype=np.int16), 'y': np.zeros((0, 2))}
   path = tmp_path / 'a.safetensors'
   library.save_file(arrays, path)
-  found, metadata = export.load_safetensors(path)
+  found, metadata = io.load_safetensors(path)
   assert metadata == {}
   assert found.keys() == arrays.keys()
   np.testing.assert_array_equal(found['x'], arrays['x'])
@@ -176,7 +176,7 @@ def test_what_the_library_wrote_is_read(tmp_path):
 
 def test_what_safetensors_cannot_hold_is_named(tmp_path):
   path = tmp_path / 'a.safetensors'
-  save, load = export.save_safetensors, export.load_safetensors
+  save, load = io.save_safetensors, io.load_safetensors
   with pytest.raises(TypeError, match=r"Leaf 'k' has dtype key<fry>, which"):
     save(path, {'k': jax.random.key(0)})
   with pytest.raises(TypeError, match="texts, got 3 for 'epoch'"):

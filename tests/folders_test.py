@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from experiments import train
-from jaxprune import augment, data, digits
+from jaxprune import data
+from jaxprune.data import augment, digits
 
 RNG = np.random.default_rng(0)
 DTYPES = [

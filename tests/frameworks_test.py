@@ -9,15 +9,8 @@ from flax import nnx
 
 import jaxprune as jp
 from experiments import equinox_digits, nnx_digits
-from jaxprune import (
-  cost,
-  masks,
-  plans,
-  soft_channels,
-  structure,
-  transforms,
-  tree,
-)
+from jaxprune import cost, masks, plans, structure, transforms, tree
+from jaxprune.soft import channels as soft_channels
 
 FIRST, SECOND = WIDTHS = (4, 6)
 PIXELS = 4 * 4  # Of the last feature map, which the head reads flat.
@@ -100,7 +93,7 @@ def test_channels_that_pdp_closes_are_removed_for_real(case):
 def test_fine_tuning_holds_exact_zeros_and_trains_the_rest(case):
   result, params, _ = case
   keep = plans.masks(result.graph, result.plan, params)
-  transforms.check(params, keep)
+  transforms.check_sparse(params, keep)
   cut = [
     name
     for name, (size, left) in plans.widths(result.graph, result.plan).items()

@@ -16,7 +16,7 @@ import jaxprune as jp
 from jaxprune import cost, gates, plans, structure
 from jaxprune.models import layers
 from jaxprune.models.inception import Inception
-from jaxprune.structure.branches import branches
+from jaxprune.structure.walks.branches import branches
 
 # --- Gate functions, by hand -------------------------------------------------
 

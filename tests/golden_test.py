@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxprune import distributions, lookahead, scores
+from jaxprune import distributions, scores
+from jaxprune.scores import lookahead
 
 GOLDEN = json.loads(
   (pathlib.Path(__file__).parent / 'golden' / 'maths.json').read_text()

@@ -10,7 +10,8 @@ import pytest
 from experiments import workdir
 from experiments.joint import __main__ as job
 from experiments.joint import supernets, tasks
-from jaxprune import joint, models
+from jaxprune import models
+from jaxprune.search import joint
 
 TINY = [
   '--subset=500', '--sides=5,8', '--steps=6', '--every=1', '--n=2',

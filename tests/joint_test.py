@@ -11,8 +11,9 @@ import pytest
 from traces import counted
 
 import jaxprune as jp
-from jaxprune import cost, estimator, evolution, joint, models, plans, tree
-from jaxprune.structure import canvas
+from jaxprune import cost, models, plans, tree
+from jaxprune.search import estimator, evolution, joint
+from jaxprune.structure.sizes import padded
 
 KEY = jax.random.key(0)
 SIDES = (5, 7, 8)
@@ -351,7 +352,7 @@ def test_masked_is_what_is_built_in_all_dimensions_together():
     vector = drawn(seed)
     plan = joint.plan(space, vector)
     small = jp.shrink(space.graph, plan, variables())
-    images = canvas.resize(x, vector.side)
+    images = padded.resize(x, vector.side)
     logits, stats = jax.jit(jp.specialise(space.graph, plan))(small, images)
     scale = np.abs(logits).max()
     for found, after in (
@@ -393,7 +394,7 @@ def test_stages_with_sides_of_their_own_are_what_is_built():
     module = MODEL.clone(
       widths=models.widths(small['params']), drop=plan.dropped
     )
-    images = canvas.resize(x, side['input'])
+    images = padded.resize(x, side['input'])
 
     @jax.jit
     def build(small, images, module=module, side=side):
@@ -401,7 +402,7 @@ def test_stages_with_sides_of_their_own_are_what_is_built():
         module.apply, small, train=True, mutable=['batch_stats']
       )
       h, first = run(images, stop=1)
-      h = canvas.bilinear(h, (side['stage2'],) * 2)
+      h = padded.bilinear(h, (side['stage2'],) * 2)
       logits, last = run(h, start=1)
       return logits, first, last
 
@@ -439,7 +440,7 @@ def test_a_side_for_each_stage_is_a_coordinate():
   late = space.high._replace(side={'input': 8, 'stage2': 5})
   plan = joint.plan(space, late)
   assert plan.resolution is None
-  assert plan.resized == (('.*stage2_block1.*', (5, 5)),)
+  assert plan.resized == (('params/stage2_block1/conv1/kernel', (5, 5)),)
   only = joint.restrict(space, widths=True)
   assert only.low.side == {'input': 8, 'stage2': 8}
   assert joint.coster(only)(only.high) == joint.whole(space, price)

@@ -9,8 +9,8 @@ import optax
 import pytest
 from marks import slow
 
-from jaxprune import lookahead as la
 from jaxprune import tree
+from jaxprune.scores import lookahead as la
 
 PATHS = ['conv', 'depthwise', 'grouped', 'fc', 'head']
 EPS = 1e-5

@@ -10,22 +10,12 @@ import pytest
 from marks import slow
 
 import jaxprune as jp
-from jaxprune import (
-  checks,
-  counts,
-  distributions,
-  dynamic,
-  lookahead,
-  masks,
-  reparam,
-  schedules,
-  scores,
-  select,
-  soft,
-  soft_channels,
-  soft_training,
-  transforms,
-)
+from jaxprune import distributions, masks, schedules, scores, soft, transforms
+from jaxprune.numerics import checks, counts, select
+from jaxprune.scores import lookahead
+from jaxprune.soft import channels as soft_channels
+from jaxprune.soft import reparam, training
+from jaxprune.transforms import dynamic
 
 NAN, INF = float('nan'), float('inf')
 
@@ -240,9 +230,9 @@ def test_limits_count_decimals_as_they_are_written(percent, hundreds):
     lambda n: dynamic.rigl(
       optax.sgd(0.1), 0.5, jax.random.key(0), end=9, every=n
     ),
-    lambda n: soft_training.ramp_schedule(n),
-    lambda n: soft_training.is_warm([1.0], patience=n),
-    lambda n: soft_training.track_pdp(0.5, begin=n, ramp=lambda step: 1.0),
+    lambda n: training.ramp_schedule(n),
+    lambda n: training.is_warm([1.0], patience=n),
+    lambda n: training.track_pdp(0.5, begin=n, ramp=lambda step: 1.0),
     lambda n: lookahead.lookahead_masks(
       {'w': jnp.ones((2, 2))}, {}, 0.5, rounds=n
     ),
@@ -274,10 +264,8 @@ def test_a_count_may_be_an_integer_of_any_library():
     lambda x: soft.pdp_init({'w': jnp.ones((4, 4))}, 0.5, c=x),
     lambda x: soft.pdp_init({'w': jnp.ones((4, 4))}, x),
     lambda x: soft.pdp_init({'w': jnp.ones((4, 4))}, {'w': x}),
-    lambda x: soft_training.track_pdp(
-      0.5, begin=0, ramp=lambda step: 1.0, tau=x
-    ),
-    lambda x: soft_training.ramp_schedule(4, x),
+    lambda x: training.track_pdp(0.5, begin=0, ramp=lambda step: 1.0, tau=x),
+    lambda x: training.ramp_schedule(4, x),
     lambda x: masks.top({'w': jnp.ones(4)}, x),
     lambda x: counts.kept(5, x),
     lambda x: jp.sparsify(scores.magnitude, x),
@@ -297,10 +285,10 @@ def test_a_count_may_be_an_integer_of_any_library():
     lambda x: jp.gates.scale(x),
     lambda x: jp.gates.sharp(x),
     lambda x: jp.gates.penalty(jnp.float32(1), 1.0, target=x),
-    lambda x: jp.recovery.logit_distillation(
+    lambda x: jp.plans.recovery.logit_distillation(
       jnp.ones((1, 2)), jnp.ones((1, 2)), temperature=x
     ),
-    lambda x: jp.estimator.estimator(n=2, sigma=x),
+    lambda x: jp.search.estimator.estimator(n=2, sigma=x),
     lambda x: jp.budget(macs=x),
     lambda x: jp.budget(ms=x),
     lambda x: lookahead.lookahead_masks(
@@ -325,11 +313,11 @@ def test_a_traced_number_passes_and_an_array_is_checked():
 def test_json_names_what_is_not_finite():
   with pytest.raises(ValueError, match=r'a/1 = nan, b = inf\. Write'):
     checks.dumps({'a': [1.0, NAN], 'b': INF})
-  vector = jp.joint.PruningVector({'a': 3}, {}, NAN)
+  vector = jp.search.joint.PruningVector({'a': 3}, {}, NAN)
   with pytest.raises(ValueError, match='side = nan'):
-    jp.joint.to_json(vector)
+    jp.search.joint.to_json(vector)
   with pytest.raises(ValueError, match='This is no pruning vector'):
-    jp.joint.from_json(
+    jp.search.joint.from_json(
       '{"version": 2, "widths": {"a": NaN}, "depths": {}, "side": null}'
     )
 
@@ -337,11 +325,11 @@ def test_json_names_what_is_not_finite():
 def test_a_vector_of_nan_is_no_full_width():
   params = {'a': jnp.ones((1, 8)), 'b': jnp.ones((8, 1))}
   graph = jp.trace(lambda p, x: x @ p['a'] @ p['b'], params, jnp.ones((1, 1)))
-  space = jp.joint.space(graph)
+  space = jp.search.joint.space(graph)
   for odd in (NAN, jnp.float32(INF), np.array([1.0, NAN])):
-    vector = jp.joint.PruningVector({'a': odd}, {}, None)
+    vector = jp.search.joint.PruningVector({'a': odd}, {}, None)
     with pytest.raises(ValueError, match=r'widths/a = .*(nan|inf)'):
-      jp.joint.rounded(space, vector)
+      jp.search.joint.rounded(space, vector)
   with pytest.raises(TypeError, match=r"`widths\['a'\]` must be an integer"):
     jp.plans.from_widths(graph, {'a': 2.5})
   with pytest.raises(TypeError, match=r"`kept\['a'\]` must be an integer"):

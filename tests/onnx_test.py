@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxprune as jp
-from jaxprune import export, models, plans
+from jaxprune import io, models, plans
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -28,7 +28,7 @@ def session(path):
 
 def written(path, fn, *args, **options):
   """Writes a function, checks the file, and returns its nodes and a call."""
-  size = export.save_onnx(path, fn, *args, **options)
+  size = io.save_onnx(path, fn, *args, **options)
   assert path.stat().st_size == size
   model = onnx.load(path)
   onnx.checker.check_model(model, full_check=True)
@@ -255,7 +255,7 @@ def test_what_does_not_read_the_input_is_computed(tmp_path):
 def test_names_of_inputs_and_outputs_are_paths(tmp_path):
   fn = lambda a, b: {'sum': a['w'] + b, 'w': a['w']}
   args = ({'w': X[:, 0, 0]}, X[:, 1, 0])
-  export.save_onnx(tmp_path / 'fn.onnx', fn, *args)
+  io.save_onnx(tmp_path / 'fn.onnx', fn, *args)
   ran = session(tmp_path / 'fn.onnx')
   assert [x.name for x in ran.get_inputs()] == ['input_0/w', 'input_1']
   assert [x.name for x in ran.get_outputs()] == ['output_sum', 'output_w']
@@ -283,16 +283,16 @@ def test_an_operation_without_translation_is_named(tmp_path):
   ]
   for fn, message in cases:
     with pytest.raises(ValueError, match=message):
-      export.save_onnx(path, fn, X, batch=None)
+      io.save_onnx(path, fn, X, batch=None)
   with pytest.raises(ValueError, match=r'got 0 of shape \(\).*batch=None'):
-    export.save_onnx(path, lambda x: x, jnp.float32(1))
+    io.save_onnx(path, lambda x: x, jnp.float32(1))
   assert not path.exists()
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'onnx', None)
   with pytest.raises(ImportError, match=re.escape('install jaxprune[onnx]')):
-    export.save_onnx(tmp_path / 'fn.onnx', lambda x: x, X)
+    io.save_onnx(tmp_path / 'fn.onnx', lambda x: x, X)
 
 
 # --- Networks ----------------------------------------------------------------

@@ -13,7 +13,8 @@ from experiments import runbook, settings
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, contests, phases
-from jaxprune import data, models, text, tree
+from jaxprune import data, models, tree
+from jaxprune.data import text
 
 RATES = (0.05, 0.1)
 

@@ -102,35 +102,6 @@ def test_training_goes_on_warm_after_the_cut(tx):
     )
 
 
-def square(p, x):
-  return jnp.tanh(x @ p['a']) @ p['b']
-
-
-@pytest.mark.parametrize(
-  ('tx', 'message'),
-  [
-    (
-      optax.adafactor(0.1, min_dim_size_to_factor=2),
-      r"v_row/a' must have the shape \(5, 6\) of its param 'a', got \(5,\)",
-    ),
-    (optax.sm3(0.1), r"mu/a/0' of shape \(5,\) is no slice of a param"),
-    (
-      optax.contrib.muon(0.1),
-      r"ns_coeffs' of shape \(3,\) is no slice of a param",
-    ),
-  ],
-  ids=['adafactor', 'sm3', 'muon'],
-)
-def test_a_state_that_cannot_be_cut_is_refused_by_name(tx, message):
-  state = tx.init({'a': PARAMS['a'], 'b': PARAMS['b']})
-  graph = structure.trace(square, {'a': PARAMS['a'], 'b': PARAMS['b']}, X)
-  plan = plans.from_kept(graph, {'a': [4, 0, 1]})
-  with pytest.raises(
-    ValueError, match=f'{message}.* initialise the optimizer anew'
-  ):
-    plans.shrink(graph, plan, state)
-
-
 def test_specialise_under_the_transformations():
   small, fn = plans.shrink(GRAPH, PLAN, PARAMS), plans.specialise(GRAPH, PLAN)
   want = fn(small, X)
@@ -200,12 +171,12 @@ def small(path):
       lambda: plans.shrink(
         GRAPH, plans.Plan(GRAPH.fingerprint, (('a', (7,)),)), PARAMS
       ),
-      r"'a' has units 0 to 5, the plan keeps \[7\]",
+      r"'a' has units 0 to 5, got \[7\]",
     ),
-    (lambda: kept(-1, 2), r"'a' has units 0 to 5, the plan keeps \[-1, 2\]"),
+    (lambda: kept(-1, 2), r"'a' has units 0 to 5, got \[-1, 2\]"),
     (lambda: kept(2, 2), r"ascending units of group 'a', .* got \[2, 2\]"),
     (lambda: kept(3, 1), r"ascending units of group 'a', .* got \[3, 1\]"),
-    (lambda: kept(), "Group 'a' must keep one or more units, got none"),
+    (lambda: kept(), "Group 'a' must keep one or more indices"),
     (
       lambda: plans.from_json(
         '{"version": 2, "graph": "x", "kept": {"a": [0.5]}}'
@@ -218,7 +189,7 @@ def small(path):
     ),
     (
       lambda: plans.shrink(GRAPH, PLAN, {'q': jnp.ones(5)}),
-      r"'q' of shape \(5,\) is no slice of a param",
+      r"'q' of shape \(5,\) ends in the path of no param.*{'q': False}",
     ),
     (
       lambda: plans.specialise(GRAPH, PLAN)(small('b'), X),

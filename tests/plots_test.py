@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip('matplotlib')
 
-from jaxprune import plots
+from jaxprune.report import plots
 
 RECORDS = [
   {'step': 0, 'stage': 'dense', 'train_loss': 2.0},

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from scipy import special
 
-from jaxprune import export
+from jaxprune import io
 
 pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -112,7 +112,7 @@ def exported(fn, *args):
   """Returns what the runtime computes of a function, by name of the output."""
   with tempfile.TemporaryDirectory() as folder:
     path = f'{folder}/fn.onnx'
-    export.save_onnx(path, fn, *args)
+    io.save_onnx(path, fn, *args)
     session = onnxruntime.InferenceSession(
       path, providers=['CPUExecutionProvider']
     )

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from jaxprune import plans, structure
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 
 def normal(*shape, seed=0):

@@ -6,6 +6,7 @@ units absent, and, where no reduction runs over them, the program itself on
 masked params.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxprune import plans, structure
-from jaxprune.proof import CheckError, check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import program, rules
+from jaxprune.plans.proof import CheckError, check
+from jaxprune.structure import rules
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import typed
 from jaxprune.structure.rules import base, parts
 
 ROWS, INPUTS, OUTPUTS = 3, 4, 2
@@ -512,15 +514,17 @@ QUICK = ('concatenate', 'split', 'reshape', 'elementwise', 'dot_general', 'rev')
 def mutate(name, wrong, monkeypatch):
   """Puts a wrong rule in the place of the right one."""
   if name == 'scan':
-    return monkeypatch.setattr(program, '_unify_values', wrong)
-  if name == 'elementwise':
-    right = base.elementwise
-    return monkeypatch.setattr(base, name, lambda eqn: wrong(eqn, right))
+    return monkeypatch.setattr(typed, '_unify_values', wrong)
   if name == 'stride':
     right = parts._steps
     return monkeypatch.setattr(parts, '_steps', lambda *xs: wrong(right(*xs)))
-  right = rules.RULES[name]
-  return monkeypatch.setitem(rules.RULES, name, lambda eqn: wrong(eqn, right))
+  names = list(base.ELEMENTWISE) if name == 'elementwise' else [name]
+  for each in names:
+    row = rules.TABLE[each]
+    mutant = functools.partial(wrong, right=row.rule)
+    row = dataclasses.replace(row, rule=mutant)
+    monkeypatch.setitem(rules.TABLE, each, row)
+  return None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A check measures, catches what is wrong, and cannot pass by accident."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from jaxprune import plans, structure
-from jaxprune.proof import CheckError, check
-from jaxprune.structure import axes as ax
-from jaxprune.structure import literals, program, rules, run
+from jaxprune.plans.proof import CheckError, check
+from jaxprune.structure import rules
+from jaxprune.structure.numbers import literals
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program import run, typed
 
 
 def normal(*shape):
@@ -119,15 +122,16 @@ def test_a_complex_constant_is_a_number_where_it_is_real():
 
 def test_a_check_catches_a_wrong_rule(monkeypatch):
   """A concatenation that thinks its parts stand in the other order."""
-  right = rules.RULES['concatenate']
+  row = rules.TABLE['concatenate']
 
   def wrong(eqn):
-    right(eqn)
+    row.rule(eqn)
     axis = eqn.params['dimension']
     parts = [value.axes[axis] for value in eqn.inputs]
     eqn.outputs[0].axes[axis] = ax.concatenation(reversed(parts))
 
-  monkeypatch.setitem(rules.RULES, 'concatenate', wrong)
+  mutant = dataclasses.replace(row, rule=wrong)
+  monkeypatch.setitem(rules.TABLE, 'concatenate', mutant)
   fn, params = two_branches()
   graph = structure.trace(fn, params, X)
   plan = plans.from_kept(graph, {'a': [0, 1, 2], 'b': [3, 4, 5]})
@@ -262,7 +266,7 @@ def test_a_check_catches_a_derivative_that_is_lost(monkeypatch):
     return check(graph, plans.from_kept(graph, {'a': [0, 1, 4]}), params, X)
 
   assert proved().gradients <= 1e-5
-  monkeypatch.setattr(program, '_is_float', lambda value: False)
+  monkeypatch.setattr(typed, '_is_float', lambda value: False)
   message = "the original one on masked params: .*most at the gradient of 'a'"
   with pytest.raises(CheckError, match=message):
     proved()

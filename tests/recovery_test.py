@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import recovery
+from jaxprune.plans import recovery
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import reparam
+from jaxprune.soft import reparam
 
 W = np.array([[1.0, -2.0], [3.0, -0.5]], np.float32)
 MASK = np.array([[True, False], [True, False]])

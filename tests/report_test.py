@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import plots, report
+from jaxprune import report
+from jaxprune.report import plots
 
 # --- The log -----------------------------------------------------------------
 

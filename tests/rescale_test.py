@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from jaxprune import models, plans, structure
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 
 def normal(*shape, seed=0):
@@ -156,6 +156,23 @@ NORMS = {
   'mean in bfloat16': lambda y: (
     y - jnp.mean(y.astype(jnp.bfloat16), -1, keepdims=True).astype(y.dtype)
   ),
+  'a norm scaled by its width': lambda y: (
+    y / jnp.linalg.norm(y, axis=-1, keepdims=True) * y.shape[-1] ** 0.5
+  ),
+  'a root mean square by a norm': lambda y: (
+    y / (jnp.linalg.norm(y, axis=-1, keepdims=True) / y.shape[-1] ** 0.5)
+  ),
+  'variance of two moments': lambda y: (
+    (y - y.mean(-1, keepdims=True))
+    * lax.rsqrt(
+      jnp.mean(y * y, -1, keepdims=True)
+      - jnp.mean(y, -1, keepdims=True) ** 2
+      + 1e-3
+    )
+  ),
+  'a mean made a sum again': lambda y: (
+    y * lax.rsqrt(y.var(-1, keepdims=True) * y.shape[-1] + 1e-3)
+  ),
   'inside a scan': lambda y: lax.scan(
     lambda c, _: ((c - c.mean(-1, keepdims=True)) * 1.5, None), y, length=3
   )[0],
@@ -165,9 +182,27 @@ UNKNOWN = {
     lambda y: y / (0.3 * jnp.sum(y * y, -1, keepdims=True)),
     'sums 12 entries and 0.3 in mul at rescale_test.py',
   ),
-  'a norm scaled by its width': (
-    lambda y: y / jnp.linalg.norm(y, axis=-1, keepdims=True) * E**0.5,
-    '3.4641 in mul at rescale_test.py:.* may stand for its 12 entries',
+  'random features': (
+    lambda y: np.sqrt(2 / E) * jnp.cos(y),
+    '0.408248 in mul at rescale_test.py:.* may stand for its 12 entries',
+  ),
+  'a temperature': (
+    lambda y: jnp.tanh(y) * np.log(E),
+    '2.48491 in mul at rescale_test.py:.* may stand for its 12 entries',
+  ),
+  'a temperature that JAX computes': (
+    lambda y: jnp.tanh(y) * jnp.log(E),
+    '2.48491 in mul at rescale_test.py:.* may stand for its 12 entries',
+  ),
+  'one more than the width': (
+    lambda y: jnp.tanh(y) / (1 + y.shape[-1]),
+    '13 in div at rescale_test.py:.* may stand for its 12 entries',
+  ),
+  'the log of a mean of exponentials': (
+    lambda y: (
+      y - (jax.nn.logsumexp(y, -1, keepdims=True) - np.log(y.shape[-1]))
+    ),
+    '2.48491 in sub at rescale_test.py:.* may stand for its 12 entries',
   ),
   'a table that counts': (
     lambda y: y * np.linspace(1, 2, E, dtype=np.float32),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from experiments import search, train
-from jaxprune import checkpoint
+from jaxprune.io import checkpoint
 
 
 def test_a_training_that_stops_goes_on_to_the_same_bits(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import counts, select
-from jaxprune.select.secant import secant
+from jaxprune.numerics import counts, select
+from jaxprune.numerics.select.secant import secant
 
 METHODS = ['histogram', 'bisection']
 

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
 import jaxprune as jp
-from jaxprune import plans, soft_channels, structure, tree
+from jaxprune import plans, structure, tree
+from jaxprune.soft import channels as soft_channels
 
 # By hand: a dense layer of 6, a norm in training, a reader.
 
@@ -251,7 +252,7 @@ def test_one_line_of_optax_closes_groups(traced):
   net, variables, x, graph, channels = traced
   tx = optax.chain(
     optax.sgd(0.05),
-    jp.soft_training.track_pdp(
+    jp.soft.training.track_pdp(
       0.5,
       begin=1,
       end=4,
@@ -261,7 +262,7 @@ def test_one_line_of_optax_closes_groups(traced):
       c=0.2,
     ),
   )
-  apply = jp.soft_training.with_pdp(
+  apply = jp.soft.training.with_pdp(
     lambda p, x: net.apply({**variables, 'params': p}, x, train=False),
     channels=channels,
   )

@@ -9,7 +9,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traces import counted
 
-from jaxprune import soft, soft_channels, soft_training, tree
+from jaxprune import soft, tree
+from jaxprune.soft import channels as soft_channels
+from jaxprune.soft import training
 
 
 def problem():
@@ -32,7 +34,7 @@ def ramp(step):
 
 
 def train(tx, params, opt_state, x, apply, steps):
-  gated = soft_training.with_pdp(apply)
+  gated = training.with_pdp(apply)
 
   def step(params, opt_state):
     loss = lambda p: jnp.mean(jnp.square(gated(p, opt_state, x) - 1.0))
@@ -49,14 +51,14 @@ def train(tx, params, opt_state, x, apply, steps):
 
 def test_ramp_by_epoch_and_by_step():
   epochs = [0, 15, 16, 17, 90]
-  got = [float(soft_training.ramp(e)) for e in epochs]
+  got = [float(training.ramp(e)) for e in epochs]
   np.testing.assert_allclose(got, [0, 0, 0.015, 0.03, 1], 1e-5)
-  np.testing.assert_allclose(soft_training.ramp(16.5), 0.0225, 1e-5)
+  np.testing.assert_allclose(training.ramp(16.5), 0.0225, 1e-5)
 
 
 def test_ramps_of_updates():
-  stairs = soft_training.ramp_schedule(10)
-  slope = soft_training.ramp_schedule(10, by='step')
+  stairs = training.ramp_schedule(10)
+  slope = training.ramp_schedule(10, by='step')
   steps = [0, 9, 10, 15]
   np.testing.assert_allclose(
     [float(stairs(s)) for s in steps], [0.015, 0.015, 0.03, 0.03], 1e-5
@@ -68,16 +70,16 @@ def test_ramps_of_updates():
 
 def test_warm_is_a_run_above_one_half():
   history = [0.4, 0.6, 0.6, 0.3, 0.7, 0.7]
-  assert not soft_training.is_warm(history, patience=3)
-  assert soft_training.is_warm([*history, 0.7], patience=3)
-  assert not soft_training.is_warm([60.0] * 4, upper=100)
-  assert soft_training.is_warm([60.0] * 5, upper=100)
+  assert not training.is_warm(history, patience=3)
+  assert training.is_warm([*history, 0.7], patience=3)
+  assert not training.is_warm([60.0] * 4, upper=100)
+  assert training.is_warm([60.0] * 5, upper=100)
 
 
 def test_a_chain_trains_softly_then_hard():
   params, x, apply = problem()
   tx = optax.chain(
-    optax.adam(0.05), soft_training.track_pdp(0.7, begin=2, ramp=ramp, end=6)
+    optax.adam(0.05), training.track_pdp(0.7, begin=2, ramp=ramp, end=6)
   )
   opt_state = tx.init(params)
   middle, opt_state = train(tx, params, opt_state, x, apply, 4)
@@ -95,7 +97,7 @@ def test_a_chain_trains_softly_then_hard():
   assert sum(zeros) == round(0.7 * 42)
   assert zeros == [int(tracked.pdp.pruned[k]['kernel']) for k in 'ab']
   np.testing.assert_allclose(
-    soft_training.with_pdp(apply)(other, (tracked,), x), apply(other, x), 1e-6
+    training.with_pdp(apply)(other, (tracked,), x), apply(other, x), 1e-6
   )
 
 
@@ -103,7 +105,7 @@ def test_budgets_are_those_of_the_params_after_warm_up():
   params = {'a': jnp.full((1, 4), 1.0), 'c': jnp.full((1, 4), 2.5)}
   grow = {'a': jnp.ones((1, 4)), 'c': jnp.zeros((1, 4))}
   which = lambda *_: True
-  tx = soft_training.track_pdp(0.5, begin=2, ramp=ramp, which=which)
+  tx = training.track_pdp(0.5, begin=2, ramp=ramp, which=which)
   state, seen = tx.init(params), []
   for _ in range(4):
     updates, state = tx.update(grow, state, params)
@@ -116,10 +118,10 @@ def test_budgets_are_those_of_the_params_after_warm_up():
 def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
   params, x, apply = problem()
   tx = optax.chain(
-    optax.sgd(0.1), soft_training.track_pdp(0.7, begin=None, ramp=ramp)
+    optax.sgd(0.1), training.track_pdp(0.7, begin=None, ramp=ramp)
   )
   state = tx.init(params)
-  gated = soft_training.with_pdp(apply)
+  gated = training.with_pdp(apply)
 
   def step(params, state):
     loss = lambda p: jnp.mean(jnp.square(gated(p, state, x) - 1.0))
@@ -130,21 +132,21 @@ def test_a_warm_up_that_the_accuracy_ends_needs_no_new_program():
   ramps = []
   for i in range(6):
     if i == 3:
-      state = soft_training.end_warm_up(state)
+      state = training.end_warm_up(state)
     params, state = step(params, state)
     ramps.append(float(state[1].pdp.ramp))
   assert ramps == [0, 0, 0, 0.25, 0.5, 0.75]
   assert len(traces) == 1
   with pytest.raises(ValueError, match='The warm-up is over since update 4'):
-    soft_training.end_warm_up(state)
+    training.end_warm_up(state)
   with pytest.raises(ValueError, match='end_warm_up needs an optimizer state'):
-    soft_training.end_warm_up(optax.sgd(0.1).init(params))
+    training.end_warm_up(optax.sgd(0.1).init(params))
 
 
 def test_a_warm_up_that_never_ends_is_cut_at_the_end():
   params = {'a': jnp.full((1, 4), 1.0), 'c': jnp.full((1, 4), 2.5)}
   grow = {'a': jnp.ones((1, 4)), 'c': jnp.zeros((1, 4))}
-  tx = soft_training.track_pdp(
+  tx = training.track_pdp(
     0.5, begin=None, end=2, ramp=ramp, which=lambda *_: True
   )
   state = tx.init(params)
@@ -160,10 +162,10 @@ def test_weight_decay_acts_on_the_raw_weights():
   params = {'kernel': jnp.array([[0.01, -0.02, 3.0, -4.0]])}
   tx = optax.chain(
     optax.adamw(0.1, weight_decay=0.5),
-    soft_training.track_pdp(0.5, begin=0, ramp=lambda _: 1.0),
+    training.track_pdp(0.5, begin=0, ramp=lambda _: 1.0),
   )
   state = tx.init(params)
-  loss = soft_training.with_pdp(lambda p: jnp.sum(jnp.square(p['kernel'])))
+  loss = training.with_pdp(lambda p: jnp.sum(jnp.square(p['kernel'])))
   grads = jax.grad(loss)(params, state)
   # Below t = 1.51 masks and gradients are zero; the pull is all there is.
   np.testing.assert_array_equal(grads['kernel'][0, :2], 0)
@@ -176,8 +178,8 @@ def test_weight_decay_acts_on_the_raw_weights():
 @pytest.mark.slow
 def test_a_mesh_with_explicit_axes_trains_as_one_device():
   params = {'kernel': jax.random.normal(jax.random.key(0), (4, 6))}
-  tx = soft_training.track_pdp(0.5, begin=0, end=2, ramp=ramp, tau=0.1)
-  gated = soft_training.with_pdp(lambda params: params['kernel'])
+  tx = training.track_pdp(0.5, begin=0, end=2, ramp=ramp, tau=0.1)
+  gated = training.with_pdp(lambda params: params['kernel'])
 
   @jax.jit
   def step(params, state):
@@ -218,7 +220,7 @@ def test_several_devices_train_as_one(groups):
   options = {'which': (lambda *_: True) if groups else None}
   tx = optax.chain(
     optax.sgd(0.1),
-    soft_training.track_pdp(
+    training.track_pdp(
       0.5,
       begin=1,
       end=4,
@@ -229,7 +231,7 @@ def test_several_devices_train_as_one(groups):
       **options,
     ),
   )
-  gated = soft_training.with_pdp(apply, channels=channels)
+  gated = training.with_pdp(apply, channels=channels)
 
   def step(params, state, x, mean):
     loss = lambda p: jnp.mean(jnp.square(gated(p, state, x) - 1.0))
@@ -254,12 +256,12 @@ def test_several_devices_train_as_one(groups):
 
 def test_an_nnx_optimizer_trains_softly_then_hard():
   layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
-  tx = soft_training.track_pdp(0.5, begin=1, end=3, ramp=ramp, tau=0.1)
+  tx = training.track_pdp(0.5, begin=1, end=3, ramp=ramp, tau=0.1)
   optimizer = nnx.Optimizer(
     layer, optax.chain(optax.sgd(0.1), tx), wrt=nnx.Param
   )
   graph, _ = nnx.split(layer, nnx.Param)
-  gated = soft_training.with_pdp(lambda p, x: nnx.merge(graph, p)(x))
+  gated = training.with_pdp(lambda p, x: nnx.merge(graph, p)(x))
 
   @nnx.jit
   def step(layer, optimizer, x):
@@ -277,13 +279,13 @@ def test_an_nnx_optimizer_trains_softly_then_hard():
 
 def test_the_forward_pass_is_dense_in_warm_up():
   params, x, apply = problem()
-  state = soft_training.track_pdp(0.5, begin=2, ramp=ramp).init(params)
-  got = soft_training.with_pdp(apply)(params, state, x)
+  state = training.track_pdp(0.5, begin=2, ramp=ramp).init(params)
+  got = training.with_pdp(apply)(params, state, x)
   np.testing.assert_array_equal(got, apply(params, x))
 
 
 def test_temperatures_follow_their_schedules():
-  tx = soft_training.track_pdp(
+  tx = training.track_pdp(
     0.5, begin=0, ramp=lambda _: 1.0, tau=0.0, c=lambda step: 0.5 / (step + 1)
   )
   params, _, _ = problem()
@@ -299,10 +301,10 @@ def test_warning_names_what_is_wrong():
     params, soft.pdp_init(params, 0.5, **kw)._replace(ramp=jnp.float32(1))
   )
   with pytest.warns(UserWarning, match='all but hard.* in kernel .*c=0.1'):
-    soft_training.warn_about(full())
+    training.warn_about(full())
   with pytest.warns(UserWarning, match=r'25-fold, in kernel \(62\)'):
-    soft_training.warn_about(full(tau=0.1))
-  soft_training.warn_about(full(tau=0, c=0.25))
+    training.warn_about(full(tau=0.1))
+  training.warn_about(full(tau=0, c=0.25))
 
 
 def test_warning_names_a_leaf_that_closes():
@@ -316,24 +318,24 @@ def test_warning_names_a_leaf_that_closes():
   closing = find(0.5)
   assert tree.leaves(closing.density) == {'wide/kernel': 0, 'narrow/kernel': 1}
   with pytest.warns(UserWarning, match='no weight of wide/kernel.*pruned='):
-    soft_training.warn_about(closing)
+    training.warn_about(closing)
   open_ = find(pruned={'wide/kernel': 2, 'narrow/kernel': 1})
   np.testing.assert_allclose(open_.density['wide']['kernel'], 1 / 3)
-  soft_training.warn_about(open_)
+  training.warn_about(open_)
 
 
 def test_errors():
   params, x, apply = problem()
   with pytest.raises(ValueError, match='0 <= begin < end, got begin=5, end=5'):
-    soft_training.track_pdp(0.5, begin=5, ramp=ramp, end=5)
-  tx = soft_training.track_pdp(0.5, begin=0, ramp=ramp)
+    training.track_pdp(0.5, begin=5, ramp=ramp, end=5)
+  tx = training.track_pdp(0.5, begin=0, ramp=ramp)
   with pytest.raises(ValueError, match='track_pdp needs `params`'):
     tx.update(params, tx.init(params))
   with pytest.raises(ValueError, match='one state of track_pdp, found 0'):
-    soft_training.with_pdp(apply)(params, optax.sgd(0.1).init(params), x)
+    training.with_pdp(apply)(params, optax.sgd(0.1).init(params), x)
   with pytest.raises(ValueError, match='must be at least 1, got 0'):
-    soft_training.ramp_schedule(0)
+    training.ramp_schedule(0)
   with pytest.raises(ValueError, match='`patience` must be at least 1, got 0'):
-    soft_training.is_warm([], patience=0)
+    training.is_warm([], patience=0)
   with pytest.raises(ValueError, match="be 'epoch' or 'step', got 'day'"):
-    soft_training.ramp_schedule(1, by='day')
+    training.ramp_schedule(1, by='day')

@@ -9,7 +9,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import models, tree
-from jaxprune.structure import canvas, stages
+from jaxprune.structure.queries import stages
+from jaxprune.structure.sizes import padded
 
 X = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
 
@@ -99,10 +100,10 @@ def test_stages_at_sides_of_their_own(net, variables):
   @jax.jit
   def by_hand(variables, x):
     h = net.apply(variables, x, stop=1)
-    h = net.apply(variables, canvas.bilinear(h, (5, 7)), start=1, stop=2)
+    h = net.apply(variables, padded.bilinear(h, (5, 7)), start=1, stop=2)
     assert h.shape == (4, 3, 4, 8)
     # At images of side 6 the second stage gives 3.
-    return net.apply(variables, canvas.bilinear(h, (3, 3)), start=2)
+    return net.apply(variables, padded.bilinear(h, (3, 3)), start=2)
 
   np.testing.assert_allclose(
     jax.jit(found)(variables, X), by_hand(variables, X), rtol=1e-5

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from marks import slow
 
 import jaxprune as jp
-from jaxprune import models, plans, stagewise, tree
+from jaxprune import models, plans, tree
+from jaxprune.search import stagewise
 from jaxprune.structure import cut
 
 X = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
@@ -150,7 +151,7 @@ def test_a_masked_stage_equals_the_sliced_one(stages, space, variables):
       out, _ = plans.specialise(graph, plan)(small, h)
       if last:
         expected = np.mean(
-          jp.recovery.logit_distillation(out, target, temperature=1.0)
+          jp.plans.recovery.logit_distillation(out, target, temperature=1.0)
         )
       else:
         expected = np.mean((out - target) ** 2) / np.var(target)

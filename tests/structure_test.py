@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxprune import plans, structure
-from jaxprune.proof import check
-from jaxprune.structure import axes as ax
+from jaxprune.plans.proof import check
+from jaxprune.structure.program import axes as ax
 
 
 def normal(*shape, seed=0):

@@ -258,6 +258,7 @@ def test_a_step_with_its_optimizer_is_refused():
     return {'a': p['a'] - 0.1 * momentum}, {'a': momentum}
 
   params = {'a': normal(3, 4)}
-  graph = structure.trace(step, params, params, normal(5, 3))
+  follow = {'0/.*': True}  # A momentum that no name tells from a teacher.
+  graph = structure.trace(step, params, params, normal(5, 3), follow=follow)
   with pytest.raises(ValueError, match="one like 'a': trace the network alone"):
     plans.supernet(graph)

@@ -4,7 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxprune import data, digits, text
+from jaxprune import data
+from jaxprune.data import digits, text
 
 # --- GLUE --------------------------------------------------------------------
 

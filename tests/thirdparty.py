@@ -6,6 +6,7 @@ network. Importing this module imports none of the packages.
 """
 
 import functools
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -467,16 +468,18 @@ OTHERS = 'wav2vec2 equimo-convnext equimo-mobilenet'
 def coverage(name: str) -> dict[str, Any]:
   """Returns what part of a network can go, by what becomes of reductions.
 
-  For each of the two semantics: the number of groups, and the part of the
-  multiply-adds that goes with half of every group, rounded up.
+  For each of the three semantics: the number of groups, and the part of the
+  multiply-adds that goes with half of every group, rounded up. Where *rescale*
+  offers much less than *keep* it says why.
   """
   model = MODELS[name]()
   family = 'cnn' if name in CNNS.split() else 'transformer'
   row: dict[str, Any] = {
     'family': 'other' if name in OTHERS.split() else family
   }
+  reasons: dict[str, set[str]] = {}
   fn = lambda params, *args: model.fn(params, *args, train=False)
-  for reductions in ('protect', 'keep'):
+  for reductions in ('protect', 'keep', 'rescale'):
     graph = structure.trace(
       fn, model.params, *model.args, reductions=reductions
     )
@@ -487,4 +490,10 @@ def coverage(name: str) -> dict[str, Any]:
       'groups': len(graph.groups),
       'removed': round(1 - left, 4),
     }
+    reasons[reductions] = {
+      re.sub(r':\d+', '', why) for why in graph.protected.values()
+    }
+  if row['keep']['removed'] - row['rescale']['removed'] > 0.05:
+    more = sorted(reasons['rescale'] - reasons['keep'])
+    row['rescale']['why'] = '; '.join(more)
   return row

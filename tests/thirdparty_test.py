@@ -134,3 +134,9 @@ def test_most_of_most_networks_can_go():
   for name, row in table.items():
     assert row['keep']['removed'] >= LEAST[row['family']], name
     assert row['keep']['removed'] >= row['protect']['removed'], name
+
+
+def test_rescale_offers_what_keep_does_or_says_why():
+  for name, row in json.loads(GOLDEN.read_text()).items():
+    lost = row['keep']['removed'] - row['rescale']['removed']
+    assert lost <= 0.05 or 'a table of constants' in row['rescale']['why'], name

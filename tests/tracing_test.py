@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 from jaxprune import plans, structure
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 
 def normal(*shape, seed=0):

@@ -416,13 +416,13 @@ def test_chains_that_do_not_hold_are_found(chain):
   with pytest.raises(
     ValueError, match=r'conv/kernel \(\d+ of 144\), head/kernel \(\d+ of 80'
   ):
-    transforms.check(params, optax.tree.get(state, 'masks'))
+    transforms.check_sparse(params, optax.tree.get(state, 'masks'))
 
 
 def test_check_passes_a_chain_that_holds():
   link = transforms.sparsify(scores.magnitude, 0.5)
   params, state, _ = run(optax.chain(optax.adam(1e-2), link), weights(), 2)
-  transforms.check(params, optax.tree.get(state, 'masks'))
+  transforms.check_sparse(params, optax.tree.get(state, 'masks'))
 
 
 LINK = transforms.sparsify(scores.magnitude, 0.5)

@@ -16,9 +16,10 @@ import pytest
 from flax import linen as nn
 from marks import slow
 
-from jaxprune import data, models, tree, weights
+from jaxprune import data, models, tree
+from jaxprune.io import pretrained as weights
+from jaxprune.io.pretrained import conversion
 from jaxprune.models import mobilenet
-from jaxprune.weights import conversion
 
 KEY = jax.random.key(0)
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'weights.npz'

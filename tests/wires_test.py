@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune import lookahead, models, structure, tree
+from jaxprune import models, structure, tree
+from jaxprune.scores import lookahead
 
 
 def normal(*shape, seed=0):

@@ -12,14 +12,9 @@ import pytest
 from marks import slow
 
 import jaxprune as jp
-from jaxprune import (
-  dynamic,
-  masks,
-  schedules,
-  scores,
-  soft_training,
-  transforms,
-)
+from jaxprune import masks, schedules, scores, transforms
+from jaxprune.soft import training
+from jaxprune.transforms import dynamic
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'optax_wrappers.md'
 ROW = re.compile(r'^\| `(?P<chain>.+)` \| (?P<verdict>\w+) \|', re.MULTILINE)
@@ -184,7 +179,7 @@ LINKS = {
   'keep_sparse': lambda: jp.keep_sparse(
     masks.top(scores.magnitude(network()), 0.75), packed=True
   ),
-  'track_pdp': lambda: soft_training.track_pdp(
+  'track_pdp': lambda: training.track_pdp(
     0.75, begin=0, ramp=lambda step: 1.0, end=2
   ),
   'set': lambda: dynamic.set_(optax.sgd(0.1), 0.75, jax.random.key(0), end=9),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxprune import cost, models, plans, structure, tree
-from jaxprune.proof import check
+from jaxprune.plans.proof import check
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 IMAGES = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)

@@ -35,7 +35,9 @@ import jaxprune
 from experiments import command, settings
 from experiments.benchmark import depthwise, shrinking, soft_steps
 from experiments.settings import ABOVE_0, at_least, in_range, setting
-from jaxprune import distributions, lookahead, masks, scores, select, transforms
+from jaxprune import distributions, masks, scores, transforms
+from jaxprune.numerics import select
+from jaxprune.scores import lookahead
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
 EVERY = (*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS)

@@ -44,13 +44,13 @@ from experiments.settings import at_least, setting
 from jaxprune import (
   data,
   distributions,
-  lookahead,
   masks,
   schedules,
   structure,
   transforms,
   tree,
 )
+from jaxprune.scores import lookahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -521,7 +521,7 @@ def run(config: Config) -> Iterator[dict[str, Any]]:
     state, kept, form = dense, {}, 'dense'
     if contender is not None:
       state, drawn, form = finetune(task, contender, dense)
-      transforms.check(state.params, drawn)
+      transforms.check_sparse(state.params, drawn)
       one = jax.tree.map(lambda x: x[0], drawn)
       kept = {p: k for p, (k, _) in masks.count(one).items()}
     row = book.add(

@@ -19,7 +19,6 @@ from experiments import flags
 from jaxprune import (
   cost,
   distributions,
-  lookahead,
   masks,
   models,
   schedules,
@@ -27,6 +26,7 @@ from jaxprune import (
   structure,
   tree,
 )
+from jaxprune.scores import lookahead
 
 Batch = tuple[jax.Array, jax.Array]  # Prepared images and labels.
 

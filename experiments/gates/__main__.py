@@ -56,7 +56,9 @@ from experiments import (
 )
 from experiments.gates import gated
 from experiments.settings import ABOVE_0, Range, at_least, preset, setting
-from jaxprune import checkpoint, cost, data, gates, plots
+from jaxprune import cost, data, gates
+from jaxprune.io import checkpoint
+from jaxprune.report import plots
 
 TUNING_SEED = 100
 WARM, CUT, FROZEN = 0.1, 0.6, 0.8  # Parts of the steps: see `make_step`.

@@ -19,7 +19,7 @@ import optax
 import jaxprune as jp
 from jaxprune import cost, gates, models, plans, structure
 from jaxprune.models import inception, layers
-from jaxprune.structure.branches import branches
+from jaxprune.structure.walks.branches import branches
 
 Around = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 SUM = ('sum1', 'sum3', 'sum5')

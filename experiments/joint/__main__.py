@@ -40,7 +40,8 @@ from experiments.joint.methods import choose
 from experiments.joint.networks import finish
 from experiments.joint.supernets import make_steps
 from experiments.joint.tasks import Config, prepare
-from jaxprune import joint, plots
+from jaxprune.report import plots
+from jaxprune.search import joint
 
 
 def run(config: Config, methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,8 @@ import optax
 import jaxprune as jp
 from experiments import command, settings, timing
 from experiments.settings import at_least, setting
-from jaxprune import estimator, joint, models
+from jaxprune import models
+from jaxprune.search import estimator, joint
 
 
 @dataclasses.dataclass(frozen=True)

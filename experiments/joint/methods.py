@@ -10,7 +10,8 @@ import numpy as np
 
 from experiments.joint.supernets import Steps, target_of, train_supernet
 from experiments.joint.tasks import Task
-from jaxprune import evolution, joint, plots
+from jaxprune.report import plots
+from jaxprune.search import evolution, joint
 
 MOST = 256  # Settings of the sides of all stages that are looked at.
 

@@ -11,8 +11,10 @@ import jaxprune as jp
 from experiments import recipes, search, train
 from experiments.joint.supernets import parted
 from experiments.joint.tasks import Task
-from jaxprune import joint, models, plans, recovery, tree
-from jaxprune.structure import canvas
+from jaxprune import models, plans, tree
+from jaxprune.plans import recovery
+from jaxprune.search import joint
+from jaxprune.structure.sizes import padded
 
 
 def finish(
@@ -37,7 +39,7 @@ def finish(
   )
   apply = _apply(task, plan, module)
   side = plan.resolution and plan.resolution[0]
-  resize = lambda x: x if side is None else canvas.resize(x, side)
+  resize = lambda x: x if side is None else padded.resize(x, side)
   prepared = lambda x: resize(task.prepare(x))
   key = jax.random.key(config.seed)
   x = prepared(task.examples.images[: config.batch])

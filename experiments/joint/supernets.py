@@ -12,8 +12,10 @@ import optax
 
 from experiments import flags, recipes, train
 from experiments.joint.tasks import Task
-from jaxprune import checkpoint, data, estimator, joint, report
-from jaxprune.structure import canvas
+from jaxprune import data, report
+from jaxprune.io import checkpoint
+from jaxprune.search import estimator, joint
+from jaxprune.structure.sizes import padded
 
 
 class Search(NamedTuple):
@@ -47,7 +49,7 @@ def make_steps(task: Task) -> Steps:
 
   def loss(params, vector, images, labels, side):
     if side is not None:
-      images = canvas.resize(images, side)
+      images = padded.resize(images, side)
     logits, _ = net({'params': params, **stats}, vector, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses)

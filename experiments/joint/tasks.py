@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import jaxprune as jp
 from experiments import flags, search, train
 from experiments.settings import Range, at_least, in_range, preset, setting
-from jaxprune import joint, models
+from jaxprune import models
+from jaxprune.search import joint
 
 # Those whose blocks can go and whose last layer takes any resolution.
 MODELS: Mapping[str, Callable[[int, int], Any]] = {

@@ -14,7 +14,8 @@ import numpy as np
 import jaxprune as jp
 from experiments.pdp import contenders
 from experiments.pdp.phases import Method, Outcome
-from jaxprune import masks, plans, soft_channels, structure, tree
+from jaxprune import masks, plans, structure, tree
+from jaxprune.soft import channels as soft_channels
 
 
 def readers(graph: structure.Graph) -> soft_channels.Channels:

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.pdp.phases import Method
-from jaxprune import distributions, masks, reparam, select, soft, tree
+from jaxprune import distributions, masks, soft, tree
+from jaxprune.numerics import select
+from jaxprune.soft import reparam
 
 COLD = 0.01  # The relative temperature at which soft masks harden.
 

@@ -16,8 +16,10 @@ import optax
 import jaxprune as jp
 from experiments import evidence
 from experiments.pdp import channel_contenders, contenders, phases
-from jaxprune import augment, data, models, tree, weights
-from jaxprune import text as text_lib
+from jaxprune import data, models, tree
+from jaxprune.data import augment
+from jaxprune.data import text as text_lib
+from jaxprune.io import pretrained
 
 
 class Contest(NamedTuple):
@@ -361,7 +363,7 @@ def cifar10(
   on the whole set, for a GPU, four, as elsewhere.
   """
   root = pathlib.Path(data_dir or os.environ.get('JAXPRUNE_DATA', '.'))
-  arrays = weights.read(root.parent / 'pretrained' / 'resnet20_cifar10.npz')
+  arrays = pretrained.read(root.parent / 'pretrained' / 'resnet20_cifar10.npz')
   facts = root.parent / 'pretrained' / 'pretrained.json'
   normal = json.loads(facts.read_text())['resnet20']['normalisation']
   held, size = (5_000, None) if whole else (1_000, 10_000)
@@ -370,7 +372,7 @@ def cifar10(
   )
   net = models.resnet20()
   empty = jax.eval_shape(net.init, jax.random.key(0), splits[0].inputs[:1])
-  found = weights.from_torch(arrays, empty, weights.cifar_resnet)
+  found = pretrained.from_torch(arrays, empty, pretrained.cifar_resnet)
   variables = dict(jax.tree.map(jnp.asarray, found))
   params = variables.pop('params')
   problem = make_problem(

@@ -41,7 +41,7 @@ from experiments.stagewise.choosing import (
 from experiments.stagewise.supernets import speed, supernet
 from experiments.stagewise.tasks import MODELS, Config, prepare
 from experiments.stagewise.truth import finish, proxy_against_truth
-from jaxprune import joint
+from jaxprune.search import joint
 
 
 def run(config: Config, methods: Sequence[str]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from experiments.stagewise.supernets import cross_entropy
 from experiments.stagewise.tasks import FRACTIONS, Task
-from jaxprune import evolution, joint, plans, stagewise
-from jaxprune.joint import PruningVector
+from jaxprune import plans
+from jaxprune.search import evolution, joint, stagewise
+from jaxprune.search.joint import PruningVector
 
 TOLERANCE = 0.02  # Below the budget; never above.
 CHUNK = 16  # Candidates of one call.

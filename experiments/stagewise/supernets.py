@@ -11,7 +11,9 @@ import optax
 
 from experiments import evidence, recipes, timing, train
 from experiments.stagewise.tasks import Task
-from jaxprune import checkpoint, data, plans, stagewise, tree
+from jaxprune import data, plans, tree
+from jaxprune.io import checkpoint
+from jaxprune.search import stagewise
 
 
 class State(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 import jaxprune as jp
 from experiments import flags, search, train
 from experiments.settings import Range, at_least, preset, setting
-from jaxprune import joint, models, stagewise
+from jaxprune import models
+from jaxprune.search import joint, stagewise
 from jaxprune.structure import cut
 
 FRACTIONS = tuple(k / 10 for k in range(1, 10))

@@ -12,8 +12,10 @@ import jaxprune as jp
 from experiments import search, workdir
 from experiments.stagewise.choosing import TOLERANCE, Judge, stack
 from experiments.stagewise.tasks import Task
-from jaxprune import evolution, joint, models, plans, plots
-from jaxprune.joint import PruningVector
+from jaxprune import models, plans
+from jaxprune.report import plots
+from jaxprune.search import evolution, joint
+from jaxprune.search.joint import PruningVector
 
 
 def finish(

@@ -6,14 +6,14 @@ jnp function. On them rests :func:`plan`, which meets a budget rather than a
 ratio.
 """
 
-from jaxprune.cost.budgets import Budget as Budget
-from jaxprune.cost.budgets import Reached as Reached
-from jaxprune.cost.budgets import budget as budget
-from jaxprune.cost.budgets import plan as plan
-from jaxprune.cost.budgets import reached as reached
 from jaxprune.cost.latency import Table as Table
 from jaxprune.cost.latency import measure as measure
 from jaxprune.cost.latency import predict as predict
+from jaxprune.cost.planning import Budget as Budget
+from jaxprune.cost.planning import Reached as Reached
+from jaxprune.cost.planning import budget as budget
+from jaxprune.cost.planning import plan as plan
+from jaxprune.cost.planning import reached as reached
 from jaxprune.cost.polynomials import Polynomial as Polynomial
 from jaxprune.cost.polynomials import evaluate as evaluate
 from jaxprune.cost.steps import Assume as Assume

@@ -21,10 +21,10 @@ import numpy as np
 
 from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, entries, evaluate
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph, runner
-from jaxprune.structure.program import Program, Run, all_equations
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, Run, all_equations
 from jaxprune.structure.rules import Equation, Value
 
 

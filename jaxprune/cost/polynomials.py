@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
 
 Term = tuple[str, ...]  # The variables of a term, sorted, with repetitions.
 Polynomial = Mapping[Term, int]  # Term -> coefficient, not negative.

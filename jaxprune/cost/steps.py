@@ -17,12 +17,12 @@ import numpy as np
 from jax import lax
 
 from jaxprune import tree
-from jaxprune.structure import rules
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.flow import Binding, Flow, read
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.program import Program, Run, all_equations
-from jaxprune.structure.rules import Equation, Value, base
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, Run, all_equations
+from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.primitives import known
+from jaxprune.structure.walks.flow import Binding, Flow, read
 
 Assume = Mapping[str, int]  # Pattern of 'operation at line' -> a number.
 Gate = tuple[str, ...]  # The blocks that an operation goes with, sorted.
@@ -138,7 +138,7 @@ def is_opaque(eqn: Equation) -> bool:
   name = eqn.primitive.name
   if eqn.programs or eqn.products is not None or name in _PRODUCTS:
     return False
-  is_typed = name in rules.RULES or name in base.ELEMENTWISE
+  is_typed = known(name).rule is not None
   return name in _OPAQUE or not (is_typed or name in _FREE)
 
 

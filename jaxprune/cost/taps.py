@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxprune.structure.flow import Binding, Flow, read
-from jaxprune.structure.program import Program, all_equations
+from jaxprune.structure.program.typed import Program, all_equations
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.walks.flow import Binding, Flow, read
 
 # Hands on entries of its first operand, all of them or a part.
 _MOVES_NAMES = """
-  broadcast_in_dim convert_element_type copy dynamic_slice expand_dims gather
+  broadcast_in_dim convert_element_type copy dynamic_slice gather
   optimization_barrier pvary reduce_precision reshape rev slice split squeeze
   transpose unstack
 """

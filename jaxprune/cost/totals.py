@@ -18,10 +18,11 @@ from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.cost.steps import Assume, Branches, Step
 from jaxprune.cost.taps import written_out
-from jaxprune.structure.axes import Axis
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.program import Program, loop_parts
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.typed import Program, loop_parts
 from jaxprune.structure.rules import Equation, Value
+from jaxprune.structure.rules.primitives import LAYOUT, known, where
 
 Count = Literal['norms', 'activations', 'pooling']
 COUNTS: tuple[Count, ...] = ('norms', 'activations', 'pooling')
@@ -236,7 +237,9 @@ def variables(graph: Graph, plan: plans.Plan | None = None) -> dict[str, int]:
   Returns:
     group -> width, and block -> 1 if it stays, else 0.
   """
-  plan = plans.Plan(graph.fingerprint) if plan is None else plan
+  if plan is None:
+    widths = {name: group.size for name, group in graph.groups.items()}
+    return {**widths, **dict.fromkeys(graph.blocks, 1)}
   widths = {
     name: after for name, (_, after) in plans.widths(graph, plan).items()
   }
@@ -401,15 +404,7 @@ class _Prices:
     )
 
 
-_SCALING = frozenset(['add', 'sub', 'mul', 'div'])
-_NONLINEAR_NAMES = """
-  clamp erf erfc exp exp2 expm1 log log1p logistic max min pow sin cos tanh
-"""
-_NONLINEAR = frozenset(_NONLINEAR_NAMES.split())
-_RESHAPING_NAMES = """
-  broadcast_in_dim convert_element_type expand_dims reshape squeeze
-"""
-_RESHAPING = frozenset(_RESHAPING_NAMES.split())
+_LAYOUT = where(moves=LAYOUT)
 
 
 def _counted(
@@ -419,7 +414,8 @@ def _counted(
   name, (out, *_) = eqn.primitive.name, eqn.outputs or [None]
   if out is None or not any(value.has_data for value in eqn.inputs):
     return None
-  if name.startswith('reduce_') and name != 'reduce_precision':
+  kind = known(name).counts
+  if kind == 'pooling':
     return eqn.inputs[0].axes if 'pooling' in count else None
   if out.dtype is None or not jnp.issubdtype(out.dtype, jnp.inexact):
     return None
@@ -428,9 +424,9 @@ def _counted(
   before = [makers[value] for value in eqn.inputs if value in makers]
   if any(maker.primitive.name == joined for maker in before):
     return None
-  if name in _NONLINEAR and 'activations' in count:
+  if kind == 'activations' and kind in count:
     return out.axes
-  if name in _SCALING and 'norms' in count:
+  if kind == 'norms' and kind in count:
     origins = [_origin(value, makers) for value in eqn.inputs]
     sizes = [math.prod(value.shape) for value in origins]
     if any(
@@ -443,7 +439,7 @@ def _counted(
 
 def _origin(value: Value, makers: Mapping[Value, Equation]) -> Value:
   """The array that a broadcast or reshaped one is made of."""
-  while value in makers and makers[value].primitive.name in _RESHAPING:
+  while value in makers and makers[value].primitive.name in _LAYOUT:
     value = makers[value].inputs[0]
   return value
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import digits
+from jaxprune.data import digits
 
 MOST_CLASSES = 2**16  # Of labels without names: larger ones are identities.
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -184,7 +184,7 @@ def check_alike(image: Any, first: np.ndarray, index: int, where: str) -> None:
     raise DataError(
       f'Record {index} of {where} is {kind(image)}, but record 0 is '
       f'{kind(first)}, and all images must be alike. A set of many sizes '
-      f'needs a transform, such as jaxprune.augment.center_crop.'
+      f'needs a transform, such as jaxprune.data.augment.center_crop.'
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import digits
+from jaxprune.data import digits
 from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
 
 Images = np.ndarray | Sequence[Any]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import checks
+from jaxprune.numerics import checks
 
 
 class Function(NamedTuple):

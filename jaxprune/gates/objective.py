@@ -8,9 +8,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxprune import checks, tree
+from jaxprune import tree
 from jaxprune.gates.functions import lift
 from jaxprune.gates.records import Cost, Structure, Values, names_of, reach
+from jaxprune.numerics import checks
 
 
 def widths(values: Values, structure: Structure) -> dict[str, jax.Array]:

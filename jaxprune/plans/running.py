@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.plans.record import (
+from jaxprune.plans.plan import (
   Plan,
   Resized,
   check,
+  check_cuts,
   group,
   kept_indices,
   vanished,
 )
-from jaxprune.structure import stages
 from jaxprune.structure.graph import Graph, leaves_like, runner
-from jaxprune.structure.run import Switched
+from jaxprune.structure.program.run import Switched
+from jaxprune.structure.queries import stages
 
 
 def specialise(graph: Graph, plan: Plan) -> Callable[..., Any]:
@@ -80,9 +81,10 @@ def at(
     resized: where it changes on the way, as :class:`Plan` has it.
 
   Raises:
-    ValueError: if the first argument has no such axes, if the function
-      cannot run there with the same params, or if it cannot be cut where it is
-      to be resized (:func:`jaxprune.structure.stages.resized`).
+    ValueError: if the first argument has no such axes, a cut is no path of a
+      leaf, if the function cannot run there with the same params, or if it
+      cannot be cut where it is to be resized
+      (:func:`jaxprune.structure.queries.stages.resized`).
 
   Examples:
     >>> from jaxprune.structure import trace
@@ -94,6 +96,7 @@ def at(
   """
   if resolution is None and not resized:
     return graph
+  check_cuts(graph, resized)
   first: Any = next(iter(graph.args), None)
   shape: Any = tuple(getattr(first, 'shape', ()))
   sides = shape[1:3] if resolution is None else resolution

@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import placement, tree
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.blocks import Block, Blocks, blocks, dead
-from jaxprune.structure.flow import Flow, flow
-from jaxprune.structure.program import Program
-from jaxprune.structure.readers import Readers, readers
-from jaxprune.structure.run import Run, Without
-from jaxprune.structure.slices import Group, Leaf, Member, occurrences
+from jaxprune import tree
+from jaxprune.numerics import sharding
+from jaxprune.structure.locating import Follow, belonging, undecided
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.run import Run, Without
+from jaxprune.structure.program.slices import Group, Leaf, Member, occurrences
+from jaxprune.structure.program.typed import Program
+from jaxprune.structure.walks.blocks import Block, Blocks, blocks, dead
+from jaxprune.structure.walks.consumers import Readers, readers
+from jaxprune.structure.walks.flow import Flow, flow
 
 Norm = Literal['l1', 'l2', 'max', 'mean']
 Combine = Literal['mean', 'sum', 'max', 'first']
@@ -52,6 +54,8 @@ class Graph:
       the same plans, a program of their own.
     constrain: the graph of the same trace under other rules (of which
       :func:`trace` speaks): ``graph.constrain({'head.*': Choice(...)})``.
+    ruled: name of a group that a rule protects or ties to another -> that rule,
+      in words.
     refit: the graph of the same trace with another function of the params in
       the place of this one: ``graph.refit(fn, *args)``.
   """
@@ -71,6 +75,7 @@ class Graph:
   also: tuple['Graph', ...] = dataclasses.field(repr=False)
   constrain: Callable[..., 'Graph'] = dataclasses.field(repr=False)
   refit: Callable[..., 'Graph'] = dataclasses.field(repr=False)
+  ruled: Mapping[str, str] = dataclasses.field(repr=False)
 
   @functools.cached_property
   def flow(self) -> Flow:
@@ -112,7 +117,12 @@ class Graph:
     return self._blocks.refused
 
   def reduce(
-    self, scores: tree.PyTree, *, norm: Norm = 'l2', combine: Combine = 'mean'
+    self,
+    scores: tree.PyTree,
+    *,
+    norm: Norm = 'l2',
+    combine: Combine = 'mean',
+    follow: Follow | None = None,
   ) -> dict[str, jax.Array]:
     """Returns the score of each unit of each group from scores of leaves.
 
@@ -126,16 +136,19 @@ class Graph:
       norm: how the entries of one member become one number; the gradient of
         an 'l2' is 0 at a unit of zeros.
       combine: how the members become one; 'first' takes the first with scores.
+      follow: regular expression over paths of ``scores`` -> whether these are
+        of the network; else the names decide.
 
     Returns:
       group -> float32[size]; groups in which no member has scores are absent.
 
     Raises:
-      ValueError: if a leaf is unknown or has another shape than its param, or
-        if ``norm`` or ``combine`` is none of those.
+      ValueError: if a leaf is unknown or has another shape than its param, if
+        two sub-trees could be those of the network, or if ``norm`` or
+        ``combine`` is none of those.
     """
     _check_ways(norm, combine)
-    named = align(self.leaves, scores)
+    named = align(self.leaves, scores, follow)
     units: dict[str, list[jax.Array]] = {name: [] for name in self.groups}
     names = {atom: name for name, atom in self.atoms.items()}
     for path, leaf in self.leaves.items():
@@ -278,24 +291,37 @@ def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
   return [f'{a:<{name}}{b:>{number}}  {c}'.rstrip() for a, b, c in rows]
 
 
-def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:
+def align(
+  leaves: Mapping[str, Leaf],
+  values: tree.PyTree,
+  follow: Follow | None = None,
+) -> dict[str, Any]:
   """Returns the leaves of a pytree by the paths that they have in a graph.
 
-  A leaf is known by the longest path of a param, with or without the first
-  name (that of a collection), in which its own path ends: the moments of an
-  optimizer, an average of the params and the gradients all find theirs.
+  A leaf is known by the longest path of a param in which its own path ends
+  (:mod:`jaxprune.structure.locating`).
 
   Args:
     leaves: the leaves of a graph.
     values: a pytree of arrays; ``optax.MaskedNode`` has no leaves.
+    follow: rules over its paths: which are of the network; a leaf that is not,
+      by such a rule, is left out.
 
   Raises:
-    ValueError: if a leaf is no leaf of the graph or has another shape.
+    ValueError: if a leaf is no leaf of the graph or has another shape, two are
+      one leaf, or two sub-trees could be those of the network.
   """
   named, wrong = {}, []
-  for path, value in tree.leaves(values).items():
-    name = locate(leaves, path)
-    if name is None:
+  given = tree.leaves(values)
+  own = belonging(leaves, list(given), follow)
+  left_out = {*given} - {*undecided(list(given), follow)}
+  for path, value in given.items():
+    name = own.get(path)
+    if name is None and path in left_out:
+      continue
+    if name in named:
+      wrong.append(f'{path!r} is a second {name!r}')
+    elif name is None:
       wrong.append(f'{path!r} is no leaf of the graph')
     elif np.shape(value) != leaves[name].shape:
       wrong.append(
@@ -308,19 +334,6 @@ def align(leaves: Mapping[str, Leaf], values: tree.PyTree) -> dict[str, Any]:
       f'{"; ".join(wrong)}. The leaves are: {", ".join(leaves)}.'
     )
   return named
-
-
-def locate(leaves: Mapping[str, Leaf], path: str) -> str | None:
-  """Returns the leaf of a graph in whose path another path ends, or None."""
-  parts = path.split('/')
-  for start in range(len(parts)):
-    end = '/'.join(parts[start:])
-    if end in leaves:
-      return end
-    found = [name for name in leaves if name.partition('/')[2] == end]
-    if len(found) == 1:
-      return found[0]
-  return None
 
 
 def _check_ways(norm: str, combine: str) -> None:
@@ -344,10 +357,10 @@ def _reduce_leaf(
   count = count * (score.size // score.shape[axis])
   empty = jnp.zeros(size, jnp.float32)
   if norm == 'max':
-    most = placement.whole(jnp.max(score, others))
+    most = sharding.whole(jnp.max(score, others))
     return empty.at[units].max(most, mode='drop')
   powers = score * score if norm == 'l2' else score
-  sums = placement.whole(jnp.sum(powers, others))
+  sums = sharding.whole(jnp.sum(powers, others))
   total = empty.at[units].add(sums, mode='drop')
   if norm == 'l2':
     # The slope of the root at 0 is infinite, and would be NaN times 0.

@@ -15,15 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.structure import absence, choices, rescale, twins
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis
-from jaxprune.structure.choices import Choice
+from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph
-from jaxprune.structure.jaxprs import eliminate_dead_code
-from jaxprune.structure.program import Program, all_equations, build
+from jaxprune.structure.group_rules import Choice
+from jaxprune.structure.locating import Follow, belonging, locate, matching
+from jaxprune.structure.numbers import compare_traces, rescale
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis
+from jaxprune.structure.program.jaxprs import eliminate_dead_code
+from jaxprune.structure.program.slices import (
+  Group,
+  Leaf,
+  Member,
+  member,
+  occurrences,
+)
+from jaxprune.structure.program.typed import Program, all_equations, build
 from jaxprune.structure.rules import Value
-from jaxprune.structure.slices import Group, Leaf, Member, member, occurrences
+from jaxprune.structure.walks import absence
 
 Reductions = Literal['protect', 'keep', 'rescale']
 
@@ -36,13 +45,15 @@ def trace(
   also: Sequence[tuple[Any, ...]] = (),
   rules: Mapping[str, Choice] | None = None,
   narrow: tuple[Any, ...] | None = None,
+  follow: Follow | None = None,
 ) -> Graph:
   """Returns the groups of a function by tracing it on shapes alone.
 
   Params and args may be ``jax.ShapeDtypeStruct``, for no network is computed
   and no memory taken: but for small tables that depend on no argument, as the
-  angles of a rotary embedding (see :mod:`jaxprune.structure.constants`). Each
-  use of such a table is cut on its own.
+  angles of a rotary embedding (see
+  :mod:`jaxprune.structure.program.constants`). Each use of such a table is cut
+  on its own.
 
   The inputs and outputs of the function stay whole, but for those that have the
   path and shape of a leaf of the params (the state of an optimizer, a statistic
@@ -70,8 +81,8 @@ def trace(
       its attention unchanged; 'rescale' offers it, and the smaller function
       computes what the same module would at its width: the divisors and the
       scale are those of what is left. Numbers are known by their place
-      (see :mod:`jaxprune.structure.rescale`) or by ``narrow``; an axis that a
-      number may stand for that cannot be told stays whole.
+      (see :mod:`jaxprune.structure.numbers.rescale`) or by ``narrow``; an axis
+      that a number may stand for that cannot be told stays whole.
     also: other functions of the same params, each a tuple ``(fn, *args)``.
       A step that sums over whole params (an L2 term in the loss, a gradient
       clipped by its global norm) reduces over every axis: it needs
@@ -83,6 +94,10 @@ def trace(
       traces follows from a width, one that does not follows from none. Of two
       widths that shrink alike the numbers cannot be told apart: choose
       different ratios. The numbers of ``also`` are known by their places.
+    follow: regular expression over paths of the other arguments (``'0/.*'`` is
+      the first after the params) -> whether these are of the network and cut
+      with it (an average of the params) or of another one (a teacher). The
+      state of an optimizer needs no rule.
 
   Returns:
     The :class:`Graph`.
@@ -92,8 +107,9 @@ def trace(
       is no tuple of a function and its arguments.
     ValueError: if ``reductions`` is none of the three, if a rule matches no
       group, is no choice that its groups have, or ties groups of other sizes,
-      or if ``narrow`` comes without 'rescale' or has other leaves or
-      operations.
+      if ``narrow`` comes without 'rescale' or has other leaves or operations,
+      if an argument could be the params of another network, or a rule of
+      ``follow`` matches none.
 
   Examples:
     >>> params = {'a': jnp.ones((2, 8)), 'b': jnp.ones((8, 3))}
@@ -125,7 +141,10 @@ Member(path='b', axis=0, offset=0, stride=1))
       )
   forms = [_Form(f, jax.tree.map(_spec, xs)) for f, *xs in [(fn, *args), *also]]
   specs = jax.tree.map(_spec, params)
-  how = _How(specs, reductions, _evidence(specs, narrow))
+  paths = [path for form in forms for path in tree.leaves(form.args)]
+  tree.match(follow or {}, paths, None, 'argument')
+  find = _evidence(specs, narrow, follow or {})
+  how = _How(specs, reductions, find, follow or {})
   return _trace(how, forms, rules or {})
 
 
@@ -142,10 +161,11 @@ class _How(NamedTuple):
   params: tree.PyTree
   reductions: Reductions
   find: Callable[[Program, rescale.Proven], rescale.Findings]
+  follow: Follow
 
 
 def _evidence(
-  params: tree.PyTree, narrow: tuple[Any, ...] | None
+  params: tree.PyTree, narrow: tuple[Any, ...] | None, follow: Follow
 ) -> Callable[[Program, rescale.Proven], rescale.Findings]:
   """What finds the numbers of a program that follow from its widths."""
   if narrow is None:
@@ -157,15 +177,16 @@ def _evidence(
       f'{", ".join(tree.leaves(small))}.'
     )
   form, used = _Form(fn, args), set()
+  how = _How(small, 'rescale', rescale.patterns, follow)
   known: list[tuple[Program, rescale.Findings]] = []
 
   def find(program: Program, proven: rescale.Proven) -> rescale.Findings:
     del proven  # A second trace proves more, of the first function alone.
     if known:
-      return twins.transfer(*known[0], program)
-    other, *_ = _program(form, small, _leaves(small), used)
+      return compare_traces.transfer(*known[0], program)
+    other, *_ = _program(form, how, _leaves(small), used)
     findings = rescale.patterns(program)
-    known.append((program, twins.confirm(program, other, findings)))
+    known.append((program, compare_traces.confirm(program, other, findings)))
     return known[0][1]
 
   return find
@@ -196,7 +217,7 @@ def _trace(
   how: _How, forms: Sequence[_Form], rules: Mapping[str, Choice]
 ) -> Graph:
   """Traces all forms; they can be traced again with other arguments."""
-  known = [_leaf_names(how.params, form.args) for form in forms]
+  known = [_leaf_names(how, form.args) for form in forms]
 
   @functools.cache
   def traced(which: int, arg_tree: Any, specs: tuple[Any, ...]) -> list[Graph]:
@@ -234,34 +255,17 @@ def _trace(
   return retrace(0, *forms[0].args)
 
 
-def _leaf_names(params: tree.PyTree, args: Any) -> list[str | None]:
+def _leaf_names(how: _How, args: Any) -> list[str | None]:
   """The leaf of the params that each leaf of the arguments is like, if any."""
-  leaves = tree.leaves(params)
-  return [
-    _mirrored(path, spec.shape, leaves)
-    for path, spec in tree.leaves(list(args)).items()
-  ]
-
-
-def _mirrored(
-  path: str, shape: Sequence[ax.Size], leaves: Mapping[str, Any]
-) -> str | None:
-  """The leaf in whose path another ends, of the same shape: the longest."""
-
-  def is_end(name: str) -> bool:
-    numbered = all(part.isdigit() for part in name.split('/'))
-    return not numbered and (path == name or path.endswith(f'/{name}'))
-
-  # Of Flax's collections the name may be left out: a step that returns
-  # `mutated['batch_stats']` returns statistics.
-  in_collections = any(name.startswith('params/') for name in leaves)
-  found = [
-    (len(name), name)
-    for name, leaf in leaves.items()
-    if (is_end(name) or (in_collections and is_end(name.partition('/')[2])))
-    and tuple(leaf.shape) == tuple(shape)
-  ]
-  return max(found)[1] if found else None
+  leaves, given = tree.leaves(how.params), tree.leaves(list(args))
+  own = belonging(
+    leaves,
+    list(given),
+    matching(how.follow, list(given)),
+    lambda path: locate(leaves, path, given[path].shape, numbered=False),
+    list(leaves),
+  )
+  return [own.get(path) for path in given]
 
 
 def _graphs(
@@ -275,7 +279,7 @@ def _graphs(
   """The graph of the first form, which holds the others, and the others."""
   leaves = _leaves(how.params)
   used: set[str] = set()
-  typed = [_program(form, how.params, leaves, used) for form in forms]
+  typed = [_program(form, how, leaves, used) for form in forms]
   programs = [program for program, *_ in typed]
   for path, leaf in leaves.items():
     if path not in used:
@@ -297,9 +301,11 @@ def _graphs(
     for program in programs:
       for axis, why in rescale.scaled(program):
         ax.lock(axis, why)
-  chosen = choices.apply(rules, _names(programs, _members(leaves)))
+  free = _names(programs, _members(leaves))
+  chosen = group_rules.apply(rules, free)
   members = _members(leaves)
   names = _names(programs, members)
+  ruled = group_rules.ruled(rules, set(free.values()) - set(names.values()))
   reduced = _reduced(programs)
   groups = {
     name: Group(
@@ -307,7 +313,7 @@ def _graphs(
       atom.size,
       tuple(members[atom]),
       tuple(reduced.get(atom, ())),
-      *choices.limits(chosen.get(ax.find(atom)), name, atom.size),
+      *group_rules.limits(chosen.get(ax.find(atom)), name, atom.size),
     )
     for atom, name in names.items()
   }
@@ -332,6 +338,7 @@ def _graphs(
     also=also,
     constrain=constrain,
     refit=refit,
+    ruled=ruled,
   )
   first, *others = zip(forms, typed, retraces, refits, strict=True)
   also = [graph(*other, ()) for other in others]
@@ -339,7 +346,7 @@ def _graphs(
 
 
 def _program(
-  form: _Form, params: tree.PyTree, leaves: Mapping[str, Leaf], used: set[str]
+  form: _Form, how: _How, leaves: Mapping[str, Leaf], used: set[str]
 ) -> tuple[Program, tuple[str | None, ...], Any, tuple[str | None, ...]]:
   """Types one function; adds the leaves that it uses.
 
@@ -348,13 +355,13 @@ def _program(
     outputs and the leaves that they are like.
   """
   closed, out_spec = jax.make_jaxpr(form.fn, return_shape=True)(
-    params, *form.args
+    how.params, *form.args
   )
   values = [
     Value(leaf.shape, leaf.dtype, list(leaf.axes), sources=frozenset([path]))
     for path, leaf in leaves.items()
   ]
-  inputs, args_like = [], _leaf_names(params, form.args)
+  inputs, args_like = [], _leaf_names(how, form.args)
   for spec, name in zip(jax.tree.leaves(form.args), args_like, strict=True):
     axes = (
       [ax.atom(n, 'it is an input of the function') for n in spec.shape]
@@ -366,7 +373,7 @@ def _program(
   program = build(jaxpr, closed.consts, [*values, *inputs])
   outputs_like = []
   for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
-    name = _mirrored(path, value.shape, leaves)
+    name = locate(leaves, path, value.shape, numbered=False)
     if name is not None and '/' not in name:
       name = name if _is_tied(value, leaves[name]) else None
     outputs_like.append(name)

@@ -21,13 +21,14 @@ if __name__ == '__main__':
   table = {name: thirdparty.coverage(name) for name in thirdparty.MODELS}
   (HERE / 'coverage.json').write_text(json.dumps(table, indent=1) + '\n')
   print(
-    '| network | kind | groups | MACs removed | groups, keep | removed, keep |'
+    '| network | kind | groups | MACs removed | groups, keep | removed, keep '
+    '| groups, rescale | removed, rescale |'
   )
-  print('| --- | --- | --- | --- | --- | --- |')
+  print('| --- | --- | --- | --- | --- | --- | --- | --- |')
   for name, row in table.items():
     cells = [
       cell
-      for way in ('protect', 'keep')
+      for way in ('protect', 'keep', 'rescale')
       for cell in (
         str(row[way]['groups']),
         f'{100 * row[way]["removed"]:.1f} %',

@@ -4,7 +4,9 @@ A rule reads the axes of an equation's inputs, sets those of its outputs, and
 returns how to recompute the equation's parameters for other sizes (or None
 where they hold no size). That is all there is to know of a primitive: the
 types say what shrinks together, and the parameters make the smaller program.
-A primitive without a rule locks every axis that it touches, under its name.
+A primitive without a rule locks every axis that it touches, under its name. The
+rules stand in :mod:`jaxprune.structure.rules.primitives`, beside all else that
+is known of a primitive.
 """
 
 import dataclasses
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 from jax import core
 
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis, Size
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis, Size
+from jaxprune.structure.rules.primitives import Primitive, add, known, where
 
 SizeOf = Callable[[Axis], Size]
 Resize = Callable[[SizeOf], dict[str, Any]]
@@ -79,31 +82,19 @@ class Equation:
 
 
 Rule = Callable[[Equation], Resize | None]
-RULES: dict[str, Rule] = {}
-
-_ELEMENTWISE_NAMES = """
-  abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e
-  bessel_i1e cbrt ceil clamp clz complex conj convert_element_type copy
-  copy_p cos cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2
-  expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite
-  le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi name ne
-  neg nextafter not one_minus_square or polygamma population_count pow pvary
-  real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
-  sharding_constraint shift_left shift_right_arithmetic shift_right_logical
-  sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-"""
-ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+ELEMENTWISE = where(elementwise=True)
 
 
 def infer(eqn: Equation) -> None:
   """Types the outputs of an equation by the rule of its primitive."""
-  rule = RULES.get(eqn.primitive.name)
-  if eqn.primitive.name in ELEMENTWISE:
-    rule = elementwise
-  if rule is None:
-    lock_all(eqn, f'{eqn.why} has no rule')
+  name = eqn.primitive.name
+  row = known(name)
+  if row.rule is None:
+    reason = f' (it {row.refused})' if row.refused else ''
+    remedy = f"add one with jaxprune.structure.rule('{name}')"
+    lock_all(eqn, f'{eqn.why} has no rule{reason}; {remedy}')
   else:
-    eqn.resize = rule(eqn)
+    eqn.resize = row.rule(eqn)
 
 
 def lock_all(eqn: Equation, why: str) -> None:
@@ -115,11 +106,75 @@ def lock_all(eqn: Equation, why: str) -> None:
     value.axes = [ax.atom(n, why) for n in value.shape]
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-  """Registers a function as the rule of the primitives of these names."""
+def rule(
+  *names: str,
+  zero: str | None = None,
+  linear: str | None = None,
+  positive: str | None = None,
+  moves: str | None = None,
+  neutral: float | None = None,
+  counts: str | None = None,
+) -> Callable[[Rule], Rule]:
+  """Returns a decorator that makes a function the rule of primitives.
+
+  A rule takes an :class:`Equation`, sets ``axes`` of each output to axes of its
+  inputs (or to ``axes.atom(size)`` where it makes one), ties those that must
+  shrink together by ``axes.unify(a, b, eqn.why)``, keeps what it cannot follow
+  by ``axes.lock(axis, why)``, and returns None, or a function that gives the
+  parameters of the equation at other sizes. What works entry by entry has its
+  rule already: :func:`elementwise`. Known primitives may be given another rule.
+
+  The traits are those of
+  :class:`jaxprune.structure.rules.primitives.Primitive`; one that is None stays
+  as it is, which for a new primitive is the careful choice.
+
+  Args:
+    *names: of primitives, as a jaxpr prints them.
+    zero: where the result is zero if entries of operands are: 'all' of them,
+      the 'first', 'any'; else the entries of an absent unit count.
+    linear: 'first' (operand), 'jointly' (a sum) or 'each' (a product).
+    positive: as ``linear``, for factors >= 0 alone.
+    moves: 'stays' if the result is the first operand, in another guise.
+    neutral: of a reduction (``eqn.reductions``), what does not change it.
+    counts: 'norms', 'activations' or 'pooling', where those are counted.
+
+  Raises:
+    TypeError: if a name is not a string, or none is given.
+    ValueError: if a trait has another value.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from jax.extend.core import Primitive
+    >>> import jaxprune as jp
+    >>> soft = Primitive('softsign_of_mine')
+    >>> _ = soft.def_abstract_eval(lambda x: x)
+    >>> net = lambda p, x: soft.bind(x @ p['a']) @ p['b']
+    >>> p = {'a': jnp.ones((3, 8)), 'b': jnp.ones((8, 2))}
+    >>> len(jp.structure.trace(net, p, jnp.ones((1, 3))).groups)
+    0
+    >>> elementwise = jp.structure.elementwise
+    >>> _ = jp.structure.rule('softsign_of_mine', zero='all')(elementwise)
+    >>> len(jp.structure.trace(net, p, jnp.ones((1, 3))).groups)
+    1
+  """
+  if not names or not all(isinstance(name, str) for name in names):
+    raise TypeError(
+      f"rule needs names of primitives, as in rule('name'), got {names!r}."
+    )
+  given = {
+    'zero': zero,
+    'linear': linear,
+    'positive': positive,
+    'moves': moves,
+    'neutral': neutral,
+    'counts': counts,
+  }
+  traits = {k: v for k, v in given.items() if v is not None}
+  Primitive(**traits)  # Refuses a wrong word here, rather than at its use.
 
   def register(fn: Rule) -> Rule:
-    RULES.update(dict.fromkeys(names, fn))
+    is_elementwise = fn is elementwise
+    add(*names, rule=fn, elementwise=is_elementwise, refused='', **traits)
     return fn
 
   return register
@@ -144,6 +199,9 @@ def elementwise(eqn: Equation) -> None:
     ax.atom(n) if axis is None else axis
     for axis, n in zip(axes, out.shape, strict=True)
   ]
+
+
+add(*ELEMENTWISE, rule=elementwise)
 
 
 def known_entries(array: Any) -> np.ndarray | None:
@@ -171,3 +229,9 @@ def shape(value: Value, size: SizeOf) -> tuple[Size, ...]:
 def same(n: Size, m: Size) -> bool:
   """Whether two sizes, possibly symbolic, are known to be equal."""
   return bool(n == m)
+
+
+def moved(eqn: Equation, out: Value) -> Value:
+  """Returns the operand whose entries a result of a moving operation has."""
+  is_separate = known(eqn.primitive.name).moves == 'separate'
+  return eqn.inputs[eqn.outputs.index(out) if is_separate else 0]

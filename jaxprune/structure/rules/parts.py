@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.structure import axes as ax
-from jaxprune.structure.axes import Axis, Size
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.program.axes import Axis, Size
 from jaxprune.structure.rules.base import (
   Equation,
   Resize,

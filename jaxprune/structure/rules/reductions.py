@@ -4,13 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.structure import axes as ax
-from jaxprune.structure.rules.base import (
-  Equation,
-  drop,
-  lock_all,
-  rule,
-)
+from jaxprune.structure.program import axes as ax
+from jaxprune.structure.rules.base import Equation, drop, lock_all, rule
 
 
 @rule(

@@ -1,0 +1,1 @@
+"""Exact counts and order statistics of arrays, on any mesh of devices."""

@@ -1,0 +1,1 @@
+"""Answers read off a graph: wiring, stages, input axes, points for gates."""

@@ -1,0 +1,1 @@
+"""What flows where in a typed program."""
