@@ -36,8 +36,18 @@ import numpy as np
 import tqdm
 
 import jaxprune as jp
-from experiments import flags, methods, tasks, timing, train, workdir
-from jaxprune import cost, data, extras, io, masks, models, plans, report
+from experiments import (
+  command,
+  flags,
+  methods,
+  settings,
+  tasks,
+  timing,
+  train,
+  workdir,
+)
+from jaxprune import cost, data, io, masks, models, plans, report
+from jaxprune.checks import extras
 from jaxprune.io import checkpoint
 
 CHUNK = 64  # Steps between two lines of the log.
@@ -436,12 +446,11 @@ def main(argv: Sequence[str]) -> int:
   Args:
     argv: without the name of the program.
   """
+  if command.wants_help(argv):
+    print(f'{__doc__}\n{settings.usage(flags.Config)}')
+    return 0
   try:
-    config = flags.parse(argv)
-    if config is None:
-      print(flags.usage())
-      return 0
-    return run(config)
+    return run(flags.parse(argv))
   except (
     flags.BadInputError,
     data.DataError,

@@ -10,46 +10,43 @@ ratio in a round with its 95 % bootstrap interval, and the multiply-adds. With
 ``--xla`` the same pair is measured under ``jax.jit`` as well.
 """
 
+import dataclasses
 import functools
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from experiments import command
-from experiments.flags import BadInputError
-from jaxprune import cost, extras, io, models, plans, structure
+from experiments import command, settings
+from experiments.settings import BadInputError, at_least, setting
+from jaxprune import cost, io, models, plans, structure
+from jaxprune.checks import extras
 
 MODELS = {
   'resnet50': models.resnet50,
   'mobilenet_v2': functools.partial(models.mobilenet_v2, grouped=True),
 }
-_F = flags.FlagValues()
-_MODELS = flags.DEFINE_list(
-  'models', list(MODELS), 'Which networks.', flag_values=_F
-)
-_BATCHES = flags.DEFINE_list(
-  'batches', ['1', '64'], 'Images in a run.', flag_values=_F
-)
-_SIDE = flags.DEFINE_integer('side', 224, 'Side of an image.', flag_values=_F)
-_ROUNDS = flags.DEFINE_integer(
-  'rounds', 30, 'Interleaved pairs of runs.', flag_values=_F
-)
-_SECONDS = flags.DEFINE_float(
-  'seconds',
-  300,
-  'Wall time of a pair after which no round is begun.',
-  flag_values=_F,
-)
-_XLA = flags.DEFINE_bool(
-  'xla', False, 'Measure under jax.jit as well.', flag_values=_F
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for."""
+
+  models: tuple[str, ...] = setting(tuple(MODELS), 'Which networks.')
+  batches: tuple[int, ...] = setting((1, 64), 'Images in a run.')
+  side: int = setting(224, 'Side of an image.', fits=at_least(1))
+  rounds: int = setting(30, 'Interleaved pairs of runs.', fits=at_least(1))
+  seconds: float = setting(
+    300.0, 'Wall time of a pair after which no round is begun.'
+  )
+  xla: bool = setting(False, 'Measure under jax.jit as well.')
+
 
 Call = Callable[[np.ndarray], Any]
 
@@ -104,15 +101,15 @@ def seconds(call: Call, x: np.ndarray) -> float:
   return time.process_time() - start
 
 
-def measure(calls: list[Call], x: np.ndarray) -> dict[str, Any]:
+def measure(calls: list[Call], x: np.ndarray, config: Config) -> dict[str, Any]:
   """Times two functions in turns; returns the figures."""
   for call in calls:
     call(x)
     call(x)
   begun, times = time.monotonic(), []
-  for _ in range(_ROUNDS.value):
+  for _ in range(config.rounds):
     times.append([seconds(call, x) for call in calls])
-    if time.monotonic() - begun > _SECONDS.value:
+    if time.monotonic() - begun > config.seconds:
       break
   times = np.array(times)
   ratios = times[:, 0] / times[:, 1]
@@ -128,27 +125,29 @@ def measure(calls: list[Call], x: np.ndarray) -> dict[str, Any]:
   }
 
 
-def main() -> None:
+def run(argv: Sequence[str]) -> tuple[None, str]:
   """Measures every network at every batch; prints a line of JSON for each."""
-  unknown = sorted(set(_MODELS.value) - set(MODELS))
+  config = settings.parse(Config, argv)
+  unknown = sorted({*config.models} - {*MODELS})
   if unknown:
     raise BadInputError(
       f'No model is called {", ".join(unknown)}; there are {", ".join(MODELS)}.'
     )
   runtimes = {'onnxruntime': in_onnx_runtime}
-  if _XLA.value:
+  if config.xla:
     runtimes['xla'] = in_xla
-  for name in _MODELS.value:
-    pair, macs = halve(name, _SIDE.value)
-    for batch in map(int, _BATCHES.value):
-      shape = (batch, _SIDE.value, _SIDE.value, 3)
+  for name in config.models:
+    pair, macs = halve(name, config.side)
+    for batch in config.batches:
+      shape = (batch, config.side, config.side, 3)
       x = np.random.default_rng(1).standard_normal(shape, np.float32)
       for runtime, make in runtimes.items():
         calls = [make(fn, params, x) for fn, params in pair]
-        figures = measure(calls, x)
+        figures = measure(calls, x, config)
         row = {'model': name, 'batch': batch, 'runtime': runtime}
         print(json.dumps({**row, 'macs': macs, **figures}), flush=True)
+  return None, ''
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(command.job(run, Config, sys.argv[1:], __doc__))

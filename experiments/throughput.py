@@ -8,16 +8,19 @@ a jitted step and a ``for``. The figure is its CPU time over that of ours, the
 median of interleaved pairs: 1 is as fast, above 1 is faster.
 """
 
+import dataclasses
 import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
-from experiments import command, evidence, recipes, timing, train
+from experiments import command, evidence, recipes, settings, timing, train
+from experiments.settings import at_least, setting
 from jaxprune import models
 
 MODELS = {
@@ -25,17 +28,18 @@ MODELS = {
   'lenet5': lambda: models.LeNet5(num_classes=10),
   'resnet20': lambda: models.resnet20(num_classes=10),
 }
-_F = flags.FlagValues()
-_MODELS = flags.DEFINE_list(
-  'models', list(MODELS), 'What to train.', flag_values=_F
-)
-_PAIRS = flags.DEFINE_integer(
-  'pairs', 30, 'Interleaved pairs.', lower_bound=1, flag_values=_F
-)
-_STEPS = flags.DEFINE_integer(
-  'steps', 10, 'Steps of one measurement.', flag_values=_F
-)
-_BATCH = flags.DEFINE_integer('batch', 64, 'Examples a step.', flag_values=_F)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for."""
+
+  models: tuple[str, ...] = setting(
+    tuple(MODELS), 'What to train.', choices=MODELS
+  )
+  pairs: int = setting(30, 'Interleaved pairs.', fits=at_least(1))
+  steps: int = setting(10, 'Steps of one measurement.', fits=at_least(1))
+  batch: int = setting(64, 'Examples a step.', fits=at_least(1))
 
 
 def ratio(name: str, *, steps: int, batch: int, pairs: int) -> list[Any]:
@@ -108,15 +112,16 @@ def ratio(name: str, *, steps: int, batch: int, pairs: int) -> list[Any]:
   ]
 
 
-def main() -> None:
-  """Prints a row for each model."""
+def run(argv: Sequence[str]) -> tuple[None, str]:
+  """Returns (None, a table with a row for each model)."""
+  config = settings.parse(Config, argv)
   rows = [
-    ratio(name, steps=_STEPS.value, batch=_BATCH.value, pairs=_PAIRS.value)
-    for name in _MODELS.value
+    ratio(name, steps=config.steps, batch=config.batch, pairs=config.pairs)
+    for name in config.models
   ]
   header = ['model', 'ours, ms a step', 'bare, ms a step', 'ratio']
-  print(evidence.table(header, rows))
+  return None, evidence.table(header, rows)
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(command.job(run, Config, sys.argv[1:], __doc__))

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
-from experiments.flags import BadInputError
+from experiments import settings
+from experiments.settings import BadInputError
 
 _PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint',
              'tensorflow-datasets', 'numpy')  # fmt: skip
@@ -51,7 +52,7 @@ def check(config: Config) -> None:
     found = json.loads(file.read_text())['flags']
   except (ValueError, KeyError, TypeError, OSError):
     raise BadInputError(f'{file} is damaged. {other}') from None
-  asked = _asked(config)
+  asked = settings.deciding(config)
   differ = [n for n in {**found, **asked} if found.get(n) != asked.get(n)]
   if differ:
     text = ', '.join(
@@ -84,20 +85,30 @@ def claim(config: Config) -> pathlib.Path:
 
 def describe(config: Config) -> dict[str, Any]:
   """Returns flags, seed, versions and device as plain data."""
-  device = jax.devices()[0]
   return {
-    'flags': _asked(config),
+    'flags': settings.deciding(config),
     'seed': config.seed,
-    'versions': {
-      'python': platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in _PACKAGES},
-    },
-    'device': {
-      'platform': device.platform,
-      'kind': device.device_kind,
-      'count': jax.device_count(),
-      'cores': os.cpu_count(),
-    },
+    'versions': versions(),
+    'device': device(),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python and of the packages that decide figures."""
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def device() -> dict[str, Any]:
+  """Returns what a run is computed on."""
+  first = jax.devices()[0]
+  return {
+    'platform': first.platform,
+    'kind': first.device_kind,
+    'count': jax.device_count(),
+    'cores': os.cpu_count(),
   }
 
 
@@ -131,10 +142,3 @@ def complete(
 def _holds_something(folder: pathlib.Path) -> bool:
   """Whether a folder holds more than what a killed start of ours left."""
   return any(file.name != 'config.json.tmp' for file in folder.iterdir())
-
-
-def _asked(config: Config) -> dict[str, Any]:
-  """Returns the flags that decide the result."""
-  asked = dataclasses.asdict(config)
-  del asked['workdir']
-  return json.loads(json.dumps(asked))  # As it will be read: tuples as lists.

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import checks
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, floats, kinds, select, sharding
+from jaxprune.checks import kinds
 from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics import floats, select, sharding
 from jaxprune.numerics.select import keys
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune import checks
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, floats, kinds, select, sharding
+from jaxprune.checks import kinds
 from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics import floats, select, sharding
 from jaxprune.numerics.counts import kept
 
 _WIDE = 1 << 31  # From so many entries on an int32 may not hold a count.

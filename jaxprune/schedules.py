@@ -14,7 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks
+from jaxprune.checks import kinds
 
 
 @dataclasses.dataclass(frozen=True)

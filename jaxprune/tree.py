@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 # Pytrees such as the params of a network; numbers are as good in the first.
 PyTree = Annotated[Any, kinds.NUMBERS]

@@ -67,8 +67,8 @@ def test_the_comparison_runs_once_and_prints_its_table(tmp_path, capsys):
   assert compare.main(command) == 0
   found = runs(tmp_path)
   assert len(found) == 1 + 2 * 2
-  assert {row['form'] for row in found[1:]} == {'dense', 'thin'}
-  kept = {row['what']['amount']: row['kept'] for row in found[1:]}
+  assert {row['details']['form'] for row in found[1:]} == {'dense', 'thin'}
+  kept = {row['settings']['amount']: row['counts']['kept'] for row in found[1:]}
   assert kept['2']['head/kernel'] == 562  # 1000 * 0.75^2, half to even.
   assert kept['2']['hidden1/kernel'] == 64 * 300 // 4
   text = capsys.readouterr().out
@@ -104,8 +104,9 @@ def test_any_score_distribution_granularity_and_schedule(
   ]
   assert compare.main(command) == 0
   row = runs(tmp_path)[-1]
-  assert row['form'] == 'dense'
-  assert abs(sum(row['kept'].values()) / row['weights'] - 0.5) < 0.01
+  assert row['details']['form'] == 'dense'
+  counts = row['counts']
+  assert abs(sum(counts['kept'].values()) / counts['weights'] - 0.5) < 0.01
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_a_residual_network_with_statistics(tmp_path):
   assert compare.main(command) == 2  # The first convolution has one input.
   command += ['--granularity=channel', '--sparsities=0.5']
   assert compare.main(command) == 0
-  assert all(runs(tmp_path)[-1]['kept'].values())
+  assert all(runs(tmp_path)[-1]['counts']['kept'].values())
 
 
 @functools.cache
@@ -207,9 +208,8 @@ def test_scores_that_go_below_zero_are_known():
 
 def test_standings_pair_by_seed():
   row = lambda name, amount, accuracy: {
-    'what': {'contender': name, 'amount': amount},
-    'weights': 10,
-    'kept': {'a': 5} if amount == '1' else {'a': 1},
+    'settings': {'contender': name, 'amount': amount},
+    'counts': {'weights': 10, 'kept': {'a': 5 if amount == '1' else 1}},
     'accuracy': accuracy,
     'cpu_seconds': 30.0,
   }

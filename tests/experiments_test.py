@@ -85,11 +85,9 @@ def test_flags_fill_a_configuration():
   config = flags.parse(
     ['--preset=smoke', '--epochs=7', '--dataset=mnist:3.0.1']
   )
-  assert config is not None
   assert (config.epochs, config.prune_epochs) == (7, 2)  # Given ones win.
   assert config.model == 'lenet5'
   usual = flags.parse([])
-  assert usual is not None
   assert (usual.model, usual.sparsity, usual.macs) == (
     'resnet_digits',
     0.9,
@@ -97,7 +95,6 @@ def test_flags_fill_a_configuration():
   )
   assert usual.learning_rate == 0.1
   adam = flags.parse(['--optimizer=adam'])
-  assert adam is not None
   assert adam.learning_rate == 0.001
   with pytest.raises(dataclasses.FrozenInstanceError):
     usual.seed = 1  # type: ignore
@@ -121,7 +118,7 @@ def test_help_names_every_flag(capsys):
 # --- Bad data, budgets and folders -------------------------------------------
 
 SMALL = ['--preset=smoke', '--model=mlp', '--pairs=0']
-SPLIT = flags.PRESETS['smoke']['train_split']
+SPLIT = flags.parse(SMALL).train_split
 
 
 def refused(argv, capsys, folder):
@@ -172,7 +169,6 @@ def test_the_job_runs_on_several_devices(parallel, tmp_path, capsys):
 
 def test_the_folder_of_another_run_is_left_alone(capsys, tmp_path):
   config = flags.parse([*SMALL, f'--workdir={tmp_path / "run"}'])
-  assert config is not None
   workdir.claim(config)
   text = refused(['--seed=1'], capsys, tmp_path / 'run')
   assert 'written by another configuration: --seed=0 (now 1)' in text
@@ -424,7 +420,6 @@ def test_a_method_ends_at_the_asked_number_of_zeros(toy, name):
 def asked(*argv):
   """Returns the task of a run, its first step, state, batch and key."""
   config = flags.parse([*SMALL, *argv])
-  assert config is not None
   task = tasks.prepare(config)
   setup = tasks.set_up(task, tasks.schedule(config)[0], None)
   size, batch = task.source.size, config.batch
@@ -659,7 +654,6 @@ def test_the_proofs_hold_and_the_counts_are_exact(smoke):
 def test_what_is_removed_crosses_add_projection_and_flatten(smoke):
   folder, argv, _ = smoke
   config = flags.parse(argv)
-  assert config is not None
   module = flags.network(config, 10)
   x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)
@@ -686,7 +680,6 @@ def test_what_is_removed_crosses_add_projection_and_flatten(smoke):
 def test_the_program_needs_the_file_alone(smoke):
   folder, argv, _ = smoke
   config = flags.parse(argv)
-  assert config is not None
   plan = plans.from_json((folder / 'plan.json').read_text())
   weights = checkpoint.load_arrays(folder / 'channel.npz')
   widths = {

@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from experiments import command, runtime
-from jaxprune import data, extras, io
+from jaxprune import data, io
+from jaxprune.checks import extras
 from jaxprune.data import augment, digits, text
 from jaxprune.report import plots
 
@@ -174,7 +175,7 @@ def test_a_command_ends_with_one_line_where_an_extra_is_missing(
 ):
   monkeypatch.setitem(sys.modules, 'onnxruntime', None)
   main = lambda argv: extras.require('onnxruntime')
-  assert command.job(main, command.absl_flags.FlagValues(), [], 'Doc.') == 2
+  assert command.job(main, object, [], 'Doc.') == 2
   assert capsys.readouterr().err == (
     'error: ONNX files need onnxruntime, which is not installed: '
     "pip install 'jaxprune[onnx]'.\n"

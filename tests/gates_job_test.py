@@ -101,8 +101,8 @@ def test_the_arms_fit_the_network(task):
 
 def test_the_table_pairs_by_seed():
   rows = [
-    {'arm': arm, 'seed': seed, 'trial': trial, 'accuracy': accuracy,
-     'parameters': 10, 'seconds': 30.0}
+    {'settings': {'arm': arm, 'trial': trial}, 'seed': seed,
+     'accuracy': accuracy, 'counts': {'parameters': 10}, 'cpu_seconds': 30.0}
     for arm, seed, trial, accuracy in (
       ('all', 0, None, 90.0), ('all', 1, None, 92.0), ('units', 0, None, 89.0),
       ('units', 1, None, 91.0), ('units', 100, 0, 99.0),
@@ -135,9 +135,9 @@ def test_a_wrong_flag_is_one_line_and_code_2(flag, text, capsys, tmp_path):
 
 def test_a_task_fills_the_flags_that_are_not_given():
   asked = job.parse(['--task=lenet', '--epochs=2', '--seed=3', '--seeds=2'])
-  assert (asked.config.dataset, asked.config.epochs) == ('mnist', 2)
-  assert list(asked.seeds) == [3, 4]
-  assert asked.config.workdir.startswith('runs/gates-lenet-')
+  assert (asked.dataset, asked.epochs) == ('mnist', 2)
+  assert (asked.seed, asked.seeds) == (3, 2)
+  assert asked.workdir.startswith('runs/gates-lenet-')
 
 
 class GoneError(Exception):
@@ -154,13 +154,18 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
   ]  # fmt: skip
   assert job.main(asked('whole')) == 0
   figures = lambda folder: [
-    {k: v for k, v in row.items() if k != 'seconds'}
-    for row in job.read(pathlib.Path(tmp_path, folder, 'runs.jsonl'))
+    {k: v for k, v in row.items() if k != 'cpu_seconds'}
+    for row in job.book_of(tmp_path / folder).read()
   ]
-  finals = {row['arm']: row for row in figures('whole') if 'error' in row}
+  finals = {
+    row['settings']['arm']: row
+    for row in figures('whole')
+    if 'error' in row['details']
+  }
   assert set(finals) == {'all', 'student', 'units', 'layers', 'dense'}
-  assert all(row['error'] < 1e-4 for row in finals.values())
-  assert finals['student']['parameters'] < finals['dense']['parameters']
+  assert all(row['details']['error'] < 1e-4 for row in finals.values())
+  size = lambda arm: finals[arm]['counts']['parameters']
+  assert size('student') < size('dense')
   svg = pathlib.Path(tmp_path, 'whole', 'all.svg').read_text()
   assert svg.startswith('<svg')
 

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The layers, the lowest first. A module may import the layers below its own,
 # and modules of its own layer so long as no two need each other.
 LAYERS = {
-  'ground': 'extras numerics tree',
+  'ground': 'checks numerics tree',
   'maths': 'distributions masks schedules scores',
   'training': 'gates soft transforms',
   'structure': 'cost plans structure',

@@ -10,8 +10,16 @@ import pytest
 from marks import slow
 
 import jaxprune as jp
-from jaxprune import distributions, masks, schedules, scores, soft, transforms
-from jaxprune.numerics import checks, counts, select
+from jaxprune import (
+  checks,
+  distributions,
+  masks,
+  schedules,
+  scores,
+  soft,
+  transforms,
+)
+from jaxprune.numerics import counts, select
 from jaxprune.scores import lookahead
 from jaxprune.soft import channels as soft_channels
 from jaxprune.soft import reparam, training

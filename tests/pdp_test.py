@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from experiments import command, flags
+from experiments import runbook, settings
 from experiments.benchmark import soft_steps
 from experiments.pdp import __main__ as pdp
 from experiments.pdp import channel_contenders, contenders, contests, phases
@@ -88,20 +88,21 @@ def contest(problem, methods):
 
 
 def test_a_contest_goes_on_where_it_was_stopped(toy, tmp_path, capsys):
-  path = tmp_path / 'toy.jsonl'
+  book = runbook.Book(tmp_path / 'toy.jsonl', 'experiments.pdp')
   two = contest(toy, {name: QUICK[name] for name in ('PDP', 'GMP')})
-  pdp.compete(two, pdp.Book(path), ['GMP'])
-  assert len(pdp.Book(path).rows) == 4 + 2  # Trials and seeds.
-  pdp.compete(two, pdp.Book(path), [])
-  book = pdp.Book(path)
-  assert len(book.rows) == 2 * (4 + 2)
-  tried = book.find(method='PDP', split='validation')
-  best = max(tried, key=lambda row: row['accuracy'])
-  assert book.find(method='PDP', trial=None)[0]['hyper'] == best['hyper']
+  pdp.compete(two, book, ['GMP'])
+  assert len(book.read()) == 4 + 2  # Trials and seeds.
+  pdp.compete(two, book, [])
+  assert len(book.read()) == 2 * (4 + 2)
+  of_pdp = runbook.matching(book.read(), {'method': 'PDP'})
+  tried = runbook.matching(of_pdp, {'split': 'validation'})
+  best = max(tried, key=lambda row: row['accuracy'])['settings']['hyper']
+  final = runbook.matching(of_pdp, {'trial': None})[0]
+  assert final['settings']['hyper'] == best
   capsys.readouterr()
   pdp.compete(two, book, [])
   assert not capsys.readouterr().out  # Nothing was left to run.
-  table = pdp.summarise(book)
+  table = pdp.summarise(book.read())
   assert '| PDP | rate ' in table
   assert 'CPU-minutes' in table
 
@@ -122,9 +123,8 @@ def test_a_wrong_flag_is_named_before_anything_runs(
 ):
   given = contest(toy, {name: QUICK[name] for name in ('PDP', 'GMP')})
   monkeypatch.setattr(pdp, 'TASKS', {'toy': lambda *_: given})
-  command.parse(pdp._F, ['--task=toy', f'--workdir={tmp_path}', flag])
-  with pytest.raises(flags.BadInputError, match=re.escape(text)):
-    pdp.main()
+  with pytest.raises(settings.BadInputError, match=re.escape(text)):
+    pdp.run(['--task=toy', f'--workdir={tmp_path}', flag])
   assert not any(tmp_path.iterdir())
 
 
@@ -148,12 +148,13 @@ def test_the_runs_for_a_gpu_are_ready(monkeypatch):
 
 def test_groups_are_targets_of_groups(toy):
   given = contest(toy, {'PDP': QUICK['PDP']})._replace(targets=('2:4', '1:4'))
-  command.parse(pdp._F, ['--targets=1:4', '--seeds=3'])
-  assert pdp.narrowed(given)[1:4] == (('1:4',), '0.5', 3)
+  narrow = lambda *argv: pdp.narrowed(given, settings.parse(pdp.Config, argv))
+  assert narrow('--targets=1:4', '--seeds=3')[1:4] == (('1:4',), '0.5', 3)
   for target in ('4:4', '0.5'):
-    command.parse(pdp._F, [f'--targets={target}'])
-    with pytest.raises(flags.BadInputError, match=f'2:4,1:4, got {target!r}'):
-      pdp.narrowed(given)
+    with pytest.raises(
+      settings.BadInputError, match=f'2:4,1:4, got {target!r}'
+    ):
+      narrow(f'--targets={target}')
 
 
 def test_runs_of_another_length_are_not_mixed(
@@ -165,11 +166,20 @@ def test_runs_of_another_length_are_not_mixed(
     pdp, 'TASKS', {'toy': lambda _, epochs: lengths.append(epochs) or given}
   )
   monkeypatch.setattr(
-    pdp, 'compete', lambda _, book, __: book.add(trial=1, seconds=60.0)
+    pdp,
+    'compete',
+    lambda _, book, __: book.add(
+      {'trial': 1},
+      seed=0,
+      accuracy=90.0,
+      counts={},
+      cpu_seconds=60.0,
+      details={},
+    ),
   )
   for given_flags in ([], ['--epochs=7']):
-    command.parse(pdp._F, [f'--workdir={tmp_path}', '--task=toy', *given_flags])
-    pdp.main()
+    asked = [f'--workdir={tmp_path}', '--task=toy', *given_flags]
+    assert pdp.main(asked) == 0
     assert '1.0 CPU-minutes' in capsys.readouterr().out
   assert lengths == [None, 7]
 
@@ -187,11 +197,11 @@ def test_the_sources_of_texts_are_stored_and_printed_with_the_runs(
   given = contest(toy, {'GMP': QUICK['GMP']})._replace(
     report=lambda outcome: {'sources': facts}
   )
-  path = tmp_path / 'toy.jsonl'
-  pdp.compete(given, pdp.Book(path), [])
-  book = pdp.Book(path)
-  assert all(row['sources'] == facts for row in book.rows)
-  table = pdp.summarise(book)
+  book = runbook.Book(tmp_path / 'toy.jsonl', 'experiments.pdp')
+  pdp.compete(given, book, [])
+  rows = book.read()
+  assert all(row['details']['sources'] == facts for row in rows)
+  table = pdp.summarise(rows)
   line = 'Sentences of python 3, numpy 2; licences: python PSF-2.0, numpy BSD-'
   assert table.count(line) == 1
   assert 'majority 25.0, bag of words 100.0' in table

@@ -38,7 +38,7 @@ def test_flags_fill_a_configuration_for_every_seed():
   )
   assert [config.seed for config in configs] == [3, 4]
   assert (configs[0].tiny, configs[0].m, configs[0].steps) == (False, 2, 6)
-  assert methods == list(job.METHODS)
+  assert methods == list(tasks.METHODS)
   assert len({config.workdir for config in configs}) == 1
 
 
@@ -80,9 +80,9 @@ def test_every_phase_runs_and_is_read_again(ablation, tmp_path, capsys):
   assert job.main(arguments) == 0
   first = capsys.readouterr().out
   folder = pathlib.Path(tmp_path, 'seed0')
-  for name in (*job.METHODS, 'proxy'):
+  for name in (*tasks.METHODS, 'proxy'):
     assert json.loads((folder / f'{name}.json').read_text())
-  for name in job.METHODS:
+  for name in tasks.METHODS:
     macs = json.loads((folder / f'{name}.json').read_text())['macs']
     assert 0.39 <= macs <= 0.4
   assert (folder / 'proxy.svg').read_text().startswith('<svg')

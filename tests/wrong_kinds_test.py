@@ -22,7 +22,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import io, plans, scores
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 ROOMS = """
   cost data data.augment distributions gates io io.checkpoint io.pretrained

@@ -19,51 +19,44 @@ shrinking, ``soft_steps`` those of training steps with PDP, ``depthwise`` those
 of depthwise convolutions.
 """
 
+import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 import jaxprune
-from experiments import command
+from experiments import command, settings
 from experiments.benchmark import depthwise, shrinking, soft_steps
-from experiments.flags import BadInputError
+from experiments.settings import ABOVE_0, at_least, in_range, setting
 from jaxprune import distributions, masks, scores, transforms
 from jaxprune.numerics import select
 from jaxprune.scores import lookahead
 
 ROWS = ('global', 'uniform', 'erk', 'n_by_m', 'step', 'vmap', 'lap', 'read')
-_F = flags.FlagValues()
-_ROWS = flags.DEFINE_list(
-  'rows',
-  [*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS],
-  'What to measure.',
-  flag_values=_F,
-)
-_PAIRS = flags.DEFINE_integer(
-  'pairs', 5, 'Interleaved pairs.', lower_bound=1, flag_values=_F
-)
-_SECONDS = flags.DEFINE_float(
-  'seconds',
-  300,
-  'Wall time of a row after which no pair is begun.',
-  flag_values=_F,
-)
-_WIDTH = flags.DEFINE_float(
-  'width',
-  1.0,
-  'Width of the network; 0.125 finishes in seconds.',
-  flag_values=_F,
-)
-_SPARSITY = flags.DEFINE_float(
-  'sparsity', 0.8, 'Fraction of zeros.', flag_values=_F
-)
+EVERY = (*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for."""
+
+  rows: tuple[str, ...] = setting(EVERY, 'What to measure.', choices=EVERY)
+  pairs: int = setting(5, 'Interleaved pairs.', fits=at_least(1))
+  seconds: float = setting(
+    300.0, 'Wall time of a row after which no pair is begun.'
+  )
+  width: float = setting(
+    1.0, 'Width of the network; 0.125 finishes in seconds.', fits=ABOVE_0
+  )
+  sparsity: float = setting(0.8, 'Fraction of zeros.', fits=in_range('[0, 1)'))
+
 
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 
@@ -132,8 +125,9 @@ def argsort_groups(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(mask, -2, -1)
 
 
-def pair(row: str, params: dict[str, jax.Array], sparsity: float) -> Pair:
+def pair(row: str, params: dict[str, jax.Array], config: Config) -> Pair:
   """Returns what is measured, what it is measured against, and arguments."""
+  sparsity = config.sparsity
   shapes = {path: w.shape for path, w in params.items()}
   if row == 'global':
     keep = masks.kept(jaxprune.tree.size(params), sparsity)
@@ -162,7 +156,7 @@ def pair(row: str, params: dict[str, jax.Array], sparsity: float) -> Pair:
   if row == 'vmap':
     return _ensemble(params, sparsity)
   if row == 'lap':
-    return _lookahead(*vgg16(_WIDTH.value))
+    return _lookahead(*vgg16(config.width))
   if row == 'read':
     return _read(params, sparsity)
   if row in soft_steps.ROWS:
@@ -255,9 +249,11 @@ def compile_(
   return compiled, seconds, getattr(memory, 'temp_size_in_bytes', 0) / 1e6
 
 
-def measure(row: str, params: dict[str, jax.Array]) -> dict[str, Any]:
+def measure(
+  row: str, params: dict[str, jax.Array], config: Config
+) -> dict[str, Any]:
   """Times one row; returns its figures."""
-  ours, other, args = pair(row, params, _SPARSITY.value)
+  ours, other, args = pair(row, params, config)
   (ours, compile_s, temp), (other, other_compile_s, other_temp) = (
     compile_(fn, args) for fn in (ours, other)
   )
@@ -273,9 +269,9 @@ def measure(row: str, params: dict[str, jax.Array]) -> dict[str, Any]:
   for fn in (ours, other):
     seconds(fn)
   begun, times = time.monotonic(), []
-  for _ in range(_PAIRS.value):
+  for _ in range(config.pairs):
     times.append((seconds(ours), seconds(other)))
-    if time.monotonic() - begun > _SECONDS.value:
+    if time.monotonic() - begun > config.seconds:
       break
   times = np.array(times)
   ratios = times[:, 0] / times[:, 1]
@@ -296,23 +292,17 @@ def measure(row: str, params: dict[str, jax.Array]) -> dict[str, Any]:
   }
 
 
-def main() -> None:
+def run(argv: Sequence[str]) -> tuple[None, str]:
   """Measures every row and prints one line of JSON for each."""
-  known = [*ROWS, *shrinking.ROWS, *soft_steps.ROWS, *depthwise.ROWS]
-  unknown = set(_ROWS.value) - set(known)
-  if unknown:
-    raise BadInputError(
-      f'No row is called {", ".join(sorted(unknown))}; the rows: '
-      f'{", ".join(known)}.'
-    )
-  params = resnet50(_WIDTH.value)
-  for row in _ROWS.value:
+  config = settings.parse(Config, argv)
+  params = resnet50(config.width)
+  for row in config.rows:
     if row in shrinking.ROWS:
-      figures = shrinking.measure(row, _PAIRS.value, _SECONDS.value)
+      figures = shrinking.measure(row, config.pairs, config.seconds)
       print(shrinking.line(figures))
       print(json.dumps(figures), flush=True)
       continue
-    figures = measure(row, params)
+    figures = measure(row, params, config)
     low, high = figures['interval']
     print(
       f'{row}: {figures["seconds"]:.3f} s against {figures["against"]:.3f} s, '
@@ -322,7 +312,8 @@ def main() -> None:
       f'{figures["compile_s"]:.1f} CPU-s'
     )
     print(json.dumps(figures), flush=True)
+  return None, ''
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(command.job(run, Config, sys.argv[1:], __doc__))

@@ -36,10 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags, logging
+from absl import logging
 
-from experiments import command, train
+from experiments import command, runbook, settings, train
 from experiments.compare import choices, standings, thin
+from experiments.settings import at_least, setting
 from jaxprune import (
   data,
   distributions,
@@ -51,55 +52,60 @@ from jaxprune import (
 )
 from jaxprune.scores import lookahead
 
-_FLAGS = flags.FlagValues()
-_enum = functools.partial(flags.DEFINE_enum, flag_values=_FLAGS)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_list = functools.partial(flags.DEFINE_list, flag_values=_FLAGS)
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=_FLAGS)
-_bool = functools.partial(flags.DEFINE_bool, flag_values=_FLAGS)
-_MODEL = _enum('model', 'mlp', list(choices.MODELS), 'The network.')
-_DATASET = _string('dataset', 'mnist', 'Name of the set.')
-_DATA_DIR = _string('data_dir', None, 'Where the sets are.')
-_TRAIN = _string('train_split', 'train', 'To train on.')
-_TEST = _string('test_split', 'test', 'To measure on.')
-_CONTENDERS = _list(
-  'contenders',
-  'random,magnitude,lap,lap_forward,lap_backward,lap_act,obd_lap,lamp@global',
-  f'score or score@distribution; scores: {", ".join(choices.SCORES)}.',
-)
-_DISTRIBUTION = _enum(
-  'distribution',
-  'layerwise',
-  ['layerwise', *choices.DISTRIBUTIONS],
-  'How layers share the budget. layerwise: the rates of --rounds.',
-)
-_GRANULARITY = _string(
-  'granularity', 'element', 'element, channel, n:m or axb (blocks).'
-)
-_SCHEDULE = _enum(
-  'schedule', 'one_shot', list(choices.SCHEDULES), 'Over the first 60 %.'
-)
-_EVERY = _integer(
-  'every', 0, 'Steps between two drawings; 0: a twentieth of the ramp.'
-)
-_ROUNDS = _list('rounds', '4,6,8,10', 'k: half of the weights k times over.')
-_SPARSITIES = _list(
-  'sparsities', None, 'Instead of --rounds, for the other distributions.'
-)
-_SEEDS = _integer('seeds', 5, 'Seeds.', lower_bound=1)
-_PRETRAIN = _integer('pretrain', 5000, 'Steps before pruning.')
-_STEPS = _integer('steps', 5000, 'Steps after it.')
-_BATCH = _integer('batch', 60, 'Examples a step.')
-_RATE = _float('learning_rate', 1.2e-3, 'Of Adam.')
-_BATCHES = _integer('score_batches', 50, 'Batches that a score may look at.')
-_THIN = _float(
-  'thin',
-  0.02,
-  'Density below which dense layers pruned at once train without their zeros.',
-)
-_WORKDIR = _string('workdir', 'runs/compare', 'Run folder.')
-_TABLE = _bool('table', False, 'Print what has run, no more.')
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for."""
+
+  model: str = setting('mlp', 'The network.', choices=choices.MODELS)
+  dataset: str = setting('mnist', 'Name of the set.')
+  data_dir: str | None = setting(None, 'Where the sets are.')
+  train_split: str = setting('train', 'To train on.')
+  test_split: str = setting('test', 'To measure on.')
+  contenders: tuple[str, ...] = setting(
+    ('random', 'magnitude', 'lap', 'lap_forward', 'lap_backward', 'lap_act',
+     'obd_lap', 'lamp@global'),
+    f'score or score@distribution; scores: {", ".join(choices.SCORES)}.',
+    decides=False,
+  )  # fmt: skip
+  distribution: str = setting(
+    'layerwise',
+    'How layers share the budget. layerwise: the rates of --rounds.',
+    choices=('layerwise', *choices.DISTRIBUTIONS),
+  )
+  granularity: str = setting(
+    'element', 'element, channel, n:m or axb (blocks).'
+  )
+  schedule: str = setting(
+    'one_shot', 'Over the first 60 %.', choices=choices.SCHEDULES
+  )
+  every: int = setting(
+    0, 'Steps between two drawings; 0: a twentieth of the ramp.'
+  )
+  rounds: tuple[str, ...] = setting(
+    ('4', '6', '8', '10'),
+    'k: half of the weights k times over.',
+    decides=False,
+  )
+  sparsities: tuple[str, ...] = setting(
+    (),
+    'Instead of --rounds, for the other distributions.',
+    decides=False,
+  )
+  seeds: int = setting(5, 'Seeds.', fits=at_least(1))
+  pretrain: int = setting(5000, 'Steps before pruning.')
+  steps: int = setting(5000, 'Steps after it.')
+  batch: int = setting(60, 'Examples a step.', fits=at_least(1))
+  learning_rate: float = setting(1.2e-3, 'Of Adam.')
+  score_batches: int = setting(50, 'Batches that a score may look at.')
+  thin: float = setting(
+    0.02,
+    'Density below which dense layers pruned at once train without their '
+    'zeros.',
+  )
+  workdir: str = setting('runs/compare', 'Run folder.', decides=False)
+  table: bool = setting(False, 'Print what has run, no more.', decides=False)
+
 
 P = 0.5  # What a round prunes of a layer; half of that of the last.
 
@@ -108,6 +114,7 @@ P = 0.5  # What a round prunes of a layer; half of that of the last.
 class Task:
   """The network and its data."""
 
+  config: Config
   module: Any
   graph: Any
   wiring: Mapping[str, lookahead.Wire]
@@ -157,24 +164,25 @@ SEEDS: Any = transforms.SparsifyState(_NONE, mask_sparsity=None, masks=0)
 PLAIN: Any = lambda key, images: images  # Augments nothing.
 
 
-def prepare() -> Task:
+def prepare(config: Config) -> Task:
   """Reads the data and traces the network."""
-  load = lambda split: data.load(_DATASET.value, split, _DATA_DIR.value)
-  training, test = load(_TRAIN.value), load(_TEST.value)
-  module = choices.MODELS[_MODEL.value](len(training.classes))
+  load = lambda split: data.load(config.dataset, split, config.data_dir)
+  training, test = load(config.train_split), load(config.test_split)
+  module = choices.MODELS[config.model](len(training.classes))
   shape = training.images.shape[1:]
   init = lambda key: module.init(key, jnp.zeros((1, *shape)))
   variables = jax.eval_shape(init, jax.random.key(0))
   on_device = lambda d: train.Examples(*map(jnp.asarray, (d.images, d.labels)))
   graph = choices.trace(module, variables, shape)
   return Task(
+    config=config,
     module=module,
     graph=graph,
     wiring=structure.wiring(graph),
     prepare=train.preparation(training.images),
     examples=on_device(training),
     test=on_device(test),
-    seeds=jnp.arange(_SEEDS.value),
+    seeds=jnp.arange(config.seeds),
   )
 
 
@@ -182,7 +190,9 @@ def rows(task: Task, seed: jax.Array, phase: int, step: jax.Array) -> jax.Array:
   """Returns the examples of a step, the same for every contender."""
   key = jax.random.fold_in(jax.random.key(seed), phase)
   key = jax.random.fold_in(key, step)
-  return jax.random.randint(key, (_BATCH.value,), 0, len(task.examples.labels))
+  return jax.random.randint(
+    key, (task.config.batch,), 0, len(task.examples.labels)
+  )
 
 
 def steps(task: Task, step: Any, phase: int, axes: Any = 0) -> Any:
@@ -207,7 +217,7 @@ def steps(task: Task, step: Any, phase: int, axes: Any = 0) -> Any:
 @functools.cache
 def pretrain(task: Task) -> train.State:
   """Returns the trained networks, from the run folder if they are there."""
-  path = folder() / f'dense-{_PRETRAIN.value}.npz'
+  path = folder(task.config) / f'dense-{task.config.pretrain}.npz'
   shape = task.examples.images.shape[1:]
 
   def start(seed):
@@ -220,11 +230,11 @@ def pretrain(task: Task) -> train.State:
   if path.exists():
     with np.load(path) as found:
       return treedef.unflatten([jnp.asarray(found[n]) for n in found.files])
-  tx = optax.adam(_RATE.value)
+  tx = optax.adam(task.config.learning_rate)
   state = state._replace(opt_state=jax.vmap(tx.init)(state.params))
   step = train.make_step(task.module.apply, tx, task.prepare, change=PLAIN)
   advance = steps(task, step, 0)
-  for i in range(_PRETRAIN.value):
+  for i in range(task.config.pretrain):
     state = advance(state, i)
   state = state._replace(opt_state=())
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,20 +252,20 @@ def recipe(task: Task, name: str, amount: str) -> Recipe:
   else:
     sparsity = total(task, amount)
     distribution = choices.DISTRIBUTIONS[name](task.graph)
-  end = max(1, round(0.6 * _STEPS.value))
-  make = lambda s: choices.SCHEDULES[_SCHEDULE.value](s, end)
+  end = max(1, round(0.6 * task.config.steps))
+  make = lambda s: choices.SCHEDULES[task.config.schedule](s, end)
   if isinstance(sparsity, dict):  # In its own order, unlike jax.tree.map.
     ramps = {rule: make(s) for rule, s in sparsity.items()}
   else:
     ramps = make(sparsity)
   ramp = make(max(jax.tree.leaves(sparsity)))
-  once = _SCHEDULE.value == 'one_shot'
-  every = _EVERY.value or (1 if once else max(1, end // 20))
+  once = task.config.schedule == 'one_shot'
+  every = task.config.every or (1 if once else max(1, end // 20))
   link = transforms.sparsify(
     None,
     ramps,
     distribution=distribution,
-    granularity=choices.granularity(_GRANULARITY.value),
+    granularity=choices.granularity(task.config.granularity),
     every=every,
     regrow=ramp.falls,
   )
@@ -271,10 +281,10 @@ def recipe(task: Task, name: str, amount: str) -> Recipe:
 
 def total(task: Task, amount: str) -> float:
   """Returns the sparsity of an amount over all kernels."""
-  grain = choices.granularity(_GRANULARITY.value)
+  grain = choices.granularity(task.config.granularity)
   if isinstance(grain, masks.NByM):
     return 1 - grain.n / grain.m
-  if _SPARSITIES.value:
+  if task.config.sparsities:
     return float(amount)
   sizes = [math.prod(shape) for shape in task.shapes.values()]
   left = [(1 - P) ** float(amount)] * len(sizes)
@@ -313,9 +323,9 @@ def score_all(
   if name in choices.OF_WEIGHTS:
     return jax.jit(jax.vmap(score))((state.params, state.stats), keys)
   rng = np.random.default_rng(0)
-  size = min(_BATCH.value, len(task.examples.labels))
+  size = min(task.config.batch, len(task.examples.labels))
   batches = []
-  for _ in range(_BATCHES.value):
+  for _ in range(task.config.score_batches):
     taken = rng.choice(len(task.examples.labels), size, replace=False)
     images = task.prepare(task.examples.images[taken])
     batches.append((images, task.examples.labels[taken]))
@@ -350,8 +360,8 @@ def finetune(
   found = look(dense, 0)
   params, inner = how.draw(dense.params, inner, found)
   state = train.State(params, dense.stats, ())
-  if _SCHEDULE.value == 'one_shot':
-    few = 1 - masks.sparsity(inner.masks) < _THIN.value
+  if task.config.schedule == 'one_shot':
+    few = 1 - masks.sparsity(inner.masks) < task.config.thin
     if few and hasattr(task.module, 'hidden') and not state.stats:
       return finetune_thin(task, state, inner.masks), inner.masks, 'thin'
     return finetune_masked(task, state, inner.masks), inner.masks, 'dense'
@@ -362,7 +372,7 @@ def finetune(
     )
     return updates, state._replace(inner=inner)
 
-  adam = optax.adam(_RATE.value)
+  adam = optax.adam(task.config.learning_rate)
   given = optax.GradientTransformation(lambda _: None, update_fn)  # type: ignore
   step = train.make_step(
     task.module.apply, optax.chain(adam, given), task.prepare, change=PLAIN
@@ -371,8 +381,8 @@ def finetune(
   state = train.own(state._replace(opt_state=opt_state))
   places: Any = train.State(0, 0, (0, Scored(0, SEEDS)))
   advance = steps(task, step, 1, places)
-  last, target = how.ramp(0), how.ramp(_STEPS.value)
-  for i in range(1, _STEPS.value + 1):
+  last, target = how.ramp(0), how.ramp(task.config.steps)
+  for i in range(1, task.config.steps + 1):
     now = how.ramp(i)
     if now != last and (i % how.every == 0 or now == target):
       inner = state.opt_state[1].inner
@@ -386,18 +396,20 @@ def finetune(
 @functools.cache
 def masked_steps(task: Task) -> Callable[..., Any]:
   """Returns a step of Adam that holds masks."""
-  tx = optax.chain(optax.adam(_RATE.value), transforms.keep_sparse())
+  tx = optax.chain(
+    optax.adam(task.config.learning_rate), transforms.keep_sparse()
+  )
   step = train.make_step(task.module.apply, tx, task.prepare, change=PLAIN)
   return steps(task, step, 1)
 
 
 def finetune_masked(task: Task, state: train.State, drawn: Any) -> train.State:
   """Trains what is left, with zeros in between."""
-  adam = jax.vmap(optax.adam(_RATE.value).init)(state.params)
+  adam = jax.vmap(optax.adam(task.config.learning_rate).init)(state.params)
   hold = lambda masks, w: transforms.keep_sparse(masks).init(w)
   held = (adam, jax.vmap(hold)(drawn, state.params))
   state = train.own(state._replace(opt_state=held))
-  for i in range(_STEPS.value):
+  for i in range(task.config.steps):
     state = masked_steps(task)(state, i)
   return state._replace(opt_state=())
 
@@ -405,7 +417,7 @@ def finetune_masked(task: Task, state: train.State, drawn: Any) -> train.State:
 @functools.cache
 def thin_steps(task: Task) -> Callable[..., Any]:
   """Returns a step of Adam on the weights that are left."""
-  tx = optax.adam(_RATE.value)
+  tx = optax.adam(task.config.learning_rate)
 
   def step(own, examples, taken, key):
     del key
@@ -427,9 +439,9 @@ def finetune_thin(task: Task, state: train.State, drawn: Any) -> train.State:
   """Trains what is left, without the zeros."""
   layers = [path.rsplit('/', 1)[0] for path in task.shapes]
   values, places = thin.pack(state.params, drawn, layers)
-  adam = jax.vmap(optax.adam(_RATE.value).init)(values)
+  adam = jax.vmap(optax.adam(task.config.learning_rate).init)(values)
   own = train.own((values, adam, places))
-  for i in range(_STEPS.value):
+  for i in range(task.config.steps):
     own = thin_steps(task)(own, i)
   params = thin.unpack(own[0], own[2], layers, state.params)
   return state._replace(params=params)
@@ -452,89 +464,77 @@ def accuracy(task: Task, state: train.State) -> list[float]:
 # What runs, and what has run.
 
 
-def contenders() -> Iterator[Contender]:
-  """Yields what the flags ask for: every contender at every sparsity."""
-  for amount in _SPARSITIES.value or _ROUNDS.value:
-    for name in _CONTENDERS.value:
+def contenders(config: Config) -> Iterator[Contender]:
+  """Yields what is asked for: every contender at every sparsity."""
+  for amount in config.sparsities or config.rounds:
+    for name in config.contenders:
       score, _, own = name.partition('@')
-      distribution = own or _DISTRIBUTION.value
+      distribution = own or config.distribution
       choices.check(score, distribution)
-      if distribution == 'layerwise' and _SPARSITIES.value:
+      if distribution == 'layerwise' and config.sparsities:
         raise ValueError('--sparsities need another --distribution.')
       yield Contender(name, score, distribution, amount)
 
 
-def folder() -> pathlib.Path:
+def folder(config: Config) -> pathlib.Path:
   """Returns where the runs of this network on these data are."""
-  split = f'{_TRAIN.value}-{_SEEDS.value}-{_BATCH.value}-{_RATE.value:g}'
+  split = f'{config.train_split}-{config.seeds}-{config.batch}'
+  split = f'{split}-{config.learning_rate:g}'
   safe = ''.join(c if c.isalnum() or c in '.-' else '_' for c in split)
-  return pathlib.Path(_WORKDIR.value, _MODEL.value, _DATASET.value, safe)
+  return pathlib.Path(config.workdir, config.model, config.dataset, safe)
+
+
+def compare(argv: Sequence[str]) -> tuple[None, str]:
+  """Runs what has not run; returns (None, the table)."""
+  config = settings.parse(Config, argv)
+  try:
+    return None, standings.table(list(run(config)))
+  except ValueError as error:  # Names that do not go together, too.
+    raise settings.BadInputError(str(error)) from error
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs what has not run, and prints the table; returns the exit code.
-
-  Args:
-    argv: without the name of the program.
-  """
-  try:
-    if command.helped(_FLAGS, argv, __doc__):
-      return 0
-    command.parse(_FLAGS, argv)
-    done = list(run(_TABLE.value))
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  print(standings.table(done))
-  return 0
+  """Runs the comparison from the command line; returns the exit code."""
+  return command.job(compare, Config, argv, __doc__)
 
 
-def run(only_read: bool) -> Iterator[dict[str, Any]]:
+def run(config: Config) -> Iterator[dict[str, Any]]:
   """Yields what has run, and then runs the rest of what is asked for."""
-  book = folder() / 'runs.jsonl'
-  lines = book.read_text().splitlines() if book.exists() else []
-  done = [json.loads(line) for line in lines]
-  yield from done
-  if only_read:
+  book = runbook.Book(folder(config) / 'runs.jsonl', 'experiments.compare')
+  yield from book.read()
+  if config.table:
     return
-  asked = list(contenders())
-  setting = {
-    'pretrain': _PRETRAIN.value,
-    'steps': _STEPS.value,
-    'schedule': _SCHEDULE.value,
-    'every': _EVERY.value,
-    'granularity': _GRANULARITY.value,
-    'distribution': _DISTRIBUTION.value,
-    'test_split': _TEST.value,
-    'score_batches': _BATCHES.value,
-  }
-  task = prepare()
+  asked = list(contenders(config))
+  common = settings.deciding(config)
+  del common['data_dir']  # The same data, wherever they lie.
+  task = prepare(config)
   choices.check_norms({contender.score for contender in asked}, task.wiring)
   dense = pretrain(task)
   for contender in (None, *asked):
     name, amount = 'dense', None
     if contender is not None:
       name, amount = contender.name, contender.amount
-    what = {'contender': name, 'amount': amount, **setting}
-    if any(row['what'] == what for row in done):
+    what = {'contender': name, 'amount': amount, **common}
+    if book.find(what) is not None:
       continue
-    begin = time.process_time()
+    begun = time.process_time()
     state, kept, form = dense, {}, 'dense'
     if contender is not None:
       state, drawn, form = finetune(task, contender, dense)
       transforms.check_sparse(state.params, drawn)
       one = jax.tree.map(lambda x: x[0], drawn)
       kept = {p: k for p, (k, _) in masks.count(one).items()}
-    row = {
-      'what': what,
-      'weights': sum(map(math.prod, task.shapes.values())),
-      'kept': kept,
-      'accuracy': accuracy(task, state),
-      'form': form,
-      'cpu_seconds': time.process_time() - begin,
-    }
-    with book.open('a') as file:
-      file.write(json.dumps(row) + '\n')
+    row = book.add(
+      what,
+      seed=np.asarray(task.seeds).tolist(),
+      accuracy=accuracy(task, state),
+      counts={
+        'weights': sum(map(math.prod, task.shapes.values())),
+        'kept': kept,
+      },
+      cpu_seconds=time.process_time() - begun,
+      details={'form': form},
+    )
     print(json.dumps(row), flush=True)
     yield row
 

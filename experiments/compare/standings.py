@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments import evidence
+from experiments import evidence, runbook
 
 Row = Mapping[str, Any]
 
@@ -13,7 +13,11 @@ def table(done: Sequence[Row]) -> str:
   """Returns the tables of what has run, two for each setting."""
   parts = []
   setting = lambda row: json.dumps(
-    {k: v for k, v in row['what'].items() if k not in ('contender', 'amount')}
+    {
+      k: v
+      for k, v in row['settings'].items()
+      if k not in ('contender', 'amount')
+    }
   )
   for shared in dict.fromkeys(map(setting, done)):
     rows = [row for row in done if setting(row) == shared]
@@ -22,13 +26,13 @@ def table(done: Sequence[Row]) -> str:
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
-  by = {(r['what']['contender'], r['what']['amount']): r for r in rows}
+  by = {(r['settings']['contender'], r['settings']['amount']): r for r in rows}
   names = list(dict.fromkeys(name for name, amount in by if amount))
   amounts = sorted({amount for _, amount in by if amount}, key=float)
 
   def left(amount):
-    row = next(row for (_, a), row in by.items() if a == amount)
-    return f'{sum(row["kept"].values()) / row["weights"]:.2%}'
+    counts = next(row for (_, a), row in by.items() if a == amount)['counts']
+    return f'{sum(counts["kept"].values()) / counts["weights"]:.2%}'
 
   def cell(name, amount):
     row = by.get((name, amount))
@@ -41,8 +45,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     yield f'Before pruning: {cell("dense", None)}.'
   if 'magnitude' in names:
     yield _against(by, names, amounts, header)
-  minutes = sum(row['cpu_seconds'] for row in rows) / 60
-  yield f'{minutes:.1f} CPU-minutes without the training before.'
+  yield f'{runbook.minutes(rows)} without the training before.'
 
 
 def _against(by, names, amounts, header) -> str:

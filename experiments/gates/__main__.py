@@ -29,7 +29,6 @@ training step with all gates against one without, in turn.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import sys
@@ -41,7 +40,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags as absl_flags
 
 import jaxprune as jp
 from experiments import (
@@ -49,26 +47,21 @@ from experiments import (
   evidence,
   flags,
   recipes,
+  runbook,
   search,
+  settings,
   timing,
   train,
   workdir,
 )
 from experiments.gates import gated
+from experiments.settings import ABOVE_0, Range, at_least, preset, setting
 from jaxprune import cost, data, gates
 from jaxprune.io import checkpoint
 from jaxprune.report import plots
 
 TUNING_SEED = 100
 WARM, CUT, FROZEN = 0.1, 0.6, 0.8  # Parts of the steps: see `make_step`.
-
-_F = absl_flags.FlagValues()
-_text = functools.partial(absl_flags.DEFINE_string, flag_values=_F)
-_int = functools.partial(absl_flags.DEFINE_integer, flag_values=_F)
-_float = functools.partial(absl_flags.DEFINE_float, flag_values=_F)
-_list = functools.partial(absl_flags.DEFINE_list, flag_values=_F)
-_bool = functools.partial(absl_flags.DEFINE_bool, flag_values=_F)
-_choice = functools.partial(absl_flags.DEFINE_enum, flag_values=_F)
 
 _FASHION = {
   'dataset': 'fashion_mnist', 'subset': 10_000, 'side': 14, 'validation': 0.2,
@@ -92,57 +85,74 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
   'resnet56': _CIFAR,
 }  # fmt: skip
 
-_choice('task', 'inception', list(TASKS), 'The network, and these flags of it:')
-_text('dataset', None, 'The data; see experiments.prune.')
-_int('subset', None, 'Training images, equally many of a class; 0: all.')
-_int('side', None, 'Shrink all images to this side first; 0: as they are.')
-_float('validation', None, 'Part of the training split held out for trials.')
-_float('target', None, 'Part of the parameters that may remain, in (0, 1).')
-_int('epochs', None, 'Passes over the data.')
-_int('batch', None, 'Examples of a step.')
-_bool('augment', None, 'Whether images are flipped and shifted.')
-_float('rate', None, 'Of the weights; arms without gates try twice it, too.')
-_text('strengths', None, 'Of the penalty, to be tried by arms with gates.')
-_int('trials', 2, 'Settings that every arm tries on held-out images, 1 or 2.')
-_text('data_dir', None, 'A folder of sets that TFDS prepared.')
-_list('arms', [], 'What to compare; all that fit the network without it.')
-_int('seeds', 3, 'Runs of each arm, of seeds seed, seed + 1, ..')
-_int('seed', 0, 'The first of them.')
-_int('save_every', 500, 'Steps between two checkpoints.')
-_int('speed', 0, 'Pairs of steps to time, and nothing else.')
-_text('workdir', None, 'Where everything is kept; by default under runs/.')
-_choice('preset', 'full', ['full', 'smoke'], 'smoke: every arm, two minutes.')
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-  'full': {},
-  'smoke': {
-    'task': 'inception', 'dataset': 'digits', 'subset': 500, 'side': 0,
-    'target': 0.5, 'epochs': 1, 'batch': 50, 'trials': 1, 'seeds': 1,
-    'save_every': 5,
-  },
-}  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is asked for."""
+  """What is asked for; what is None follows from the task."""
 
-  task: str
-  dataset: str
-  data_dir: str | None
-  subset: int
-  side: int
-  validation: float
-  target: float
-  epochs: int
-  batch: int
-  augment: bool
-  rate: float
-  strengths: str
-  trials: int
-  seed: int
-  save_every: int
-  workdir: str
+  task: str = setting(
+    'inception', 'The network, and these flags of it:', choices=TASKS
+  )
+  dataset: str = setting(
+    None, 'The data; see experiments.prune.', smoke='digits'
+  )
+  subset: int = setting(
+    None, 'Training images, equally many of a class; 0: all.', smoke=500
+  )
+  side: int = setting(
+    None, 'Shrink all images to this side first; 0: as they are.', smoke=0
+  )
+  validation: float = setting(
+    None, 'Part of the training split held out for trials.'
+  )
+  target: float = setting(
+    None,
+    'Part of the parameters that may remain, in (0, 1).',
+    fits=Range(lambda x: 0 < x < 1),
+    smoke=0.5,
+  )
+  epochs: int = setting(
+    None, 'Passes over the data.', fits=at_least(1), smoke=1
+  )
+  batch: int = setting(None, 'Examples of a step.', fits=at_least(1), smoke=50)
+  augment: bool = setting(None, 'Whether images are flipped and shifted.')
+  rate: float = setting(
+    None,
+    'Of the weights; arms without gates try twice it, too.',
+    fits=ABOVE_0,
+  )
+  strengths: str = setting(
+    None, 'Of the penalty, to be tried by arms with gates.'
+  )
+  trials: int = setting(
+    2,
+    'Settings that every arm tries on held-out images, 1 or 2.',
+    fits=Range(lambda n: n in (1, 2)),
+    smoke=1,
+  )
+  data_dir: str | None = setting(None, 'A folder of sets that TFDS prepared.')
+  arms: tuple[str, ...] = setting(
+    (),
+    'What to compare; all that fit the network without it.',
+    choices=gated.ARMS,
+    decides=False,
+  )
+  seeds: int = setting(
+    3, 'Runs of each arm, of seeds seed, seed + 1, ..', smoke=1, decides=False
+  )
+  seed: int = setting(0, 'The first of them.')
+  save_every: int = setting(
+    500, 'Steps between two checkpoints.', fits=at_least(1), smoke=5
+  )
+  speed: int = setting(
+    0, 'Pairs of steps to time, and nothing else.', decides=False
+  )
+  workdir: str = setting(
+    None,
+    'Where everything is kept; by default under runs/.',
+    decides=False,
+  )
+  preset: str = preset('smoke: every arm, two minutes.')
 
 
 class Job(NamedTuple):
@@ -339,48 +349,63 @@ def fit(
 # --- Runs --------------------------------------------------------------------
 
 
+def book_of(folder: pathlib.Path) -> runbook.Book:
+  """Returns the run book of a run folder."""
+  return runbook.Book(folder / 'runs.jsonl', 'experiments.gates')
+
+
 def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
   """Runs what the run folder does not hold yet of an arm."""
   folder = pathlib.Path(job.config.workdir)
-  file = folder / 'runs.jsonl'
+  book = book_of(folder)
   arm = gated.ARMS[name](job.task, job.graph)
   step = make_step(job, arm)
   whole = functools.partial(infer, job, arm)
   evaluate = train.make_evaluate(whole, job.splits.prepare)
 
   def run(seed, trial, setting):
-    what = {'arm': name, 'seed': seed, 'trial': trial}
-    what['setting'] = list(setting)
-    for row in read(file):
-      if all(row[k] == v for k, v in what.items()):
-        return row
-    clock = time.process_time()
+    what = {
+      **settings.deciding(job.config),
+      'arm': name,
+      'seed': seed,
+      'trial': trial,
+      'setting': list(setting),
+    }
+    if (ended := book.find(what)) is not None:
+      return ended
+    begun = time.process_time()
     saved = folder / f'{name}-{seed}-{"final" if trial is None else trial}'
     state, history = fit(job, arm, step, seed, setting, saved)
     small = arm.finish(state.learned, state.stats, state.masks)
     split = job.splits.test if trial is None else job.splits.held
-    row = {
-      **what,
-      'accuracy': 100 * evaluate(state, split),
-      'parameters': jp.tree.size(small.variables['params']),
-      **small.report,
-    }
+    accuracy = 100 * evaluate(state, split)
+    details = dict(small.report)
+    counts = {'parameters': jp.tree.size(small.variables['params'])}
+    if 'macs' in details:
+      counts['macs'] = details.pop('macs')
     if trial is None:  # The small network gives the same logits.
       x = job.splits.prepare(job.splits.examples.images[:16])
       wanted = jax.jit(whole)(state, x)
       error = jax.jit(small.fn)(small.variables, x) - wanted
-      row['error'] = float(jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(wanted)))
+      details['error'] = float(
+        jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(wanted))
+      )
       if seed == job.config.seed and any(history):
         figure = plots.gates(_pictures(history))
         text = plots.svg(figure, f'gates of {job.config.task}: {name}')
         workdir.write(folder / f'{name}.svg', text)
-    row['seconds'] = time.process_time() - clock
-    with file.open('a') as out:
-      out.write(json.dumps(row) + '\n')
+    row = book.add(
+      what,
+      seed=seed,
+      accuracy=accuracy,
+      counts=counts,
+      cpu_seconds=time.process_time() - begun,
+      details=details,
+    )
     shutil.rmtree(saved)
     print(
       f'{name}, seed {seed}: {row["accuracy"]:.2f} % with '
-      f'{row["parameters"]:,} parameters at {setting}',
+      f'{counts["parameters"]:,} parameters at {setting}',
       flush=True,
     )
     return row
@@ -388,7 +413,7 @@ def contend(job: Job, name: str, seeds: Sequence[int]) -> None:
   trials = [run(TUNING_SEED, i, s) for i, s in enumerate(arm.settings)]
   best = choose(trials, job.task.target * cost.parameters(job.graph))
   for seed in seeds:
-    run(seed, None, tuple(best['setting']))
+    run(seed, None, tuple(best['settings']['setting']))
 
 
 def choose(
@@ -397,21 +422,22 @@ def choose(
   """Returns the best trial within 1 % of a budget, or else the smallest.
 
   Args:
-    trials: their 'accuracy' and 'parameters'.
+    trials: their records.
     budget: of parameters.
 
   Examples:
     >>> rows = [
-    ...   {'accuracy': 95, 'parameters': 110},
-    ...   {'accuracy': 96, 'parameters': 140},
+    ...   {'accuracy': 95, 'counts': {'parameters': 110}},
+    ...   {'accuracy': 96, 'counts': {'parameters': 140}},
     ... ]
     >>> choose(rows, 140)['accuracy'], choose(rows, 100)['accuracy']
     (96, 95)
   """
-  fits = [row for row in trials if row['parameters'] <= 1.01 * budget]
+  size = lambda row: row['counts']['parameters']
+  fits = [row for row in trials if size(row) <= 1.01 * budget]
   if fits:
     return max(fits, key=lambda row: row['accuracy'])
-  return min(trials, key=lambda row: (row['parameters'], -row['accuracy']))
+  return min(trials, key=lambda row: (size(row), -row['accuracy']))
 
 
 def speed(job: Job, pairs: int) -> str:
@@ -465,82 +491,49 @@ def _pictures(history: gates.Gates) -> list[dict[str, np.ndarray]]:
   return [{name: x[k] for name, x in rows.items()} for k in range(epochs)]
 
 
-def read(file: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the runs of a file."""
-  lines = file.read_text().splitlines() if file.exists() else []
-  return [json.loads(line) for line in lines]
-
-
 def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the table of what was run."""
   finals: dict[str, dict[int, Any]] = {}
-  for row in rows:
-    if row['trial'] is None:
-      finals.setdefault(row['arm'], {})[row['seed']] = row
+  for row in runbook.matching(rows, {'trial': None}):
+    finals.setdefault(row['settings']['arm'], {})[row['seed']] = row
   lines = []
   for name, found in finals.items():
-    column = lambda key, found=found: [row[key] for row in found.values()]
     both = sorted(found.keys() & finals.get('all', {}).keys())
     against = ''
     if name != 'all' and len(both) > 1:
       ours = [finals['all'][s]['accuracy'] for s in both]
       against = evidence.paired(ours, [found[s]['accuracy'] for s in both])
-    sizes = column('parameters')
+    sizes = [row['counts']['parameters'] for row in found.values()]
     lines.append(
       [
         name,
         len(found),
         f'{np.mean(sizes):,.0f} ± {np.std(sizes):,.0f}',
-        evidence.summary(column('accuracy')),
+        evidence.summary([row['accuracy'] for row in found.values()]),
         against,
       ]
     )
-  minutes = sum(row['seconds'] for row in rows) / 60
   header = ['arm', 'seeds', 'parameters', 'accuracy, %', 'all minus it']
-  return f'{evidence.table(header, lines)}\n\n{minutes:.1f} CPU-minutes'
+  return f'{evidence.table(header, lines)}\n\n{runbook.minutes(rows)}'
 
 
-class Asked(NamedTuple):
-  """The command line."""
-
-  config: Config
-  arms: Sequence[str]  # Empty: all that fit.
-  seeds: Sequence[int]
-  speed: int
-
-
-def parse(argv: Sequence[str]) -> Asked:
+def parse(argv: Sequence[str]) -> Config:
   """Returns what a command line asks for.
 
   Raises:
     BadInputError: if a flag is unknown or its value is wrong.
   """
-  given = command.parse(_F, argv, PRESETS)
-  for name, value in TASKS[given['task']].items():
-    if given[name] is None:
-      given[name] = value
-  arms, seeds = given.pop('arms'), given.pop('seeds')
-  pairs, where = given.pop('speed'), given.pop('workdir')
-  command.check_names('arms', arms or list(gated.ARMS), list(gated.ARMS))
-  holds = {
-    'target': 0 < given['target'] < 1,
-    'trials': given['trials'] in (1, 2),
-    'rate': given['rate'] > 0,
-    'strengths': _are_positive(given['strengths'], given['trials']),
-    'save_every': given['save_every'] >= 1,
-    'epochs': given['epochs'] >= 1,
-    'batch': given['batch'] >= 1,
-  }
-  command.check(given, holds)
-  if seeds < 1 or pairs < 0:
-    raise flags.BadInputError(
-      f'--seeds must be at least 1 and --speed 0, got {seeds} and {pairs}.'
+  config = settings.parse(Config, argv, lambda given: TASKS[given['task']])
+  if not _are_positive(config.strengths, config.trials):
+    raise settings.BadInputError(
+      f'--strengths is out of range: {config.strengths}.'
     )
-  if where is None:
-    where = command.folder_of(given, 'gates', given['task'])
-  first = given['seed']
-  config = Config(**given, workdir=where)
-  return Asked(config, arms, range(first, first + seeds), pairs)
+  if config.seeds < 1 or config.speed < 0:
+    raise settings.BadInputError(
+      f'--seeds must be at least 1 and --speed 0, got {config.seeds} and '
+      f'{config.speed}.'
+    )
+  return settings.in_folder(config, 'gates', config.task)
 
 
 def _are_positive(text: str, count: int) -> bool:
@@ -554,19 +547,20 @@ def _are_positive(text: str, count: int) -> bool:
 
 def compare(argv: Sequence[str]) -> tuple[pathlib.Path | None, str]:
   """Runs the comparison, or the clock; returns (the run folder, its table)."""
-  config, arms, seeds, pairs = parse(argv)
+  config = parse(argv)
   job = prepare(config)
-  if pairs:
-    return None, speed(job, pairs)
+  if config.speed:
+    return None, speed(job, config.speed)
   folder = workdir.claim(config)
-  for name in arms or gated.arms_of(job.task, job.graph):
+  seeds = range(config.seed, config.seed + config.seeds)
+  for name in config.arms or gated.arms_of(job.task, job.graph):
     contend(job, name, seeds)
-  return folder, summarise(read(folder / 'runs.jsonl'))
+  return folder, summarise(book_of(folder).read())
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the comparison from the command line; returns the exit code."""
-  return command.job(compare, _F, argv, __doc__)
+  return command.job(compare, Config, argv, __doc__)
 
 
 if __name__ == '__main__':

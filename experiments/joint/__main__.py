@@ -26,6 +26,7 @@ vectors). Stopped at any moment, the same command goes
 on: phases that ended are read, the one that ran continues from its checkpoint.
 """
 
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -33,68 +34,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags as absl_flags
 
-from experiments import command, evidence, flags, workdir
-from experiments.joint.methods import METHODS, choose
+from experiments import command, evidence, settings, workdir
+from experiments.joint.methods import choose
 from experiments.joint.networks import finish
 from experiments.joint.supernets import make_steps
-from experiments.joint.tasks import MODELS, Config, prepare
+from experiments.joint.tasks import Config, prepare
 from jaxprune.report import plots
 from jaxprune.search import joint
-
-_F = absl_flags.FlagValues()
-_text = functools.partial(absl_flags.DEFINE_string, flag_values=_F)
-_int = functools.partial(absl_flags.DEFINE_integer, flag_values=_F)
-_float = functools.partial(absl_flags.DEFINE_float, flag_values=_F)
-_list = functools.partial(absl_flags.DEFINE_list, flag_values=_F)
-_choice = functools.partial(absl_flags.DEFINE_enum, flag_values=_F)
-_choice('model', 'resnet20_half', list(MODELS), 'The network.')
-_text('dataset', 'digits', 'The data; see experiments.prune.')
-_text('data_dir', None, 'A folder of sets that TFDS prepared.')
-_int('subset', 0, 'Training images, equally many of a class; 0: all.')
-_int('side', 0, 'Shrink all images to this side first; 0: as they are.')
-_list('sides', [], 'Sides allowed; without it 4 from half of the largest on.')
-_choice(
-  'spatial',
-  'input',
-  ['input', 'stage'],
-  'What has a side: the images, or every stage (needs --canvas=yes).',
-)
-_list('methods', list(METHODS), 'What to compare.')
-_float('macs', 0.25, 'Part of the multiply-adds that is kept, in (0, 1).')
-_int('steps', 600, 'Weight steps of a supernet.')
-_float('warmup', 0.3, 'Part of them over random vectors.')
-_int('every', 2, 'Weight steps for one vector step.')
-_int('n', 8, 'Vectors of one vector step.')
-_float('sigma', 0.1, 'Perturbation of the vector, falls to 0.3 of it.')
-_float('rate', 0.02, 'Learning rate of the vector (Adam).')
-_float('rho', 1.0, 'Weight of the penalty log(MACs / target) above 0.')
-_choice(
-  'form',
-  'pairs',
-  ['pairs', 'plain', 'spsa'],
-  'Of the estimate: antithetic normal, normal, or signs.',
-)
-_int('epochs', 12, 'Passes over the data to train the network found.')
-_choice('start', 'scratch', ['scratch', 'shared'], 'Of that training.')
-_int('batch', 64, 'Examples of a weight step; twice as many of a vector step.')
-_float('learning_rate', 0.1, 'The highest rate of SGD with momentum.')
-_float('weight_decay', 5e-4, 'Pull of the kernels towards zero.')
-_float('validation', 0.2, 'Part of the training split held out for vectors.')
-_int('seeds', 1, 'Runs of everything, of seeds first_seed, first_seed + 1, ..')
-_int('first_seed', 0, 'The first of them.')
-_int('save_every', 100, 'Steps between two checkpoints.')
-_choice('canvas', 'no', ['no', 'yes'], 'One compile for all sides, or each.')
-_text('workdir', None, 'Where everything is kept; by default under runs/.')
-_choice('preset', 'full', ['full', 'smoke'], 'smoke: every phase, two minutes.')
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-  'full': {},
-  'smoke': {
-    'subset': 800, 'steps': 12, 'epochs': 1, 'sides': ['6', '8'], 'n': 2,
-    'methods': ['joint', 'uniform', 'depth', 'random'], 'save_every': 5,
-  },
-}  # fmt: skip
 
 
 def run(config: Config, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -151,27 +98,13 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   Raises:
     BadInputError: if a flag is unknown or its value is wrong.
   """
-  given = command.parse(_F, argv, PRESETS)
-  methods = given.pop('methods')
-  command.check_names('methods', methods, METHODS)
-  try:
-    given['sides'] = tuple(sorted(int(side) for side in given['sides']))
-  except ValueError:
-    raise flags.BadInputError(
-      f'--sides must be ints, got {given["sides"]}.'
-    ) from None
-  seeds, first = given.pop('seeds'), given.pop('first_seed')
-  holds = {'macs': 0 < given['macs'] < 1, 'warmup': 0 <= given['warmup'] < 1}
-  for name in ('steps', 'every', 'epochs', 'batch', 'save_every'):
-    holds[name] = given[name] >= 1
-  holds['n'] = given['n'] >= 2 and given['n'] % 2 == 0
-  command.check(given, holds)
-  if given['spatial'] == 'stage' and given['canvas'] == 'no':
-    raise flags.BadInputError('--spatial=stage needs --canvas=yes.')
-  if given['workdir'] is None:
-    given['workdir'] = command.folder_of(given, 'joint', given['dataset'])
-  configs = [Config(**given, seed=seed) for seed in range(first, first + seeds)]
-  return configs, methods
+  config = settings.parse(Config, argv)
+  if config.spatial == 'stage' and config.canvas == 'no':
+    raise settings.BadInputError('--spatial=stage needs --canvas=yes.')
+  sides = tuple(sorted(config.sides))
+  config = dataclasses.replace(config, sides=sides)
+  config = settings.in_folder(config, 'joint', config.dataset)
+  return settings.by_seed(config), list(config.methods)
 
 
 def compare(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
@@ -183,7 +116,7 @@ def compare(argv: Sequence[str]) -> tuple[pathlib.Path, str]:
 
 def main(argv: Sequence[str]) -> int:
   """Runs the comparison from the command line; returns the exit code."""
-  return command.job(compare, _F, argv, __doc__)
+  return command.job(compare, Config, argv, __doc__)
 
 
 if __name__ == '__main__':

@@ -10,30 +10,33 @@ gradient, Adam; ``chunks`` the same two vectors at a time, ``canvas`` over 16,
 rounds in which all of them take turns.
 """
 
+import dataclasses
 import functools
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 import jaxprune as jp
-from experiments import command, timing
+from experiments import command, settings, timing
+from experiments.settings import at_least, setting
 from jaxprune import models
 from jaxprune.search import estimator, joint
 
-_F = flags.FlagValues()
-_ROUNDS = flags.DEFINE_integer(
-  'rounds', 10, 'Rounds of the clock.', flag_values=_F
-)
-_BATCH = flags.DEFINE_integer('batch', 32, 'Images of a batch.', flag_values=_F)
-_N = flags.DEFINE_integer('n', 8, 'Vectors of a step.', flag_values=_F)
-_CANVAS = flags.DEFINE_bool(
-  'canvas', False, 'Whether to time the canvas too.', flag_values=_F
-)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for."""
+
+  rounds: int = setting(10, 'Rounds of the clock.', fits=at_least(1))
+  batch: int = setting(32, 'Images of a batch.', fits=at_least(1))
+  n: int = setting(8, 'Vectors of a step.', fits=at_least(2))
+  canvas: bool = setting(False, 'Whether to time the canvas too.')
 
 
 def make(
@@ -81,14 +84,15 @@ def make(
   return {k: jax.jit(fn) for k, fn in calls.items()}, arguments, sides
 
 
-def main() -> None:
-  """Prints the table."""
-  calls, arguments, space = make(_BATCH.value, _N.value)
-  if not _CANVAS.value:
+def run(argv: Sequence[str]) -> tuple[None, str]:
+  """Prints the table, line by line."""
+  config = settings.parse(Config, argv)
+  calls, arguments, space = make(config.batch, config.n)
+  if not config.canvas:
     del calls['canvas']
   timed = timing.milliseconds(
     {k: functools.partial(fn, *arguments) for k, fn in calls.items()},
-    pairs=_ROUNDS.value,
+    pairs=config.rounds,
   )
   for name, (ms, speed) in timed.items():
     memory = calls[name].lower(*arguments).compile().memory_analysis()
@@ -105,8 +109,8 @@ def main() -> None:
     begin = time.process_time()
     cost(many)
     spent.append(time.process_time() - begin)
-  print(f'MACs of 10,000 vectors: {1e3 * np.median(spent):.1f} ms')
+  return None, f'MACs of 10,000 vectors: {1e3 * np.median(spent):.1f} ms'
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(command.job(run, Config, sys.argv[1:], __doc__))

@@ -13,9 +13,6 @@ from experiments.joint.tasks import Task
 from jaxprune.report import plots
 from jaxprune.search import evolution, joint
 
-METHODS = (
-  'joint', 'uniform', 'channel', 'depth', 'resolution', 'random', 'evolution'
-)  # fmt: skip
 MOST = 256  # Settings of the sides of all stages that are looked at.
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import jaxprune as jp
 from experiments import flags, search, train
+from experiments.settings import Range, at_least, in_range, preset, setting
 from jaxprune import models
 from jaxprune.search import joint
 
@@ -40,36 +41,103 @@ def _stem(side: int) -> str:
   return 'large' if side > 64 else 'small'
 
 
+METHODS = (
+  'joint', 'uniform', 'channel', 'depth', 'resolution', 'random', 'evolution'
+)  # fmt: skip
+PART = Range(lambda x: 0 < x < 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is asked for, of one seed."""
+  """What is asked for; of one seed."""
 
-  model: str
-  dataset: str
-  data_dir: str | None
-  subset: int
-  side: int
-  sides: tuple[int, ...]
-  spatial: str
-  macs: float
-  steps: int
-  warmup: float
-  every: int
-  n: int
-  sigma: float
-  rate: float
-  rho: float
-  form: str
-  epochs: int
-  start: str
-  batch: int
-  learning_rate: float
-  weight_decay: float
-  validation: float
-  save_every: int
-  canvas: str
-  seed: int
-  workdir: str
+  model: str = setting('resnet20_half', 'The network.', choices=MODELS)
+  dataset: str = setting('digits', 'The data; see experiments.prune.')
+  data_dir: str | None = setting(None, 'A folder of sets that TFDS prepared.')
+  subset: int = setting(
+    0, 'Training images, equally many of a class; 0: all.', smoke=800
+  )
+  side: int = setting(
+    0, 'Shrink all images to this side first; 0: as they are.'
+  )
+  sides: tuple[int, ...] = setting(
+    (),
+    'Sides allowed; without it 4 from half of the largest on.',
+    smoke=(6, 8),
+  )
+  spatial: str = setting(
+    'input',
+    'What has a side: the images, or every stage (needs --canvas=yes).',
+    choices=('input', 'stage'),
+  )
+  methods: tuple[str, ...] = setting(
+    METHODS,
+    'What to compare.',
+    choices=METHODS,
+    smoke=('joint', 'uniform', 'depth', 'random'),
+    decides=False,
+  )
+  macs: float = setting(
+    0.25, 'Part of the multiply-adds that is kept, in (0, 1).', fits=PART
+  )
+  steps: int = setting(
+    600, 'Weight steps of a supernet.', fits=at_least(1), smoke=12
+  )
+  warmup: float = setting(
+    0.3, 'Part of them over random vectors.', fits=in_range('[0, 1)')
+  )
+  every: int = setting(2, 'Weight steps for one vector step.', fits=at_least(1))
+  n: int = setting(
+    8,
+    'Vectors of one vector step, an even number.',
+    fits=Range(lambda n: n >= 2 and n % 2 == 0),
+    smoke=2,
+  )
+  sigma: float = setting(0.1, 'Perturbation of the vector, falls to 0.3 of it.')
+  rate: float = setting(0.02, 'Learning rate of the vector (Adam).')
+  rho: float = setting(1.0, 'Weight of the penalty log(MACs / target) above 0.')
+  form: str = setting(
+    'pairs',
+    'Of the estimate: antithetic normal, normal, or signs.',
+    choices=('pairs', 'plain', 'spsa'),
+  )
+  epochs: int = setting(
+    12,
+    'Passes over the data to train the network found.',
+    fits=at_least(1),
+    smoke=1,
+  )
+  start: str = setting(
+    'scratch', 'Of that training.', choices=('scratch', 'shared')
+  )
+  batch: int = setting(
+    64,
+    'Examples of a weight step; twice as many of a vector step.',
+    fits=at_least(1),
+  )
+  learning_rate: float = setting(0.1, 'The highest rate of SGD with momentum.')
+  weight_decay: float = setting(5e-4, 'Pull of the kernels towards zero.')
+  validation: float = setting(
+    0.2, 'Part of the training split held out for vectors.'
+  )
+  seeds: int = setting(
+    1,
+    'Runs of everything, of seeds first_seed, first_seed + 1, ..',
+    decides=False,
+  )
+  seed: int = setting(0, 'The first of them.', flag='first_seed')
+  save_every: int = setting(
+    100, 'Steps between two checkpoints.', fits=at_least(1), smoke=5
+  )
+  canvas: str = setting(
+    'no', 'One compile for all sides, or each.', choices=('no', 'yes')
+  )
+  workdir: str = setting(
+    None,
+    'Where everything is kept; by default under runs/.',
+    decides=False,
+  )
+  preset: str = preset('smoke: every phase, two minutes.')
 
 
 class Task(NamedTuple):

@@ -11,43 +11,38 @@ each ``--epochs``: the same command goes on where it was stopped, and
 ``--table`` prints what is there.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments import command, evidence
-from experiments.flags import BadInputError
+from experiments import command, evidence, runbook, settings
 from experiments.pdp import phases
 from experiments.pdp.contests import TASKS, Contest
+from experiments.settings import BadInputError, at_least, setting
 
-_F = flags.FlagValues()
-_TASK = flags.DEFINE_string('task', 'mnist', 'What to learn.', flag_values=_F)
-_METHODS = flags.DEFINE_list(
-  'methods', [], 'Only these; all without it.', flag_values=_F
-)
-_TARGETS = flags.DEFINE_list(
-  'targets', [], 'Only these sparsities.', flag_values=_F
-)
-_SEEDS = flags.DEFINE_integer(
-  'seeds', None, 'Runs of each; its own number.', flag_values=_F
-)
-_EPOCHS = flags.DEFINE_integer(
-  'epochs', None, 'Epochs; its own number.', flag_values=_F
-)
-_DATA_DIR = flags.DEFINE_string(
-  'data_dir', None, 'See experiments.prune.', flag_values=_F
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/pdp', 'Where runs are kept.', flag_values=_F
-)
-_TABLE = flags.DEFINE_bool(
-  'table', False, 'Print the results; run nothing.', flag_values=_F
-)
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is asked for; what is None follows from the task."""
+
+  task: str = setting('mnist', 'What to learn.')
+  methods: tuple[str, ...] = setting((), 'Only these; all without it.')
+  targets: tuple[str, ...] = setting((), 'Only these sparsities.')
+  seeds: int | None = setting(
+    None, 'Runs of each; its own number.', fits=at_least(1)
+  )
+  epochs: int | None = setting(
+    None, 'Epochs; its own number.', fits=at_least(1)
+  )
+  data_dir: str | None = setting(None, 'See experiments.prune.')
+  workdir: str = setting('runs/pdp', 'Where runs are kept.', decides=False)
+  table: bool = setting(False, 'Print the results; run nothing.', decides=False)
+
 
 TUNING_SEED = 100
 
@@ -65,28 +60,7 @@ def sparsity_of(target: str) -> float:
   return float(target)
 
 
-class Book:
-  """The runs of a file, by what they are."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-    lines = path.read_text().splitlines() if path.exists() else []
-    self.rows = [json.loads(line) for line in lines]
-
-  def find(self, **what: Any) -> list[dict[str, Any]]:
-    """Returns the runs with these values."""
-    agrees = lambda row: all(row[k] == v for k, v in what.items())
-    return [row for row in self.rows if agrees(row)]
-
-  def add(self, **row: Any) -> None:
-    """Appends a run."""
-    self.rows.append(row)
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    with self.path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
-
-
-def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
+def compete(contest: Contest, book: runbook.Book, names: Sequence[str]) -> None:
   """Runs what the book does not hold yet."""
   problem = contest.problem
   made = functools.lru_cache(
@@ -94,21 +68,28 @@ def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
   )
 
   def run(name, target, seed, trial, hyper, split):
-    what = {'method': name, 'target': target, 'seed': seed, 'trial': trial}
-    found = book.find(**what)
-    if not found:
-      target_of = target if ':' in target else contest.tune
-      out = made(target_of, name)(seed, hyper, sparsity_of(target), split)
-      figures = {
-        'accuracy': out.accuracy,
-        'zeros': out.zeros,
-        'seconds': out.seconds,
-      }
-      figures |= contest.report(out)
-      book.add(**what, split=split, hyper=dict(hyper), **figures)
-      print(json.dumps(book.rows[-1]), flush=True)
-      found = book.rows[-1:]
-    return found[0]
+    what = {
+      'task': problem.name,
+      'epochs': problem.epochs,
+      'method': name,
+      'target': target,
+      'seed': seed,
+      'trial': trial,
+    }
+    if (ended := book.find(what)) is not None:
+      return ended
+    target_of = target if ':' in target else contest.tune
+    out = made(target_of, name)(seed, hyper, sparsity_of(target), split)
+    record = book.add(
+      {**what, 'split': split, 'hyper': dict(hyper)},
+      seed=seed,
+      accuracy=out.accuracy,
+      counts={'zeros': out.zeros},
+      cpu_seconds=out.seconds,
+      details=contest.report(out),
+    )
+    print(json.dumps(record), flush=True)
+    return record
 
   for target in contest.targets:
     for name, method in contest.methods(target).items():
@@ -123,25 +104,27 @@ def compete(contest: Contest, book: Book, names: Sequence[str]) -> None:
           run(name, tune, TUNING_SEED, i, hyper, 'validation')
           for i, hyper in enumerate(method.grid)
         ]
-        best = max(trials, key=lambda row: row['accuracy'])['hyper']
+        best = max(trials, key=lambda row: row['accuracy'])
+        best = best['settings']['hyper']
       for seed in range(contest.seeds):
         run(name, target, seed, None, best, 'test')
 
 
-def summarise(book: Book) -> str:
-  """Returns the tables of a book, one for each target, and its sources."""
-  finals = book.find(trial=None)
+def summarise(rows: Sequence[runbook.Record]) -> str:
+  """Returns the tables of runs, one for each target, and their sources."""
+  finals = runbook.matching(rows, {'trial': None})
   parts = []
-  for target in dict.fromkeys(row['target'] for row in finals):
-    by = {
-      name: {
-        row['seed']: row['accuracy']
-        for row in finals
-        if row['target'] == target and row['method'] == name
-      }
-      for name in dict.fromkeys(row['method'] for row in finals)
+  of = lambda key: dict.fromkeys(row['settings'][key] for row in finals)
+  for target in of('target'):
+    runs = {
+      name: runbook.matching(finals, {'target': target, 'method': name})
+      for name in of('method')
     }
-    rows = []
+    by = {
+      name: {row['seed']: row['accuracy'] for row in some}
+      for name, some in runs.items()
+    }
+    lines = []
     for name, found in by.items():
       if not found:
         continue
@@ -153,17 +136,18 @@ def summarise(book: Book) -> str:
           [by['PDP'][s] for s in both], [found[s] for s in both]
         )
       )
-      chosen = book.find(method=name, target=target, trial=None)[0]['hyper']
+      chosen = runs[name][0]['settings']['hyper']
       setting = ', '.join(f'{k} {v:g}' for k, v in chosen.items())
       accuracy = evidence.summary(list(found.values()))
-      rows.append([name, setting, len(found), accuracy, against])
+      lines.append([name, setting, len(found), accuracy, against])
     header = ['method', 'setting', 'seeds', 'accuracy, %', 'PDP minus it']
-    parts.append(f'{target}\n\n{evidence.table(header, rows)}')
-  minutes = sum(row['seconds'] for row in book.rows) / 60
-  lines = dict.fromkeys(
-    _line(row['sources']) for row in book.rows if 'sources' in row
+    parts.append(f'{target}\n\n{evidence.table(header, lines)}')
+  facts = dict.fromkeys(
+    _line(row['details']['sources'])
+    for row in rows
+    if 'sources' in row['details']
   )
-  return '\n\n'.join([*parts, *lines, f'{minutes:.1f} CPU-minutes'])
+  return '\n\n'.join([*parts, *facts, runbook.minutes(rows)])
 
 
 def _line(found: Mapping[str, Any]) -> str:
@@ -176,17 +160,18 @@ def _line(found: Mapping[str, Any]) -> str:
   )
 
 
-def narrowed(contest: Contest) -> Contest:
-  """Returns a contest with the targets and the seeds of the flags.
+def narrowed(contest: Contest, config: Config) -> Contest:
+  """Returns a contest with the targets and the seeds that are asked for.
 
   Args:
     contest: with its own.
+    config: what is asked for.
 
   Raises:
     BadInputError: if it has no such targets or methods.
   """
   first = contest.targets[0]
-  for target in _TARGETS.value:
+  for target in config.targets:
     if ':' in first:
       found = re.fullmatch(r'(\d+):(\d+)', target)
       fits = found and 0 < int(found[1]) < int(found[2])
@@ -197,35 +182,38 @@ def narrowed(contest: Contest) -> Contest:
         f'--targets must be like {",".join(contest.targets)}, got {target!r}.'
       )
   known = contest.methods(first)
-  unknown = [name for name in _METHODS.value if name not in known]
+  unknown = [name for name in config.methods if name not in known]
   if unknown:
     raise BadInputError(
       f'--methods must be of {"; ".join(known)}, got {"; ".join(unknown)}.'
     )
-  seeds = contest.seeds if _SEEDS.value is None else _SEEDS.value
-  targets = tuple(_TARGETS.value) or contest.targets
-  return contest._replace(seeds=seeds, targets=targets)
+  seeds = contest.seeds if config.seeds is None else config.seeds
+  return contest._replace(
+    seeds=seeds, targets=config.targets or contest.targets
+  )
 
 
-def main() -> None:
-  """Runs one contest, or prints it."""
-  if _TASK.value not in TASKS:
+def run(argv: Sequence[str]) -> tuple[None, str]:
+  """Runs one contest, or reads it; returns (None, its tables)."""
+  config = settings.parse(Config, argv)
+  if config.task not in TASKS:
     raise BadInputError(
-      f'No task is called {_TASK.value!r}; there are {", ".join(TASKS)}.'
+      f'No task is called {config.task!r}; there are {", ".join(TASKS)}.'
     )
-  for flag in (_SEEDS, _EPOCHS):
-    if flag.value is not None and flag.value < 1:
-      raise BadInputError(
-        f'--{flag.name} must be at least 1, got {flag.value}.'
-      )
   # Runs of another length are not those that are there.
-  length = '' if _EPOCHS.value is None else f'-{_EPOCHS.value}-epochs'
-  book = Book(pathlib.Path(_WORKDIR.value, f'{_TASK.value}{length}.jsonl'))
-  if not _TABLE.value:
-    contest = TASKS[_TASK.value](_DATA_DIR.value, _EPOCHS.value)
-    compete(narrowed(contest), book, _METHODS.value)
-  print(summarise(book))
+  length = '' if config.epochs is None else f'-{config.epochs}-epochs'
+  path = pathlib.Path(config.workdir, f'{config.task}{length}.jsonl')
+  book = runbook.Book(path, 'experiments.pdp')
+  if not config.table:
+    contest = TASKS[config.task](config.data_dir, config.epochs)
+    compete(narrowed(contest, config), book, config.methods)
+  return None, summarise(book.read())
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs or prints one contest from the command line; returns the exit code."""
+  return command.job(run, Config, argv, __doc__)
 
 
 if __name__ == '__main__':
-  command.run(main, _F, __doc__)
+  sys.exit(main(sys.argv[1:]))

@@ -30,9 +30,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags as absl_flags
 
-from experiments import command, evidence, workdir
+from experiments import command, evidence, settings, workdir
 from experiments.stagewise.choosing import (
   TOLERANCE,
   by_single_path,
@@ -43,50 +42,6 @@ from experiments.stagewise.supernets import speed, supernet
 from experiments.stagewise.tasks import MODELS, Config, prepare
 from experiments.stagewise.truth import finish, proxy_against_truth
 from jaxprune.search import joint
-
-METHODS = ('stagewise', 'evolution', 'uniform')
-_F = absl_flags.FlagValues()
-_text = functools.partial(absl_flags.DEFINE_string, flag_values=_F)
-_int = functools.partial(absl_flags.DEFINE_integer, flag_values=_F)
-_float = functools.partial(absl_flags.DEFINE_float, flag_values=_F)
-_list = functools.partial(absl_flags.DEFINE_list, flag_values=_F)
-_bool = functools.partial(absl_flags.DEFINE_bool, flag_values=_F)
-_choice = functools.partial(absl_flags.DEFINE_enum, flag_values=_F)
-_choice('model', 'resnet20_half', list(MODELS), 'The network.')
-_text('dataset', 'digits', 'The data; see experiments.prune.')
-_text('data_dir', None, 'A folder of sets that TFDS prepared.')
-_int('subset', 0, 'Training images, equally many of a class; 0: all.')
-_int('side', 0, 'Shrink all images to this side first; 0: as they are.')
-_list('methods', list(METHODS), 'What to compare.')
-_float('macs', 0.4, 'Part of the multiply-adds that is kept, in (0, 1).')
-_int('steps', 600, 'Of a supernet.')
-_int('epochs', 10, 'Passes over the data to train a network from scratch.')
-_int('m', 2, 'Random sub-networks of each stage in a step.')
-_int('candidates', 256, 'Judged in each stage, and by evolution.')
-_int('nets', 12, 'Sub-networks of equal cost for the proxy; 0: none.')
-_bool('tiny', True, 'Whether the narrowest learn in every step.')
-_choice('teacher', 'now', ['now', 'before'], 'Which full network teaches.')
-_choice('source', 'full', ['full', 'chain'], 'What a stage begins from.')
-_choice('search', 'knapsack', ['knapsack', 'evolution'], 'Over the stages.')
-_int('stages', 0, 'Use so many stages at most; 0: all.')
-_int('batch', 64, 'Examples of a step.')
-_int('judges', 512, 'Held-out images that the proxies are measured on.')
-_float('learning_rate', 0.1, 'The highest rate of SGD with momentum.')
-_float('weight_decay', 5e-4, 'Pull of the kernels towards zero.')
-_float('validation', 0.2, 'Part of the training split held out.')
-_int('seeds', 1, 'Runs of everything, of seeds first_seed, first_seed + 1, ..')
-_int('first_seed', 0, 'The first of them.')
-_int('save_every', 100, 'Steps between two checkpoints.')
-_int('pairs', 0, 'Time the steps instead, in so many interleaved pairs.')
-_text('workdir', None, 'Where everything is kept; by default under runs/.')
-_choice('preset', 'full', ['full', 'smoke'], 'smoke: every phase, a minute.')
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-  'full': {},
-  'smoke': {
-    'subset': 800, 'steps': 6, 'epochs': 1, 'candidates': 16, 'nets': 3,
-    'm': 1, 'judges': 64, 'save_every': 4,
-  },
-}  # fmt: skip
 
 
 def run(config: Config, methods: Sequence[str]) -> dict[str, Any]:
@@ -156,39 +111,27 @@ def parse(argv: Sequence[str]) -> tuple[list[Config], list[str]]:
   Raises:
     BadInputError: if a flag is unknown or its value is wrong.
   """
-  given = command.parse(_F, argv, PRESETS)
-  given.pop('pairs')
-  methods = given.pop('methods')
-  command.check_names('methods', methods, METHODS)
-  seeds, first = given.pop('seeds'), given.pop('first_seed')
-  holds = {
-    'macs': 0 < given['macs'] < 1,
-    'm': given['m'] + given['tiny'] >= 1,
-    'nets': given['nets'] == 0 or given['nets'] >= 3,
-    'candidates': given['candidates'] >= 3,
-    'stages': 0 <= given['stages'] <= len(MODELS[given['model']].cuts) + 1,
-  }
-  for name in ('steps', 'epochs', 'batch', 'judges', 'save_every'):
-    holds[name] = given[name] >= 1
-  command.check(given, holds)
-  if given['workdir'] is None:
-    given['workdir'] = command.folder_of(given, 'stagewise', given['dataset'])
-  configs = [Config(**given, seed=seed) for seed in range(first, first + seeds)]
-  return configs, methods
+  config = settings.parse(Config, argv)
+  if config.m + config.tiny < 1:
+    raise settings.BadInputError(f'--m is out of range: {config.m}.')
+  if not 0 <= config.stages <= len(MODELS[config.model].cuts) + 1:
+    raise settings.BadInputError(f'--stages is out of range: {config.stages}.')
+  config = settings.in_folder(config, 'stagewise', config.dataset)
+  return settings.by_seed(config), list(config.methods)
 
 
 def compare(argv: Sequence[str]) -> tuple[pathlib.Path | None, str]:
   """Runs the comparison, or the clock; returns (the run folder, its tables)."""
   configs, methods = parse(argv)
-  if _F['pairs'].value:
-    return None, speed(prepare(configs[0]), _F['pairs'].value)
+  if configs[0].pairs:
+    return None, speed(prepare(configs[0]), configs[0].pairs)
   folder = workdir.claim(configs[0])
   return folder, tables([run(config, methods) for config in configs], methods)
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the comparison from the command line; returns the exit code."""
-  return command.job(compare, _F, argv, __doc__)
+  return command.job(compare, Config, argv, __doc__)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import numpy as np
 
 import jaxprune as jp
 from experiments import flags, search, train
+from experiments.settings import Range, at_least, preset, setting
 from jaxprune import models
 from jaxprune.search import joint, stagewise
 from jaxprune.structure import cut
@@ -38,34 +39,91 @@ MODELS: Mapping[str, Net] = {
 }
 
 
+METHODS = ('stagewise', 'evolution', 'uniform')
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is asked for, of one seed."""
+  """What is asked for; of one seed."""
 
-  model: str
-  dataset: str
-  data_dir: str | None
-  subset: int
-  side: int
-  macs: float
-  steps: int
-  epochs: int
-  m: int
-  candidates: int
-  nets: int
-  tiny: bool
-  teacher: str
-  source: Literal['full', 'chain']
-  search: str
-  stages: int
-  batch: int
-  judges: int
-  learning_rate: float
-  weight_decay: float
-  validation: float
-  save_every: int
-  seed: int
-  workdir: str
+  model: str = setting('resnet20_half', 'The network.', choices=MODELS)
+  dataset: str = setting('digits', 'The data; see experiments.prune.')
+  data_dir: str | None = setting(None, 'A folder of sets that TFDS prepared.')
+  subset: int = setting(
+    0, 'Training images, equally many of a class; 0: all.', smoke=800
+  )
+  side: int = setting(
+    0, 'Shrink all images to this side first; 0: as they are.'
+  )
+  methods: tuple[str, ...] = setting(
+    METHODS, 'What to compare.', choices=METHODS, decides=False
+  )
+  macs: float = setting(
+    0.4,
+    'Part of the multiply-adds that is kept, in (0, 1).',
+    fits=Range(lambda x: 0 < x < 1),
+  )
+  steps: int = setting(600, 'Of a supernet.', fits=at_least(1), smoke=6)
+  epochs: int = setting(
+    10,
+    'Passes over the data to train a network from scratch.',
+    fits=at_least(1),
+    smoke=1,
+  )
+  m: int = setting(2, 'Random sub-networks of each stage in a step.', smoke=1)
+  candidates: int = setting(
+    256,
+    'Judged in each stage, and by evolution.',
+    fits=at_least(3),
+    smoke=16,
+  )
+  nets: int = setting(
+    12,
+    'Sub-networks of equal cost for the proxy, at least 3; 0: none.',
+    fits=Range(lambda n: n == 0 or n >= 3),
+    smoke=3,
+  )
+  tiny: bool = setting(True, 'Whether the narrowest learn in every step.')
+  teacher: str = setting(
+    'now', 'Which full network teaches.', choices=('now', 'before')
+  )
+  source: Literal['full', 'chain'] = setting(
+    'full', 'What a stage begins from.', choices=('full', 'chain')
+  )
+  search: str = setting(
+    'knapsack', 'Over the stages.', choices=('knapsack', 'evolution')
+  )
+  stages: int = setting(0, 'Use so many stages at most; 0: all.')
+  batch: int = setting(64, 'Examples of a step.', fits=at_least(1))
+  judges: int = setting(
+    512,
+    'Held-out images that the proxies are measured on.',
+    fits=at_least(1),
+    smoke=64,
+  )
+  learning_rate: float = setting(0.1, 'The highest rate of SGD with momentum.')
+  weight_decay: float = setting(5e-4, 'Pull of the kernels towards zero.')
+  validation: float = setting(0.2, 'Part of the training split held out.')
+  seeds: int = setting(
+    1,
+    'Runs of everything, of seeds first_seed, first_seed + 1, ..',
+    decides=False,
+  )
+  seed: int = setting(0, 'The first of them.', flag='first_seed')
+  save_every: int = setting(
+    100, 'Steps between two checkpoints.', fits=at_least(1), smoke=4
+  )
+  pairs: int = setting(
+    0,
+    'Time the steps instead, in so many interleaved pairs.',
+    decides=False,
+  )
+  workdir: str = setting(
+    None,
+    'Where everything is kept; by default under runs/.',
+    decides=False,
+  )
+  preset: str = preset('smoke: every phase, a minute.')
 
 
 class Task(NamedTuple):

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.checks import kinds
 from jaxprune.cost import polynomials
 from jaxprune.cost.polynomials import Polynomial, entries, evaluate
-from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph, runner
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import checks, plans, tree
+from jaxprune.checks import kinds
 from jaxprune.cost import latency, polynomials, totals
 from jaxprune.cost.polynomials import Polynomial
 from jaxprune.cost.steps import Assume
-from jaxprune.numerics import checks, counts, kinds
+from jaxprune.numerics import counts
 from jaxprune.plans.plan import vanished_groups
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.queries import held

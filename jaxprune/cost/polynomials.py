@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
 

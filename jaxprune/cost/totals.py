@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune import plans
+from jaxprune.checks import kinds
 from jaxprune.cost import polynomials, steps
 from jaxprune.cost.polynomials import Polynomial, Term, entries, evaluate
 from jaxprune.cost.steps import Assume, Branches, Step
 from jaxprune.cost.taps import written_out
-from jaxprune.numerics import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program.axes import Axis
 from jaxprune.structure.program.typed import Program, loop_parts

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import extras
-from jaxprune.numerics import kinds
+from jaxprune.checks import extras, kinds
 
 PIXELS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   # Mean and standard deviation per channel over the training split, in units

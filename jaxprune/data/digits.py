@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import extras
+from jaxprune.checks import extras
 
 VERSION = '1.0.0'
 

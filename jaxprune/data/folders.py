@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import extras
+from jaxprune.checks import extras
 from jaxprune.data import digits
 
 MOST_CLASSES = 2**16  # Of labels without names: larger ones are identities.

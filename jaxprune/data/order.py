@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 
 @kinds.checked

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import extras
+from jaxprune.checks import extras, kinds
 from jaxprune.data import digits
 from jaxprune.data.folders import MOST_CLASSES, DataError, first_line
-from jaxprune.numerics import kinds
 
 Images = np.ndarray | Sequence[Any]
 Labels = np.ndarray | Sequence[int] | Sequence[str] | None

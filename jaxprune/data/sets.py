@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.checks import kinds
 from jaxprune.data import folders
-from jaxprune.numerics import kinds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

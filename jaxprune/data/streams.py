@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import extras
+from jaxprune.checks import extras, kinds
 from jaxprune.data import folders
 from jaxprune.data.order import epoch_batches
-from jaxprune.numerics import kinds
 
 
 @kinds.checked

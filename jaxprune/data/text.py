@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune import data, extras
+from jaxprune import data
+from jaxprune.checks import extras
 
 Text = str | tuple[str, str]  # One sentence, or a pair of them.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 
 @kinds.checked

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.checks import kinds
 from jaxprune.gates.functions import Function, scale
 from jaxprune.gates.records import (
   Gates,
@@ -17,7 +18,6 @@ from jaxprune.gates.records import (
   names_of,
   reach,
 )
-from jaxprune.numerics import kinds
 
 
 @kinds.checked

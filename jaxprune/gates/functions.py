@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks
+from jaxprune.checks import kinds
 
 
 class Function(NamedTuple):

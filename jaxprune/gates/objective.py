@@ -8,10 +8,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxprune import tree
+from jaxprune import checks, tree
+from jaxprune.checks import kinds
 from jaxprune.gates.functions import lift
 from jaxprune.gates.records import Cost, Structure, Values, names_of, reach
-from jaxprune.numerics import checks, kinds
 
 
 @kinds.checked

@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.tree import PyTree
 
 _SEAL = 'files.json'

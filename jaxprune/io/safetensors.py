@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.checks import kinds
 from jaxprune.io import pretrained
 from jaxprune.io.stablehlo import write
-from jaxprune.numerics import kinds
 
 _NAMES = {
   'bool': 'BOOL',

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax import export
 
-from jaxprune import extras, tree
-from jaxprune.numerics import kinds
+from jaxprune import tree
+from jaxprune.checks import extras, kinds
 
 _SEAL = b'sha256:'  # Ends the file; what a reader of the format passes over.
 _SIZE = len(_SEAL) + 32

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks
+from jaxprune.checks import kinds
 
 Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
 Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.

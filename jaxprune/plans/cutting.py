@@ -13,7 +13,7 @@ from jax import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.plans import states
 from jaxprune.plans.plan import Plan, kept_indices, vanished
 from jaxprune.structure.graph import Graph, like, runner

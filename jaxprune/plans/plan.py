@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks
+from jaxprune.checks import kinds
 from jaxprune.plans.differences import Change, Diff, Resized
 from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph, runner

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import plans, tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.program.typed import all_equations
 from jaxprune.structure.queries.gate_points import scale

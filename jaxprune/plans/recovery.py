@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks, tree
+from jaxprune.checks import kinds
 
 
 @kinds.checked

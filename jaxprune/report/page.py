@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.report import plots
 
 # --- The log -----------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxprune import extras
+from jaxprune.checks import extras
 
 # Told apart by colour-blind people too. The page replaces each by a variable
 # of the same name, which has another value on a dark screen.

@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import distributions, tree
-from jaxprune.numerics import averages, checks, floats, kinds, sharding
+from jaxprune import checks, distributions, tree
+from jaxprune.checks import kinds
+from jaxprune.numerics import averages, floats, sharding
 
 Loss = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss, scalar.
 Hessian = Literal['exact', 'hutchinson', 'fisher']

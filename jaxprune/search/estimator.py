@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import tree
-from jaxprune.numerics import checks, kinds
+from jaxprune import checks, tree
+from jaxprune.checks import kinds
 
 Baseline = Literal['none', 'mean', 'standard']
 Directions = Literal['normal', 'rademacher']

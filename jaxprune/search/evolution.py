@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.search import joint
 from jaxprune.search.joint import Coster, PruningVector, Space
 

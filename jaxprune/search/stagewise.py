@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import cost, plans, tree
-from jaxprune.numerics import checks, kinds, sharding
+from jaxprune import checks, cost, plans, tree
+from jaxprune.checks import kinds
+from jaxprune.numerics import sharding
 from jaxprune.plans import recovery
 from jaxprune.structure import Graph, trace
 from jaxprune.structure.queries.stages import Stage

@@ -27,7 +27,8 @@ import numpy as np
 import optax
 
 from jaxprune import tree
-from jaxprune.numerics import floats, kinds
+from jaxprune.checks import kinds
+from jaxprune.numerics import floats
 from jaxprune.soft import weights
 
 Groups = Mapping[str, Any]  # Name of a group -> array of its size.

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxprune import masks as masks_lib
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.soft import weights
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune import transforms, tree
-from jaxprune.numerics import checks, kinds, sharding
+from jaxprune import checks, transforms, tree
+from jaxprune.checks import kinds
+from jaxprune.numerics import sharding
 from jaxprune.soft import channels as soft_channels
 from jaxprune.soft import weights
 from jaxprune.transforms import zeros

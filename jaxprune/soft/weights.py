@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import checks, tree
 from jaxprune import masks as masks_lib
-from jaxprune import tree
-from jaxprune.numerics import checks, counts, kinds, select, sharding
+from jaxprune.checks import kinds
+from jaxprune.numerics import counts, select, sharding
 
 NByM = tuple[int, int]  # Keep n of every m.
 

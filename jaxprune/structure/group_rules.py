@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune import tree
-from jaxprune.numerics import counts, kinds
+from jaxprune.checks import kinds
+from jaxprune.numerics import counts
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure import group_rules
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.group_rules import Choice

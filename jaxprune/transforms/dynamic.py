@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import checks
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, kinds, select, sharding
+from jaxprune.checks import kinds
 from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics import select, sharding
 from jaxprune.transforms import sparsity as transforms
 from jaxprune.transforms import zeros
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.transforms import recipes
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune import checks, schedules
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import schedules
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, select, sharding
 from jaxprune.numerics import counts as counts_lib
+from jaxprune.numerics import select, sharding
 
 Score = Callable[[tree_lib.PyTree], tree_lib.PyTree]
 Sparsity = float | Callable[[jax.Array], jax.Array]

@@ -44,11 +44,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune import checks, schedules
 from jaxprune import distributions as distributions_lib
 from jaxprune import masks as masks_lib
-from jaxprune import schedules
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, kinds
+from jaxprune.checks import kinds
 from jaxprune.transforms import recipes, zeros
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune import checks
 from jaxprune import masks as masks_lib
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, kinds, sharding
+from jaxprune.checks import kinds
+from jaxprune.numerics import sharding
 
 _AT_FIRST, _LATER = 8, 16  # Steps that are all looked at, then every so many.
 

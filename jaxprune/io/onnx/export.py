@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import extras, tree
+from jaxprune import tree
+from jaxprune.checks import extras, kinds
 from jaxprune.io.onnx import contractions, layout, pointwise, translation
 from jaxprune.io.onnx.nodes import Node, Tape, simplify
 from jaxprune.io.onnx.views import Writer
 from jaxprune.io.stablehlo import open_batch, write
-from jaxprune.numerics import kinds
 from jaxprune.structure.program import jaxprs
 from jaxprune.structure.program import typed as program
 from jaxprune.structure.program.axes import atom

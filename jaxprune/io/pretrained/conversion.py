@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
+from jaxprune.checks import kinds
 from jaxprune.io.pretrained import faults, prefixes
 from jaxprune.io.pretrained.names import Named, Names
-from jaxprune.numerics import kinds
 
 PyTree = tree.Arrays
 Arrays = Mapping[str, np.ndarray]

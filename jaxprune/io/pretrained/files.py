@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 
 @kinds.checked

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 
 class Named(NamedTuple):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import checks
 from jaxprune import tree as tree_lib
-from jaxprune.numerics import checks, kinds
+from jaxprune.checks import kinds
 from jaxprune.numerics import counts as counts_lib
 from jaxprune.numerics.counts import Keep, Limbs
 from jaxprune.numerics.select import keys

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.scores.lookahead.wiring import Wiring, complement
 
 

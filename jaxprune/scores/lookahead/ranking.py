@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import checks, tree
 from jaxprune import masks as masks_lib
-from jaxprune import tree
-from jaxprune.numerics import checks, floats, kinds, select
+from jaxprune.checks import kinds
+from jaxprune.numerics import floats, select
 from jaxprune.scores.lookahead.neighbours import products, squares_of
 from jaxprune.scores.lookahead.wiring import Look, Wiring, check
 

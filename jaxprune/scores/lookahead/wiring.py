@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 
 Look = Literal['both', 'before', 'after']
 

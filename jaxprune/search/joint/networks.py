@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import plans
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.search.joint.vectors import PruningVector, Space, masks, parts
 from jaxprune.structure.sizes import padded
 

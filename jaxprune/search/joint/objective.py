@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import cost as costs
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.search.joint.vectors import (
   PruningVector,
   Space,

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import plans, tree
-from jaxprune.numerics import checks, counts, kinds
+from jaxprune import checks, plans, tree
+from jaxprune.checks import kinds
+from jaxprune.numerics import counts
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.queries import stages as chain

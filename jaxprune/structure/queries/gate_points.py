@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.locating import Follow, belonging
 from jaxprune.structure.program import axes as ax

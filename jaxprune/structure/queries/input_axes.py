@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from jaxprune import masks, tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis

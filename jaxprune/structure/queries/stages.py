@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.structure.graph import Graph, leaves_like
 from jaxprune.structure.program.run import Run
 from jaxprune.structure.program.typed import Program

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune import tree
-from jaxprune.numerics import kinds
+from jaxprune.checks import kinds
 from jaxprune.scores import lookahead
 from jaxprune.structure import rules
 from jaxprune.structure.graph import Graph
