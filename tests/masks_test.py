@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import check_sparse, masks, scores, transforms
+from jaxprune import check_sparse, masks, transforms
 from jaxprune.numerics import select
 
 
@@ -230,11 +230,11 @@ def test_masks_of_members_unpack_along_their_axis():
   drawn = jax.random.bernoulli(jax.random.key(0), 0.5, (3, 9))
   packed = jax.vmap(masks.pack)(drawn)
   np.testing.assert_array_equal(masks.unpack(packed, drawn), drawn)
-  tx = transforms.sparsify(scores.magnitude, 0.5, packed=True)
-  params = {'w': jax.random.normal(jax.random.key(1), (2, 3, 3))}
-  state = jax.vmap(tx.init)(params)
-  updates, state = jax.vmap(tx.update)(params, state, params)
-  check_sparse(optax.apply_updates(params, updates), state)
+  params = {'w': jnp.where(drawn, 1.0, 0.0).reshape(3, 3, 3)}
+  state = jax.vmap(transforms.keep_sparse(packed=True).init)(params)
+  check_sparse(params, state)
+  with pytest.raises(ValueError, match='not zero in w'):
+    check_sparse({'w': jnp.ones((3, 3, 3))}, state)
 
 
 @pytest.mark.parametrize(
