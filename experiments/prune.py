@@ -314,7 +314,7 @@ def prove(
     if name in flags.UNSTRUCTURED:
       pairs = methods.zeros(net.variables['params']).values()
       zeros, size = (sum(column) for column in zip(*pairs, strict=True))
-      asked = round(config.sparsity * size)
+      asked = size - jp.masks.kept(size, config.sparsity)
       title = flags.TITLES[name]
       text = f'{zeros:,} of {size:,} weights'
       add(f'{title} has the asked number of zeros', text, zeros == asked)

@@ -565,13 +565,13 @@ def uniform_counts(
     Limbs, uint32 of shape [leaves].
 
   Examples:
-    >>> s = jnp.float32(0.9)
+    >>> s = jnp.float32(0.90001)
     >>> high, low = uniform_counts([10**9], s, [])
     >>> int(high[0]) * 2**16 + int(low[0])
-    100000024
-    >>> high, low = uniform_counts([10**9], s, [0.9])
+    99990010
+    >>> high, low = uniform_counts([10**9], s, [0.90001])
     >>> int(high[0]) * 2**16 + int(low[0])
-    100000000
+    99990000
   """
   whole = counts_lib.stack([counts_lib.limbs(size) for size in sizes])
   total = counts_lib.limbs(sum(sizes))

@@ -412,7 +412,15 @@ def check_bool(masks: tree_lib.Arrays) -> None:
   Examples:
     >>> check_bool({'w': jnp.array([True, False]), 'b': optax.MaskedNode()})
   """
-  dtypes = {k: jnp.result_type(x) for k, x in tree_lib.leaves(masks).items()}
+  named = tree_lib.leaves(masks)
+  whole = [f'{k} ({x!r})' for k, x in named.items() if not hasattr(x, 'dtype')]
+  if whole:
+    raise TypeError(
+      f'A mask is an array of bool in the shape of its leaf, got: '
+      f'{", ".join(whole)}. For a leaf that is kept whole give '
+      'optax.MaskedNode(), or an array of ones.'
+    )
+  dtypes = {k: x.dtype for k, x in named.items()}
   odd = [f'{path} ({x})' for path, x in dtypes.items() if x != jnp.bool_]
   if not odd:
     return
@@ -502,28 +510,67 @@ def unpack(packed: tree_lib.Arrays, params: tree_lib.Arrays) -> tree_lib.Arrays:
   """Undoes :func:`pack`.
 
   Args:
-    packed: what :func:`pack` returned.
+    packed: what :func:`pack` returned, or ``jax.vmap(pack)`` of masks with
+      leading axes.
     params: pytree of arrays that has the shapes.
+
+  Raises:
+    TypeError: naming every leaf that is not uint8.
+    ValueError: naming every leaf of which there are more or fewer bytes than
+      its shape needs, or with bits set beyond its last entry, as uint8 masks of
+      0 and 1 have.
 
   Examples:
     >>> unpack(pack(jnp.array([True, False])), jnp.zeros(2)).tolist()
     [True, False]
   """
   tree_lib.check_alike('Packed masks', packed, params)
+  _check_packed(packed, params)
 
-  def one(w, bits):
+  def unpack_leaf(w, bits):
     if is_dense(bits):
       return bits
-    if bits.dtype != jnp.uint8 or bits.shape != (-(-w.size // 8),):
-      raise ValueError(
-        f'`packed` must be uint8 of shape [{-(-w.size // 8)}] for a leaf of '
-        f'shape {w.shape}, as `masks.pack` makes it; got {kinds.shown(bits)}.'
-      )
-    size = math.prod(w.shape)
-    mask = jnp.unpackbits(bits, count=size).astype(bool).reshape(w.shape)
-    return sharding.like(mask, w)
+    size = math.prod(w.shape[bits.ndim - 1 :])
+    mask = jnp.unpackbits(bits, axis=-1, count=size).astype(bool)
+    return sharding.like(mask.reshape(w.shape), w)
 
-  return jax.tree.map(one, params, packed)
+  return jax.tree.map(unpack_leaf, params, packed)
+
+
+def _check_packed(packed: tree_lib.PyTree, params: tree_lib.PyTree) -> None:
+  """Raises unless bytes are those of :func:`pack` for leaves like params."""
+  of_kind, of_size = [], []
+
+  def look(path, w, bits):
+    if is_dense(bits):
+      return
+    dtype = getattr(bits, 'dtype', type(bits).__name__)
+    if dtype != jnp.uint8:
+      of_kind.append(f'{path} ({dtype})')
+      return
+    shape, members = np.shape(w), np.shape(bits)[:-1]
+    size = math.prod(shape[len(members) :])
+    if np.shape(bits) != (*shape[: len(members)], -(-size // 8)):
+      of_size.append(
+        f'{path} of shape {shape} has {-(-math.prod(shape) // 8)} bytes, got '
+        f'{np.shape(bits)}'
+      )
+    elif size % 8 and checks.is_static(bits):
+      beyond = jnp.any(bits[..., -1] & (0xFF >> size % 8))
+      if checks.is_static(beyond) and beyond:  # No constant inside of a trace.
+        of_size.append(f'{path} has bits set beyond its {size} entries')
+
+  tree_lib.map_with_path(look, params, packed)
+  if of_kind:
+    raise TypeError(
+      f'Packed masks are uint8, of another type: {", ".join(of_kind)}. '
+      'masks.pack(masks) makes them; masks that are bool need no unpacking.'
+    )
+  if of_size:
+    raise ValueError(
+      f'Packed masks do not fit: {"; ".join(of_size)}. Give what masks.pack '
+      'made of masks of these shapes; of 0 and 1, mask != 0 makes bool.'
+    )
 
 
 @kinds.checked
@@ -536,13 +583,17 @@ def unpacked(
     masks: pytree of bool, or of what :func:`pack` returned.
     params: pytree of arrays that has the shapes.
 
+  Raises:
+    TypeError: if some masks are packed and others are not.
+    ValueError: as :func:`unpack`.
+
   Examples:
     >>> mask = jnp.array([True, False])
     >>> unpacked(pack(mask), mask).tolist(), unpacked(mask, mask).tolist()
     ([True, False], [True, False])
   """
   leaves = jax.tree.leaves(masks)
-  if any(leaf.dtype == jnp.uint8 for leaf in leaves):
+  if any(getattr(leaf, 'dtype', None) == jnp.uint8 for leaf in leaves):
     return unpack(masks, params)
   return masks
 

@@ -25,33 +25,55 @@ Rules = Mapping[str, Any]  # Regular expression over paths -> value.
 Which = Callable[[str, Any], bool] | Mapping[str, bool] | None
 T = TypeVar('T')
 
-_VARIABLE_VALUE = jax.tree_util.GetAttrKey('value')
+_VALUE = jax.tree_util.GetAttrKey('value')
+# Types of Flax that hold one array in an attribute `value`, by where they are
+# from: NNX is imported by those alone who use it.
+_BOXES = {
+  ('flax.nnx.variablelib', 'Variable'),
+  ('flax.nnx.variablelib', 'VariableState'),
+  ('flax.core.meta', 'AxisMetadata'),
+}
 _WEIGHT_NAMES = ('kernel', 'weight', 'w')
 _BESIDE = 'Masks, scores and states of these settings and params'
 _DENSE_NAMES = ('bias', 'b', 'scale', 'offset', 'embedding', 'embeddings')
 
 
-@kinds.checked
-def path_string(path: tuple[Any, ...]) -> str:
-  """Returns a key path as one string, the same for every framework.
+def flatten(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns (path, leaf) of each leaf, and the structure of the pytree.
 
-  Flax NNX ends its paths in the attribute ``value`` of a variable, which does
-  not name a leaf and goes; an entry of a dict of that name stays.
+  A path is one string, the same for every framework: Flax ends its own in the
+  attribute ``value`` of a variable, or of a box with names of axes, which does
+  not name a leaf and goes. A field or an entry of that name in anything else
+  stays.
 
   Args:
-    path: a key path, as ``jax.tree_util.tree_flatten_with_path`` gives it.
+    tree: any pytree.
+    is_leaf: what counts as a leaf beside those, as for ``jax.tree.map``.
 
   Examples:
-    >>> leaves, _ = jax.tree_util.tree_flatten_with_path({'a': [1.0, 2.0]})
-    >>> [path_string(path) for path, _ in leaves]
-    ['a/0', 'a/1']
-    >>> leaves, _ = jax.tree_util.tree_flatten_with_path({'a': {'value': 1.0}})
-    >>> path_string(leaves[0][0])
-    'a/value'
+    >>> flatten({'a': [1.0, {'value': 2.0}]})[0]
+    [('a/0', 1.0), ('a/1/value', 2.0)]
   """
-  if len(path) > 1 and path[-1] == _VARIABLE_VALUE:
-    path = path[:-1]
-  return jax.tree_util.keystr(path, simple=True, separator='/')
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+  boxes = set()
+  if any(len(keys) > 1 and keys[-1] == _VALUE for keys, _ in flat):
+    stop = lambda x: _is_box(x) or (is_leaf is not None and is_leaf(x))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, stop)
+    boxes = {keys for keys, node in nodes if keys and _is_box(node)}
+
+  def name(keys: tuple[Any, ...]) -> str:
+    in_box = keys[:-1] in boxes and keys[-1] == _VALUE
+    keys = keys[:-1] if in_box else keys
+    return jax.tree_util.keystr(keys, simple=True, separator='/')
+
+  return [(name(keys), leaf) for keys, leaf in flat], treedef
+
+
+def _is_box(node: Any) -> bool:
+  classes = type(node).__mro__
+  return any((c.__module__, c.__name__) in _BOXES for c in classes)
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
@@ -67,10 +89,10 @@ def leaves(tree: PyTree) -> dict[str, Any]:
     >>> leaves({'dense': {'kernel': 1, 'bias': 2}})
     {'dense/bias': 2, 'dense/kernel': 1}
   """
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  named = {path_string(path): leaf for path, leaf in flat}
+  flat, _ = flatten(tree)
+  named = dict(flat)
   if len(named) != len(flat):
-    names = [path_string(path) for path, _ in flat]
+    names = [path for path, _ in flat]
     twice = sorted({name for name in names if names.count(name) > 1})
     raise ValueError(f'Two leaves share one path: {", ".join(twice)}.')
   return named
@@ -95,8 +117,11 @@ def map_with_path(
     >>> map_with_path(lambda path, x: f'{path}={x}', {'a': 1, 'b': 2})
     {'a': 'a=1', 'b': 'b=2'}
   """
-  call = lambda path, *xs: fn(path_string(path), *xs)
-  return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_leaf)
+  flat, treedef = flatten(tree, is_leaf)
+  others = [treedef.flatten_up_to(other) for other in rest]
+  return treedef.unflatten(
+    [fn(*row, *xs) for row, *xs in zip(flat, *others, strict=True)]
+  )
 
 
 def compact(tree: PyTree) -> PyTree:
@@ -354,8 +379,7 @@ def _is_leaf(x: Any) -> bool:
 
 def _paths(tree: Any) -> list[str]:
   is_leaf = lambda x: x is None or isinstance(x, optax.MaskedNode)
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  return [path_string(path) or 'a single array' for path, _ in flat]
+  return [path or 'a single array' for path, _ in flatten(tree, is_leaf)[0]]
 
 
 @kinds.checked

@@ -138,6 +138,20 @@ def written_out(w, x, n):
   return jnp.sum(x[:, :, None] * w(x.shape[1], 3)[None], 1)
 
 
+def shifts_of_leaves(w, x, n):
+  """Each tap is a leaf of its own: these counted 0."""
+  taps = [w(1, x.shape[1]) for _ in range(2 + n % 2)]
+  w.count(len(taps), ROWS, x.shape[1])
+  return jnp.tanh(sum(tap * jnp.roll(x, i, 0) for i, tap in enumerate(taps)))
+
+
+def attention_written_out(w, x, n):
+  """x x^T and its softmax times x, by multiplications and sums."""
+  w.count(2, ROWS, ROWS, x.shape[1])
+  scores = (x[:, None, :] * x[None]).sum(-1)
+  return (jax.nn.softmax(scores)[:, :, None] * x[None]).sum(1)
+
+
 def experts(w, x, n):
   kernels = w(2, x.shape[1], 4)
   w.count(ROWS, x.shape[1], 4)
@@ -203,6 +217,8 @@ def scales(w, x, n):
   x = x * w(x.shape[1])[None]
   both = w(2, x.shape[1])
   x = x + both[0][None] * jnp.tanh(x)
+  x = w(1, x.shape[1]) * x + w(1, x.shape[1]) * jnp.sin(x)
+  x = x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1)
   return jnp.sin(x + both[1][None] * jnp.tanh(x))
 
 
@@ -210,6 +226,7 @@ STEPS = (
   dense, convolution, transposed, strided, shifts, shifts_of_columns,
   stacked_shifts, scattered_shifts, looped_shifts, scanned_shifts, written_out,
   experts, attention, scan, counter, doubling, nested, either, again, scales,
+  shifts_of_leaves, attention_written_out,
 )  # fmt: skip
 
 

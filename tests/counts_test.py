@@ -33,6 +33,13 @@ def test_kept_by_hand(size, sparsity, expected):
   assert traced_kept(size, sparsity) == expected
 
 
+def meant(sparsity):
+  """The decimal that a float32 is the nearest to, or the number it is."""
+  decimal = fractions.Fraction(round(sparsity * 10**4), 10**4)
+  same = np.float32(float(decimal)) == np.float32(sparsity)
+  return decimal if same else fractions.Fraction(sparsity)
+
+
 SIZES = [1, 7, 2**24 + 1, 25_502_912, 2**31 + 5, 2**32 - 1, 2**33 + 3, 2**47]
 
 
@@ -40,7 +47,7 @@ SIZES = [1, 7, 2**24 + 1, 25_502_912, 2**31 + 5, 2**32 - 1, 2**33 + 3, 2**47]
 @hypothesis.given(st.sampled_from(SIZES), st.floats(0, 1, width=32))
 def test_traced_counts_are_those_of_exact_arithmetic(size, sparsity):
   hypothesis.assume(sparsity == 0 or sparsity >= 1e-37)
-  exact = fractions.Fraction(sparsity) * size
+  exact = meant(sparsity) * size
   assert traced_kept(size, sparsity) == size - round(exact)
 
 
@@ -51,6 +58,33 @@ def test_traced_ties_round_to_even():
     if size not in kept_jit:
       kept_jit[size] = jax.jit(lambda s, n=size: counts.kept(n, s))
     assert traced_kept(size, 0.5) == size - round(half)
+
+
+USUAL = [k / 100 for k in range(101)] + [0.001, 0.005, 0.975, 0.995, 0.9995]
+
+
+def test_a_traced_sparsity_prunes_as_many_as_a_static_one():
+  """0.05 of 450 weights were 22 static and 23 traced, 0.95 were 428 and 427.
+
+  A half of a decimal, which neither the float32 nor a float64 product need be.
+  """
+  sizes = [*range(1, 3001), 266_610, 10**9, 2**33 + 3]
+  limbs = jnp.asarray(np.stack([counts.split(size) for size in sizes]))
+  by_fraction = jax.vmap(counts.part, (None, 0))
+  pruned = jax.jit(jax.vmap(by_fraction, (0, None)))
+  high, low = pruned(limbs, jnp.asarray(USUAL, jnp.float32))
+  traced = (np.asarray(high, np.int64) << 16) + np.asarray(low)
+  parts = np.array([int(fractions.Fraction(str(s)) * 10**4) for s in USUAL])
+  whole, over = np.divmod(np.outer(sizes, parts), 10**4)
+  up = (over > 5000) | ((over == 5000) & (whole % 2 == 1))
+  np.testing.assert_array_equal(traced, whole + up)
+  for s in USUAL:
+    for size in (450, 150, 50, 30, 10**9, 2**33 + 3):
+      static = counts.kept(size, s)
+      assert static == counts.kept(size, np.float32(s)), (size, s)
+      assert static == size - round(fractions.Fraction(str(s)) * size)
+  assert [traced_kept(450, s) for s in (0.05, 0.95)] == [428, 22]
+  assert [counts.kept(450, s) for s in (0.05, 0.95)] == [428, 22]
 
 
 def test_counts_past_32_bits_are_exact():

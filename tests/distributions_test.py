@@ -136,8 +136,9 @@ def uniform_counts(sizes, sparsity, levels=()):
 def test_traced_counts_past_float32():
   sizes = [3 * 10**9, 10, 3 * 10**9]
   assert uniform_counts(sizes, 0.9, (0.0, 0.9)) == [3 * 10**8, 1, 3 * 10**8]
-  rough = uniform_counts(sizes, 0.9)
-  share = 1 - fractions.Fraction(float(np.float32(0.9)))
+  assert uniform_counts(sizes, 0.9) == [3 * 10**8, 1, 3 * 10**8]
+  rough = uniform_counts(sizes, 0.90001)  # No decimal of four digits.
+  share = 1 - fractions.Fraction(float(np.float32(0.90001)))
   assert sum(rough) == round(share * sum(sizes))
   assert all(abs(k - share * n) < 1 for k, n in zip(rough, sizes, strict=True))
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import masks
+from jaxprune import check_sparse, masks, transforms
+from jaxprune.numerics import select
 
 
 def test_top_by_hand_and_per_leaf():
@@ -222,3 +223,40 @@ def test_layouts_that_groups_know():
   assert masks.groups(2, 4).problem((8, 3), 'kernel') is None
   assert masks.groups(2, 4).problem((3, 3, 8, 2), 'kernel') is None
   assert masks.groups(2, 4, axis=1).problem((5, 8, 3), 'weight') is None
+
+
+def test_masks_of_members_unpack_along_their_axis():
+  """The padding of each member was read as masks."""
+  drawn = jax.random.bernoulli(jax.random.key(0), 0.5, (3, 9))
+  packed = jax.vmap(masks.pack)(drawn)
+  np.testing.assert_array_equal(masks.unpack(packed, drawn), drawn)
+  params = {'w': jnp.where(drawn, 1.0, 0.0).reshape(3, 3, 3)}
+  state = jax.vmap(transforms.keep_sparse(packed=True).init)(params)
+  check_sparse(params, state)
+  with pytest.raises(ValueError, match='not zero in w'):
+    check_sparse({'w': jnp.ones((3, 3, 3))}, state)
+
+
+@pytest.mark.parametrize(
+  ('packed', 'shape', 'message'),
+  [
+    (masks.pack(jnp.ones((4, 4), bool)), (8, 9), 'has 9 bytes, got'),
+    (masks.pack(jnp.ones((9, 9), bool)), (3, 3), 'has 2 bytes, got'),
+    (jnp.ones((3, 3), jnp.uint8), (3, 3), r'w of shape \(3, 3\)'),
+    (jnp.ones((3, 1), jnp.uint8), (3, 1), 'bits set beyond its 1 entries'),
+    (jnp.ones(2, jnp.uint8), (3, 3), 'bits set beyond its 9 entries'),
+  ],
+)
+def test_bytes_of_other_shapes_are_not_read_as_masks(packed, shape, message):
+  for read in (masks.unpack, masks.unpacked):
+    with pytest.raises(ValueError, match=message):
+      read({'w': packed}, {'w': jnp.zeros(shape)})
+
+
+def test_what_is_no_array_of_masks_is_named():
+  with pytest.raises(TypeError, match=r'got: w \(True\). For a leaf'):
+    masks.count({'w': True})
+  with pytest.raises(TypeError, match=r'uint8, of another type: w \(bool\)'):
+    masks.unpack({'w': jnp.ones(9, bool)}, {'w': jnp.ones(9)})
+  with pytest.raises(TypeError, match=r'must be an integer, got int32\[2\]'):
+    select.top_mask(jnp.ones(3), jnp.array([1, 2]))

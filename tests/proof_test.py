@@ -306,6 +306,22 @@ def test_the_default_tolerance_is_that_of_the_dtype(dtype):
       assert loose.mutation == proof.mutation
 
 
+@pytest.mark.parametrize(
+  ('tolerance', 'error'),
+  [
+    ('a', TypeError),
+    (True, TypeError),
+    (np.nan, ValueError),
+    (-1, ValueError),
+    (np.inf, ValueError),
+  ],
+)
+def test_a_tolerance_that_is_none_is_not_blamed_on_the_cut(tolerance, error):
+  params, x, graph, plan = deep_case('float32')
+  with pytest.raises(error, match='`tolerance` must be'):
+    check(graph, plan, params, x, tolerance=tolerance)
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('tolerance', [None, 0.9])
 def test_a_wrong_cut_is_refused_in_every_dtype(dtype, tolerance, monkeypatch):

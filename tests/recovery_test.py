@@ -161,6 +161,38 @@ def test_flax_in_bfloat16_has_the_statistics_of_float32():
     np.testing.assert_array_equal(x, y.astype(jnp.bfloat16))
 
 
+def test_a_share_that_follows_the_batch_is_measured_for_each_shape():
+  """Batches of 40 and 24 gave 62.5 where the mean of all is 50."""
+  x = np.random.default_rng(2).normal(50, 1, (64, 3)).astype(np.float32)
+  move = lambda r, b, n: r + (b - r) / n
+  update = lambda stats, x: {
+    'mean': move(stats['mean'], x.mean(0), len(x)),
+    'var': move(stats['var'], x.var(0), len(x)),
+  }
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  whole = recovery.batch_statistics(update, stats, [x[:40], x[40:]])
+  np.testing.assert_allclose(whole['mean'], x.mean(0, np.float64), rtol=1e-5)
+  np.testing.assert_allclose(whole['var'], x.var(0, np.float64), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'message'),
+  [
+    (jnp.ones((0, 3)), 'Batch 1 has no examples'),
+    (
+      jnp.array([[1e18] * 3, [-1e18] * 3]),
+      r'batch 1 are not finite or too large: var \(up to 1.0e\+34\)',
+    ),
+    (jnp.full((2, 3), jnp.nan), 'batch 1 are not finite'),
+  ],
+)
+def test_a_batch_without_sound_statistics_is_named(batch, message):
+  """All of them were said to round statistics below float32."""
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  with pytest.raises(ValueError, match=message):
+    recovery.batch_statistics(law(0.99), stats, [jnp.ones((2, 3)), batch])
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('place', ['before', 'after'])
 def test_an_update_that_rounds_below_float32_is_refused(dtype, place):

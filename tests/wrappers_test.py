@@ -193,6 +193,35 @@ def test_every_link_counts_what_came_back(name):
     assert (int(optax.tree.get(state, 'revived')) == 0) == holds
 
 
+@pytest.mark.parametrize(
+  ('behind', 'name', 'order'),
+  [
+    (optax.clip(1.0), 'add_decayed_weights)', 'chain(..., sparsify'),
+    (optax.add_decayed_weights(0.1), 'add_decayed_weights)', 'chain(..., '),
+    (optax.freeze(True), 'freeze or masked of', 'chain(..., sparsify'),
+    (optax.ema(0.9), 'ema of', 'chain(ema(...), sparsify'),
+    (
+      optax.masked(optax.ema(0.9), lambda p: jax.tree.map(lambda w: True, p)),
+      'masked(ema) of',
+      'chain(..., sparsify',
+    ),
+    (optax.apply_every(2), 'apply_every of', 'chain(apply_every(...), '),
+  ],
+)
+def test_a_remedy_names_no_link_that_its_state_does_not_tell(
+  behind, name, order
+):
+  """clip was called scale, and the average of masked(ema) masked."""
+  params = network()
+  drawn = masks.top(jax.tree.map(jnp.abs, params), 0.75)
+  state = optax.chain(transforms.keep_sparse(drawn), behind).init(params)
+  with pytest.raises(ValueError, match='not zero') as error:
+    jp.check_sparse(params, state)
+  assert name in str(error.value)
+  assert order in str(error.value)
+  assert 'scale(...)' not in str(error.value)
+
+
 def test_the_message_names_who_did_it_and_the_order_that_works():
   def message(chain):
     params = network()

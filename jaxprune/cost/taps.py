@@ -4,7 +4,8 @@ A convolution of each channel with a kernel of its own may be written as shifts,
 y[t] = k[0] x[t] + k[1] x[t + 1] + k[2] x[t + 2], and a matrix product as a
 multiplication and a sum. These multiply and add as often as the operation that
 they stand for. The scale of a norm is a product with a parameter too, but
-nothing sums it: what tells is that pieces of one kernel are summed, three here.
+nothing sums it: what tells is that pieces of one kernel are summed, three here,
+or that one array is, shifted, in products with parameters that stand alone.
 """
 
 import itertools
@@ -23,6 +24,7 @@ _MOVES_NAMES = """
   transpose unstack
 """
 _MOVES = frozenset(_MOVES_NAMES.split())
+_SHIFTS = _MOVES | {'pad'}
 _TAKES = frozenset(['dynamic_slice', 'gather', 'slice', 'split', 'unstack'])
 _SUMS = frozenset(['add', 'add_any', 'scatter-add', 'sub'])
 _JOINS = {'concatenate': 'dimension', 'stack': 'axis'}
@@ -92,8 +94,9 @@ class _Search:
       product = self.product(step) if name == 'mul' else None
       if product:
         self.products[out] = product
-      if product and product.is_piece:
-        terms[out] = frozenset([out])
+      if product:
+        scaled = terms.get(product.data, frozenset())
+        terms[out] = frozenset([out]) if product.is_piece else scaled | {out}
       elif name == 'reduce_sum':
         terms[out] = self.reduced(step, terms)
         largest.add(terms[out])
@@ -149,6 +152,19 @@ class _Search:
       value = source
     return value, is_piece, by_step
 
+  def unmoved(self, value: Value) -> Value:
+    """The value whose entries an operand has, shifted, padded or in part."""
+    while len(makers := self.flow.makers.get(value, ())) == 1:
+      (maker,) = makers
+      if not isinstance(maker, Binding) and maker.primitive.name in _JOINS:
+        # A roll joins two slices, a causal shift zeros and a slice.
+        sources = {self.unmoved(v) for v in maker.inputs if v.has_data}
+        return sources.pop() if len(sources) == 1 else value
+      if not isinstance(maker, Binding) and maker.primitive.name not in _SHIFTS:
+        break
+      value = read(maker)[0]
+    return value
+
   def reduced(
     self, eqn: Equation, terms: Mapping[Value, frozenset[Value]]
   ) -> frozenset[Value]:
@@ -162,11 +178,28 @@ class _Search:
     if product and any(self.varies(product.kernel, k) for k in axes):
       self.added.add(product.eqn)
       self.sums.add(eqn)
+    elif maker and not product and self.contracts(maker, axes):
+      self.added.add(maker)
+      self.sums.add(eqn)
     joined = _JOINS.get(maker.primitive.name) if maker else None
     if maker and joined and maker.params[joined] in axes:
       parts = (terms.get(v, frozenset()) for v in maker.inputs)
       return frozenset().union(*parts)
     return terms.get(value, frozenset())
+
+  def contracts(self, eqn: Equation, axes: Iterable[int]) -> bool:
+    """Whether the sum of a product of data with data is one of matrices.
+
+    Both vary along an axis that is summed, and one is broadcast along another:
+    a[:, None, :] b[None, :, :], but not the square of a norm.
+    """
+    if eqn.primitive.name != 'mul' or not all(v.has_data for v in eqn.inputs):
+      return False
+    first, second = (
+      [self.varies(value, k) for k in range(len(value.shape))]
+      for value in eqn.inputs
+    )
+    return first != second and any(first[k] and second[k] for k in axes)
 
   def maker(self, value: Value) -> Equation | None:
     makers = self.flow.makers.get(value, ())
@@ -182,17 +215,25 @@ class _Search:
     return axis in places and self.varies(maker.inputs[0], places.index(axis))
 
   def add_up(self, together: Iterable[Value]) -> None:
-    """Marks the products of a sum that have pieces of one kernel.
+    """Marks the products of a sum with one kernel's pieces, or one array's.
 
     Of y = x + s[0] f(x), z = y + s[1] g(y) the second is made of the first:
     these are scales of two layers, and no sum over the pieces of s.
     """
     by_origin: dict[Value, list[_Product]] = {}
+    by_data: dict[Value, list[_Product]] = {}
     for value in together:
       if value in self.products:
         product = self.products[value]
-        by_origin.setdefault(product.origin, []).append(product)
-    for products in by_origin.values():
+        if product.is_piece:
+          by_origin.setdefault(product.origin, []).append(product)
+        by_data.setdefault(self.unmoved(product.data), []).append(product)
+    shifted = [
+      products
+      for products in by_data.values()
+      if len({product.data for product in products}) > 1
+    ]
+    for products in (*by_origin.values(), *shifted):
       if len(products) < 2:
         continue
       reach = lambda outs: self.flow.descendants(outs, self.carries)

@@ -7,7 +7,8 @@ to 2**16 leaves cannot overflow.
 A part of a count is rounded by one law, half to even, whoever asks: of n
 weights a sparsity s prunes round(s n) and keeps the others, :func:`kept`. A
 limit that is a fraction is a bound and rounds inwards: :func:`least`,
-:func:`most`.
+:func:`most`. A fraction counts as the decimal that is written, traced or not:
+0.05 of 450 is the half 22.5, though the nearest float32 is above 0.05.
 """
 
 import fractions
@@ -26,6 +27,8 @@ Keep = Any  # A count: int, an int32 or uint32 scalar, or a pair of limbs.
 Limbs = tuple[jax.Array, jax.Array]  # high * 2**16 + low, both uint32.
 
 _ROW = 4096
+_PARTS = np.uint32(10**4)
+_DECIMALS = (np.arange(10**4 + 1) / 10**4).astype(np.float32)
 
 
 @kinds.checked
@@ -36,10 +39,11 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
 
   Args:
     size: n, static, below 2**48.
-    sparsity: s in [0, 1]. A Python float is multiplied in float64. A float32
-      array, traced or not, counts as the number m 2**-q it stands for: n m is
-      formed in integers of 72 bits and shifted by q, so that no weight is lost
-      to the 24 bits of a float32 product.
+    sparsity: s in [0, 1]. A float counts as the decimal that is written. A
+      float32, traced or not, counts as the decimal of up to four digits whose
+      nearest it is, and any other as the number m 2**-q that it is. Either
+      product is formed in integers, so that no weight is lost to the 24 bits
+      of a float32.
 
   Returns:
     A Python int for a static s; else uint32 of shape [], or from 2**32 on the
@@ -58,7 +62,7 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
   """
   checks.sparsity(sparsity)
   if isinstance(sparsity, float | int | np.floating):
-    return size - round(float(sparsity) * size)
+    return size - round(_decimal(sparsity) * size)
   high, low = kept_limbs([size], jnp.asarray(sparsity)[None])
   high, low = high[0], low[0]
   return (high, low) if size >= 1 << 32 else (high << 16) | low
@@ -135,7 +139,14 @@ def most(size: int, fraction: float) -> int:
 
 
 def _decimal(fraction: float) -> fractions.Fraction:
-  return fractions.Fraction(repr(float(fraction)))
+  """The decimal that a float stands for, as :func:`scale` takes a float32."""
+  value = float(fraction)
+  if np.float32(value) != value:
+    return fractions.Fraction(repr(value))
+  parts = min(max(round(value * 10**4), 0), 10**4)
+  if _DECIMALS[parts] == value:
+    return fractions.Fraction(parts, 10**4)
+  return fractions.Fraction(value)
 
 
 def split(count: int) -> np.ndarray:
@@ -150,15 +161,49 @@ def scale(
 
   Args:
     limbs: the count, uint32 of shape [3], as :func:`split` gives it.
-    fraction: float32 of shape [].
+    fraction: float32 of shape []; it stands for a decimal of up to four digits
+      if it is the nearest float32 to one.
 
   Returns:
     The integer part as high * 2**16 + low, the first 32 bits after the point,
     and whether any later bit is set.
   """
-  bits = jax.lax.bitcast_convert_type(
-    jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0), jnp.uint32
+  fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
+  parts = jnp.round(fraction * _PARTS).astype(jnp.uint32)
+  is_decimal = jnp.asarray(_DECIMALS)[parts] == fraction
+  return jax.tree.map(
+    lambda decimal, binary: jnp.where(is_decimal, decimal, binary),
+    _scale_decimal(limbs, parts),
+    _scale_binary(limbs, fraction),
   )
+
+
+def _scale_decimal(
+  limbs: jax.Array, parts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """:func:`scale` by parts / 10**4: a long division in limbs of 16 bits."""
+  product, over = [], jnp.uint32(0)
+  for i in range(3):
+    over += limbs[i] * parts
+    product.append(over & 0xFFFF)
+    over >>= 16
+  product.append(over)
+  quotient, rest = [], jnp.uint32(0)
+  zero = jnp.uint32(0)
+  for limb in (*reversed(product), zero, zero):  # Two limbs after the point.
+    rest = (rest << 16) | limb
+    quotient.append(rest // _PARTS)
+    rest %= _PARTS
+  _, second, first, low, *point = quotient  # The product is below 2**48.
+  high = (second << 16) + first
+  return high, low, (point[0] << 16) + point[1], rest > 0
+
+
+def _scale_binary(
+  limbs: jax.Array, fraction: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """:func:`scale` by the number that a float32 is."""
+  bits = jax.lax.bitcast_convert_type(fraction, jnp.uint32)
   exponent = jnp.maximum(bits >> 23, 1).astype(jnp.int32)
   mantissa = jnp.where(bits >> 23 > 0, 1 << 23, 0) | (bits & 0x7FFFFF)
   mantissa = mantissa.astype(jnp.uint32)

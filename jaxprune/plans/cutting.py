@@ -204,8 +204,8 @@ def _map_leaves(
   its place.
   """
   is_none = lambda x: x is None
-  flat, _ = jax.tree_util.tree_flatten_with_path(values, is_leaf=is_none)
-  paths = [tree.path_string(keys) for keys, _ in flat]
+  flat, _ = tree.flatten(values, is_none)
+  paths = [path for path, _ in flat]
   own = belonging(graph.leaves, paths, follow)
   stays = {*paths} - {*undecided(paths, follow)}
   wrong: list[str] = []

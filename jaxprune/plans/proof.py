@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import plans, tree
+from jaxprune import checks, plans, tree
 from jaxprune.checks import kinds
 from jaxprune.structure.graph import Graph, leaves_like, runner
 from jaxprune.structure.program.typed import all_equations
@@ -101,8 +101,12 @@ def check(
       difference from the masked function the first operation that differs is
       named, or the first whose derivative does on the way back; where each of
       them agrees, and of one from the user's own function, the leaf.
-    ValueError: if the plan removes nothing or is of another graph.
+    TypeError: if ``tolerance`` is no number.
+    ValueError: if the plan removes nothing or is of another graph, or if
+      ``tolerance`` is negative, NaN or infinite.
   """
+  if tolerance is not None:
+    checks.real('tolerance', tolerance, 0)
   if plan.resized:  # Of the function with its features resized.
     graph = plans.at(graph, plan.resolution, plan.resized)
     plan = dataclasses.replace(plan, resized=())

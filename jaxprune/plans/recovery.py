@@ -15,6 +15,8 @@ import numpy as np
 from jaxprune import checks, tree
 from jaxprune.checks import kinds
 
+_LARGEST = 2.0**60  # Of a statistic; momenta are found by one of 2^96.
+
 
 @kinds.checked
 def batch_statistics(
@@ -36,10 +38,15 @@ def batch_statistics(
   Each batch passes norms that use its own statistics, as in training.
 
   ``update`` runs on statistics of float32, even where ``stats`` is narrower,
-  and once in 64 bits to find m. Each b is then exact to a few roundings of
-  float32, whatever m is. If ``update`` rounds the statistics to float32 even
-  there, m is known to 2^-25 and b to a relative 2^-25 / (1 - m): 3e-6 at 0.99,
-  3e-4 at 0.9999.
+  and once for each shape of batch in 64 bits to find m, which may depend on the
+  number of examples, not on their values. Each b is then exact to a few
+  roundings of float32, whatever m is. If ``update`` rounds the statistics to
+  float32 even there, m is known to 2^-25 and b to a relative 2^-25 / (1 - m):
+  3e-6 at 0.99, 3e-4 at 0.9999.
+
+  Each v_i is what ``update`` calls the variance. If that is the unbiased one, a
+  framework's n / (n - 1) of it for the n entries of a batch, so large is the
+  part of v_i in the result: too much by one part in n - 1.
 
   Args:
     update: ``update(stats, batch) -> stats``, pure; with Flax Linen ``lambda
@@ -54,9 +61,10 @@ def batch_statistics(
     A pytree like ``stats``; float64 in between, ``stats``'s dtypes at the end.
 
   Raises:
-    ValueError: if there is no batch, a leaf of ``stats`` has no partner, or
-      ``update`` leaves a statistic as it was (it is the form for inference) or
-      rounds it to fewer bits than float32 has.
+    ValueError: if there is no batch, a batch has no examples, or statistics
+      that are not finite or above 2^60 (m is found beside 2^96), a leaf of
+      ``stats`` has no partner, or ``update`` leaves a statistic as it was (it
+      is the form for inference) or rounds it to fewer bits than float32 has.
 
   References:
     The variance of a union of samples, as of Chan, Golub and LeVeque (1979).
@@ -79,17 +87,25 @@ def batch_statistics(
   wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
   zeros = jax.tree.map(wide, stats)
   call = jax.jit(update)
-  shares: dict[str, np.ndarray] = {}
+  shares: dict[Any, dict[str, np.ndarray]] = {}
   whole = {path: np.float64(0) for path in pairs}
   count = 0
-  for batch in batches:
+  for i, batch in enumerate(batches):
     n = np.shape(jax.tree.leaves(batch)[0])[0]
-    moved = tree.leaves(call(zeros, batch))
-    if not shares:
-      shares = _shares(update, zeros, batch)
-    of_batch = {
-      path: np.asarray(moved[path], np.float64) / shares[path] for path in pairs
+    if not n:
+      raise ValueError(
+        f'Batch {i} has no examples: the first axis of its first leaf has '
+        'length 0. Leave it out.'
+      )
+    moved = {
+      path: np.asarray(leaf, np.float64)
+      for path, leaf in tree.leaves(call(zeros, batch)).items()
     }
+    _check_size(i, moved)
+    kind = _kind(batch)
+    if kind not in shares:
+      shares[kind] = _shares(update, zeros, batch)
+    of_batch = {path: moved[path] / shares[kind][path] for path in pairs}
     # Two samples of `count` and `n`: their union by its two halves, so that a
     # mean far from 0 is never squared.
     weight = n / (count + n)
@@ -129,6 +145,26 @@ def _pairs(stats: tree.PyTree) -> dict[str, str]:
       f'partner: {", ".join(odd)}.'
     )
   return pairs
+
+
+def _kind(batch: Any) -> Any:
+  """What a compiled update depends on: the structure, shapes and dtypes."""
+  xs, structure = jax.tree.flatten(batch)
+  return structure, tuple((np.shape(x), jnp.result_type(x)) for x in xs)
+
+
+def _check_size(i: int, moved: dict[str, np.ndarray]) -> None:
+  """Raises unless the statistics of a batch vanish beside a very large one."""
+  large = [
+    f'{path} (up to {np.max(abs(x)):.1e})'
+    for path, x in moved.items()
+    if not np.all(abs(x) <= _LARGEST)
+  ]
+  if large:
+    raise ValueError(
+      f'The statistics of batch {i} are not finite or too large: '
+      f'{", ".join(large)}. Look for weights that diverged, or scale the data.'
+    )
 
 
 def _shares(

@@ -14,7 +14,6 @@ one vector [5] and one [6], each the maxima over the other axis::
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import jax
 import numpy as np
 import optax
 
@@ -91,10 +90,10 @@ def kind_of(values: tree.PyTree, path: str) -> str:
   node, is_open = values, True
   while is_open:
     is_state = lambda x, top=node: x is not top and hasattr(x, '_fields')
-    flat, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_state)
+    flat, _ = tree.flatten(node, is_state)
     is_open = False
-    for keys, child in flat:
-      name = before + tree.path_string(keys)
+    for inner, child in flat:
+      name = before + inner
       if hasattr(child, '_fields') and path.startswith(f'{name}/'):
         kind, before = type(child).__name__, f'{name}/'
         node, is_open = child, True

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxprune import checks
 from jaxprune import masks as masks_lib
@@ -244,10 +245,11 @@ def _why(state: Any) -> str:
       branches = i > 0 and hasattr(around[i - 1], 'inner_states')
       behind = [] if branches else _behind(node, (*around, link)[i + 1])
       if behind:
+        order = f'{behind[0]}(...)' if behind[0].isidentifier() else '...'
         return (
           f'{" and ".join(behind)} of the same chain comes after the link that '
           'prunes and changes its updates; the link must be the last one: '
-          f'chain({behind[0]}(...), sparsify(...)).'
+          f'chain({order}, sparsify(...)).'
         )
   return _ANY_ORDER
 
@@ -261,19 +263,29 @@ def _behind(node: Any, inner: Any) -> list[str]:
   else:
     return []
   at = next(i for i, child in enumerate(nodes) if child is inner)
-  names = [_first_name(child) for child in nodes[at + 1 :]]
-  return [name for name in names if name]
+  return list(dict.fromkeys(map(_link_name, nodes[at + 1 :])))
 
 
-def _first_name(node: Any) -> str:
-  """Returns the function whose state a node is, or holds first."""
-  if type(node) is tuple:
-    return next(filter(None, map(_first_name, node)), '')
-  name = type(node).__name__.removesuffix('State')
-  if name in ('Empty', 'Scale'):
-    return 'scale'  # Such as scale, add_decayed_weights and clip.
-  words = [f'_{c.lower()}' if c.isupper() else c for c in name]
-  return ''.join(words).lstrip('_')
+_STATELESS = 'a link without a state (such as scale, clip, add_decayed_weights)'
+
+
+def _link_name(node: Any) -> str:
+  """Returns the function whose state a node is, as far as a state tells."""
+  if type(node) is tuple:  # A chain: its first link that can be told.
+    names = map(_link_name, node)
+    return next((name for name in names if name != _STATELESS), _STATELESS)
+  kind = type(node).__name__
+  if kind in ('EmptyState', 'ScaleState'):
+    return _STATELESS
+  letters = kind.removesuffix('State')
+  words = [f'_{c.lower()}' if c.isupper() else c for c in letters]
+  name = ''.join(words).lstrip('_')
+  if not hasattr(optax, name) and not hasattr(optax.contrib, name):
+    return f'the link whose state is {kind}'
+  inner = _link_name(getattr(node, 'inner_state', ()))
+  if inner != _STATELESS:
+    return f'{name}({inner})'
+  return 'freeze or masked' if name == 'masked' else name
 
 
 def _warn_of_hidden(

@@ -229,7 +229,7 @@ def _arguments(scores: Any, keep: Any, specs: Any):
     specs = jax.tree.leaves(specs, is_leaf=is_spec)
   splits = [_split(x, spec) for x, spec in zip(xs, specs, strict=True)]
   limits = {n: s.size for n, s in zip(named, splits, strict=True)}
-  if _is_count(keep) and jnp.ndim(jax.tree.leaves(keep)[0]) == 1:
+  if _is_count(keep) and isinstance(keep, tuple) and jnp.ndim(keep[0]) == 1:
     if len(keep[0]) != len(xs):
       raise ValueError(
         f'`keep` must have a count for each of the {len(xs)} leaves of the '
