@@ -413,7 +413,7 @@ def and_along(operation):
     y = jnp.tanh(jnp.tanh(x @ p['a']) @ p['b'])
     return y @ p['c'] + operation(y) @ p['c2']
 
-  return typed
+  return program
 
 
 def neighbours(y):
