@@ -376,17 +376,15 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
   """Returns one operation at all sizes; refuses what cannot be padded."""
   last = row[-1]
   primitive = last.eqn.primitive.name
-  reads = [
-    _operand(column) for column in zip(*(op.reads for op in row), strict=True)
-  ]
-  inputs = [
-    _sizes(column) for column in zip(*(op.reads for op in row), strict=True)
-  ]
+  columns = list(zip(*(op.reads for op in row), strict=True))
+  reads = [_operand(column) for column in columns]
+  inputs = [_sizes(column) for column in columns]
   outputs = [
     _sizes(column) for column in zip(*(op.writes for op in row), strict=True)
   ]
   clear: list[Any] = [None] * len(reads)
   bodies: list[Any] = []
+  border: Sizes | None = None
   eqns = [op.eqn for op in row]
 
   def refuse(why: str) -> NoReturn:
@@ -398,15 +396,8 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
     is_image = not is_ragged(shapes) and len(shapes[0]) == 4
     if not is_image or set(varying(shapes)) - {1, 2}:
       refuse('where sizes can change between images alone')
-    return _Step(
-      eqn=last.eqn,
-      writes=last.writes,
-      reads=reads,
-      clear=clear,
-      bodies=bodies,
-      border=shapes,
-    )
-  if primitive in ('cond', 'remat2'):
+    border = shapes
+  elif primitive in ('cond', 'remat2'):
     bodies = _bodies(row, name)
     if any(step.border for body in bodies for step in body.steps):
       refuse('within which sizes cannot change')
@@ -436,6 +427,7 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
     reads=reads,
     clear=clear,
     bodies=bodies,
+    border=border,
   )
 
 
