@@ -201,7 +201,7 @@ def test_a_ramp_prunes_the_exact_part_of_a_large_leaf():
     state = soft.PDPState(
       {'w': jnp.uint32(pruned)}, jnp.float32(ramp), jnp.float32(0), None
     )
-    assert int(soft._counts(state, None)['w']) == round(ramp * pruned)
+    assert int(soft.weights._counts(state, None)['w']) == round(ramp * pruned)
 
 
 @hypothesis.given(st.integers(0, 100), st.integers(1, 40))

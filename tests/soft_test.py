@@ -217,7 +217,7 @@ def test_n_by_m_is_whole_as_soon_as_the_ramp_rises():
   gate = lambda ramp: soft.pdp(params, full(state, ramp), n_by_m=(1, 4))
   np.testing.assert_array_equal(gate(0.0)['kernel'], params['kernel'])
   np.testing.assert_array_equal(gate(0.015)['kernel'], gate(1.0)['kernel'])
-  kept = soft.sides(params, full(state, 0.015), n_by_m=(1, 4))['kernel']
+  kept = soft.weights.sides(params, full(state, 0.015), n_by_m=(1, 4))['kernel']
   assert int(kept.sum()) == 1
 
 

@@ -336,7 +336,7 @@ def test_a_plan_of_the_evaluation_on_a_training_step_names_also():
     ({'sparsity': {'a': 0.5}}, {'sparsity': 0.5}, 'of other settings.*rules a'),
     ({'sparsity': 0.5}, {'sparsity': {'a': 0.5}}, 'of other settings.*one'),
     ({'packed': True}, {}, r'of another type: a \(uint8\)'),
-    ({}, {'packed': True}, '`packed` must be uint8'),
+    ({}, {'packed': True}, 'Packed masks are uint8'),
   ],
 )
 def test_a_state_of_other_settings_is_refused(made, used, line):

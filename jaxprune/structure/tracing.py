@@ -2,6 +2,12 @@
 
 The functions run on shapes alone, their jaxprs are typed, and the atoms that
 nothing locked are the groups.
+
+Of ``tanh(x @ a) @ b`` with a[2, 4], b[4, 3] and x[1, 2]: six axes of leaves and
+inputs that say nothing of each other at first. The first product ties the axes
+of 2 of x and a, and x is an input: locked. The second ties the axes of 4 of a
+and b, and locks nothing. The axis of 3 is that of the output: locked. One atom
+is free, and the group 'a' of 4 units has slices of a and of b.
 """
 
 import functools
@@ -169,7 +175,7 @@ class _How(NamedTuple):
 def _evidence(
   params: tree.PyTree, narrow: tuple[Any, ...] | None, follow: Follow
 ) -> Callable[[Program, rescale.Proven], rescale.Findings]:
-  """What finds the numbers of a program that follow from its widths."""
+  """Returns what finds the numbers of a program that follow from its widths."""
   if narrow is None:
     return rescale.patterns
   fn, small, *args = jax.tree.map(_spec_or_function, narrow)
@@ -195,11 +201,12 @@ def _evidence(
 
 
 def _spec_or_function(x: Any) -> Any:
+  """Returns the first entry of ``narrow`` as it is, and the specs of arrays."""
   return x if callable(x) else _spec(x)
 
 
 def _leaves(params: tree.PyTree) -> dict[str, Leaf]:
-  """The leaves of a pytree, each axis a type of its own."""
+  """Returns the leaves of a pytree, each axis a new atom."""
   return {
     path: Leaf(spec.shape, spec.dtype, tuple(ax.atom(n) for n in spec.shape))
     for path, spec in tree.leaves(params).items()
@@ -207,6 +214,7 @@ def _leaves(params: tree.PyTree) -> dict[str, Leaf]:
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
+  """Returns the shape and dtype that JAX gives an array or a number."""
   if not hasattr(x, 'dtype'):
     x = np.asarray(x)
   dtype = x.dtype
@@ -219,7 +227,7 @@ def _trace(
   how: _How, forms: Sequence[_Form], rules: Mapping[str, Choice]
 ) -> Graph:
   """Traces all forms; they can be traced again with other arguments."""
-  known = [_leaf_names(how, form.args) for form in forms]
+  like_leaves = [_leaf_names(how, form.args) for form in forms]
 
   @functools.cache
   def traced(which: int, arg_tree: Any, specs: tuple[Any, ...]) -> list[Graph]:
@@ -239,7 +247,7 @@ def _trace(
         for spec, old, name in zip(
           leaves,
           jax.tree.leaves(forms[which].args),
-          known[which],
+          like_leaves[which],
           strict=True,
         )
       ]
@@ -259,15 +267,19 @@ def _trace(
 
 def _leaf_names(how: _How, args: Any) -> list[str | None]:
   """The leaf of the params that each leaf of the arguments is like, if any."""
-  leaves, given = tree.leaves(how.params), tree.leaves(list(args))
-  own = belonging(
+  leaves, arguments = tree.leaves(how.params), tree.leaves(list(args))
+
+  def find(path: str) -> str | None:
+    return locate(leaves, path, arguments[path].shape, numbered=False)
+
+  names = belonging(
     leaves,
-    list(given),
-    matching(how.follow, list(given)),
-    lambda path: locate(leaves, path, given[path].shape, numbered=False),
-    list(leaves),
+    list(arguments),
+    follow=matching(how.follow, list(arguments)),
+    find=find,
+    also=list(leaves),
   )
-  return [own.get(path) for path in given]
+  return [names.get(path) for path in arguments]
 
 
 def _graphs(
@@ -376,6 +388,8 @@ def _program(
   outputs_like = []
   for path, value in zip(tree.leaves(out_spec), program.outputs, strict=True):
     name = locate(leaves, path, value.shape, numbered=False)
+    # A path of one component, such as 'w', may be a coincidence: an output of
+    # that name must also have the groups of the leaf.
     if name is not None and '/' not in name:
       name = name if _is_tied(value, leaves[name]) else None
     outputs_like.append(name)
@@ -395,34 +409,35 @@ def _program(
 
 
 def _is_tied(value: Value, leaf: Leaf) -> bool:
-  """Whether what can be removed of a leaf is that of a value."""
+  """Whether a value has the groups of a leaf along every axis."""
   return all(
-    ax.is_locked(a) or _parts(a) == _parts(b)
+    ax.is_locked(a) or _nested(a) == _nested(b)
     for a, b in zip(leaf.axes, value.axes, strict=True)
   )
 
 
-def _parts(axis: Axis) -> Any:
+def _nested(axis: Axis) -> Any:
+  """Returns an axis type as nested lists of atoms, to compare two by."""
   axis = ax.find(axis)
   if not axis.parts:
     return axis
-  return [axis.kind, _order(axis), *map(_parts, axis.parts)]
+  return [axis.kind, _order(axis), *map(_nested, axis.parts)]
 
 
 def _read(program: Program) -> set[Value]:
-  """The values that an operation reads.
+  """Returns the values that an operation reads.
 
-  What is given to a function with a derivative of its own, it may ignore.
+  A custom_jvp or custom_vjp function may ignore inputs; those do not count.
   """
   read: set[Value] = set()
   for eqn in program.equations:
-    parts = [*eqn.programs, *([eqn.derivative] if eqn.derivative else [])]
-    if not parts or eqn.primitive.name in ('cond', 'while'):
+    bodies = [*eqn.programs, *([eqn.derivative] if eqn.derivative else [])]
+    if not bodies or eqn.primitive.name in ('cond', 'while'):
       read.update(eqn.inputs)
-    for part in parts:
-      inner = {*_read(part), *part.outputs}
-      given = zip(eqn.inputs, part.inputs, strict=False)
-      read.update(value for value, its in given if its in inner)
+    for body in bodies:
+      inner = {*_read(body), *body.outputs}
+      pairs = zip(eqn.inputs, body.inputs, strict=False)
+      read.update(value for value, twin in pairs if twin in inner)
   return read
 
 
@@ -450,13 +465,15 @@ def _members(leaves: Mapping[str, Leaf]) -> dict[Axis, list[Member]]:
 
 
 def _protected(leaves: Mapping[str, Leaf]) -> dict[str, str]:
+  """Returns 'path:axis' -> why that axis, or a part of it, stays whole."""
   protected = {}
   for path, leaf in leaves.items():
     for k, axis in enumerate(leaf.axes):
-      parts = ax.atoms(axis)
-      if any(a.size > 1 for a in parts):
-        parts = [a for a in parts if a.size > 1]
-      why = [a.locked for a in parts if a.locked]
+      # An atom of a single entry is always locked: name a larger one's reason.
+      atoms = ax.atoms(axis)
+      if any(a.size > 1 for a in atoms):
+        atoms = [a for a in atoms if a.size > 1]
+      why = [a.locked for a in atoms if a.locked]
       if why and leaf.shape[k] > 1:
         protected[f'{path}:{k}'] = str(why[0])
   return protected
@@ -484,20 +501,25 @@ def _names(
     stem = path.removeprefix('params/')
     for ending in ('/kernel', '/weight', '/w', '/embedding'):
       stem = stem.removesuffix(ending)
-    taken = sum(path == other for a, other in first.items() if a in names)
+    # Several groups of one kernel: 'qkv', 'qkv.1', 'qkv.2'.
+    taken = sum(path == writer for a, writer in first.items() if a in names)
     names[atom] = stem if not taken else f'{stem}.{taken}'
   return names
 
 
 def _describe(axis: Axis, names: Mapping[Axis, str]) -> Any:
-  """An axis type as plain data: what a plan needs to know of it."""
+  """Returns an axis type as plain data, for the fingerprint of a graph.
+
+  A free atom is the name of its group, a locked axis its size:
+  ``['product', ['conv', 4]]``.
+  """
   axis = ax.find(axis)
   if axis in names:
     return names[axis]
   if ax.is_locked(axis):
     return axis.size
-  parts = [_describe(part, names) for part in axis.parts]
-  return [axis.kind, parts] if axis.order is None else [_order(axis), parts]
+  inner = [_describe(child, names) for child in axis.parts]
+  return [axis.kind, inner] if axis.order is None else [_order(axis), inner]
 
 
 def _order(axis: Axis) -> list[int] | None:

@@ -9,6 +9,11 @@ sums, and an operation that needs two axes to be equal unifies their types. Two
 axes with one type shrink together, which is all that structural pruning has to
 know: the atoms that no operation has locked are the groups of the network.
 
+A reshape of [2, 6] to [2, 3, 2]: the axis of 6 is an atom a, until the reshape
+makes it product(p, q) with new atoms p of 3 and q of 2, the two last axes of
+the result. Entry 2 i + j of a is entry (i, j). From now on a has no units of
+its own: without unit 0 of q, a keeps its entries 1, 3 and 5.
+
 A *permuted* axis has the entries of an atom in another order: entry j is the
 atom's entry ``order[j]``. A flip makes one, or an index that takes each entry
 once. Where its atom is taken apart, the order is that of the parts:
@@ -76,7 +81,7 @@ def atom(size: Size, locked: str | None = None) -> Axis:
 def find(axis: Axis) -> Axis:
   """Returns the node that stands for this one."""
   while axis.bound is not None:
-    if axis.bound.bound is not None:
+    if axis.bound.bound is not None:  # Halve the path for the next who asks.
       axis.bound = axis.bound.bound
     axis = axis.bound
   return axis
@@ -87,7 +92,7 @@ def factors(axis: Axis) -> list[Axis]:
   axis = find(axis)
   if axis.kind != 'product':
     return [axis]
-  return [factor for part in axis.parts for factor in factors(part)]
+  return [factor for child in axis.parts for factor in factors(child)]
 
 
 def terms(axis: Axis) -> list[Axis]:
@@ -95,7 +100,7 @@ def terms(axis: Axis) -> list[Axis]:
   axis = find(axis)
   if axis.kind != 'sum':
     return [axis]
-  return [term for part in axis.parts for term in terms(part)]
+  return [term for child in axis.parts for term in terms(child)]
 
 
 def atoms(axis: Axis) -> list[Axis]:
@@ -103,7 +108,7 @@ def atoms(axis: Axis) -> list[Axis]:
   axis = find(axis)
   if axis.kind == 'atom':
     return [axis]
-  return [leaf for part in axis.parts for leaf in atoms(part)]
+  return [leaf for child in axis.parts for leaf in atoms(child)]
 
 
 def product(axes: Iterable[Axis]) -> Axis:
@@ -147,12 +152,12 @@ def permuted(axis: Axis, order: Any, why: str) -> Axis:
     view.order = order
     return view
   reorder = _reordered_terms if axis.kind == 'sum' else _reordered_factors
-  parts = reorder(axis, order)
-  if parts is None:
+  pieces = reorder(axis, order)
+  if pieces is None:
     lock(axis, f'{why} reorders it across its parts')
     return atom(axis.size, f'{why} reorders it across its parts')
   join = concatenation if axis.kind == 'sum' else product
-  return join([permuted(part, inner, why) for part, inner in parts])
+  return join([permuted(piece, inner, why) for piece, inner in pieces])
 
 
 def _reordered_terms(
@@ -163,8 +168,9 @@ def _reordered_terms(
   Of the terms (A of 2, B of 3) the order [4, 3, 2, 0, 1] is B, reversed, and
   A; [0, 2, 1, 3, 4] is no order of terms.
   """
-  parts = terms(axis)
-  starts = np.cumsum([0, *(find(part).size for part in parts)])
+  ordered = terms(axis)
+  starts = np.cumsum([0, *(find(term).size for term in ordered)])
+  # Each term must come as one run: its first entry says which, and how long.
   reordered, at = [], 0
   while at < len(order):
     which = int(np.searchsorted(starts, order[at], 'right')) - 1
@@ -172,7 +178,7 @@ def _reordered_terms(
     inner = order[at : at + last - first] - first
     if not np.array_equal(np.sort(inner), np.arange(last - first)):
       return None
-    reordered.append((parts[which], inner))
+    reordered.append((ordered[which], inner))
     at += len(inner)
   return reordered
 
@@ -185,18 +191,20 @@ def _reordered_factors(
   Of the factors (A of 3, B of 2) the order [1, 3, 5, 0, 2, 4] is B, reversed,
   as the major factor and A as the minor one: a transposition.
   """
-  parts = factors(axis)
-  sizes = [find(part).size for part in parts]
+  ordered = factors(axis)
+  sizes = [find(factor).size for factor in ordered]
   entries = np.unravel_index(order, sizes)
-  for places in itertools.permutations(range(len(parts))):
-    shape = [sizes[k] for k in places]
+  # Each way to order the factors gives the result a shape. It is the right one
+  # if along the axis of each factor the index of that factor alone decides.
+  for ranking in itertools.permutations(range(len(sizes))):
+    shape = [sizes[k] for k in ranking]
     lines = [
       np.moveaxis(entries[k].reshape(shape), at, 0).reshape(sizes[k], -1)
-      for at, k in enumerate(places)
+      for at, k in enumerate(ranking)
     ]
     if all(np.all(line == line[:, :1]) for line in lines):
-      pairs = zip(places, lines, strict=True)
-      return [(parts[k], line[:, 0]) for k, line in pairs]
+      pairs = zip(ranking, lines, strict=True)
+      return [(ordered[k], line[:, 0]) for k, line in pairs]
   return None
 
 
@@ -237,11 +245,12 @@ def unify(a: Axis, b: Axis, why: str) -> None:
     return _bind(a, b, why)
   if b.kind == 'atom':
     return _bind(b, a, why)
+  # Both are made of parts. What stays whole on either side needs no match.
   if is_locked(a) or is_locked(b):
     return _give_up(a, b, f'tied to an axis that stays whole by {why}')
-  for view, other in ((a, b), (b, a)):
-    if view.order is not None:
-      back = permuted(other, np.argsort(view.order), why)
+  for view, twin in ((a, b), (b, a)):
+    if view.order is not None:  # permuted(c, order) = b: c = b, ordered back.
+      back = permuted(twin, np.argsort(view.order), why)
       return unify(view.parts[0], back, why)
   if a.kind == b.kind == 'product':
     return _unify_products(a, b, why)
@@ -254,6 +263,9 @@ def unify(a: Axis, b: Axis, why: str) -> None:
 
 def cut(axis: Axis, size: int, why: str) -> tuple[Axis, Axis] | None:
   """Splits an axis behind its first entries into two axes.
+
+  Of product(A of 4, B of 3) behind 6 entries: A becomes sum(A1 of 2, A2 of 2),
+  and the two are product(A1, B) and product(A2, B). Behind 5 it cannot be cut.
 
   Args:
     axis: the axis; an atom becomes a sum of two.
@@ -275,7 +287,7 @@ def cut(axis: Axis, size: int, why: str) -> tuple[Axis, Axis] | None:
     return first, second
   if axis.kind == 'product':
     major, *minor = factors(axis)
-    pitch = math.prod(f.size for f in minor)
+    pitch = math.prod(f.size for f in minor)  # Entries per entry of major.
     if size % pitch:
       return None
     halves = cut(major, size // pitch, why)
@@ -283,9 +295,9 @@ def cut(axis: Axis, size: int, why: str) -> tuple[Axis, Axis] | None:
       return None
     first, second = (product([half, *minor]) for half in halves)
     return first, second
-  before, rest = [], terms(axis)
-  while rest and size:
-    head = find(rest.pop(0))
+  before, after = [], terms(axis)
+  while after and size:
+    head = find(after.pop(0))
     if head.size <= size:
       before.append(head)
       size -= head.size
@@ -294,9 +306,9 @@ def cut(axis: Axis, size: int, why: str) -> tuple[Axis, Axis] | None:
     if halves is None:
       return None
     before.append(halves[0])
-    rest.insert(0, halves[1])
+    after.insert(0, halves[1])
     size = 0
-  return concatenation(before), concatenation(rest)
+  return concatenation(before), concatenation(after)
 
 
 def _is(n: Size, m: Size) -> bool:
@@ -308,10 +320,12 @@ def _bind(a: Axis, b: Axis, why: str) -> None:
   """Lets b stand for the atom a."""
   if b.order is not None and find(b.parts[0]) is a:
     return _tie_cycles(a, b.order, why)
+  # An infinite type, such as a = product(a, c): the occurs check.
   if any(leaf is a for leaf in atoms(b)):
     return lock(b, f'it would have to contain itself: {why}')
   if a.locked:
     lock(b, a.locked)
+  # An axis of 3 cut into 3 terms of 1: say why, not just that each is single.
   for leaf in atoms(b):
     if leaf.locked == _SINGLE and leaf is not b:
       leaf.locked = f'{why} takes it apart, entry by entry'
@@ -319,7 +333,11 @@ def _bind(a: Axis, b: Axis, why: str) -> None:
 
 
 def _settled(axis: Axis, why: str) -> Axis:
-  """The node that stands for an axis, permuted where its atom is one yet."""
+  """The node that stands for an axis; its order taken down to its parts.
+
+  A permuted axis is a view of an atom. Once that atom is taken apart, the view
+  becomes the permuted parts.
+  """
   axis = find(axis)
   if axis.order is not None and find(axis.parts[0]).kind != 'atom':
     axis.bound = permuted(axis.parts[0], axis.order, why)
@@ -336,42 +354,49 @@ def _tie_cycles(a: Axis, order: np.ndarray, why: str) -> None:
     a = sum(P, M, reversed(P)),    P of 2 units, M of 1.
   """
   cycles: dict[int, list[list[int]]] = {}
-  seen: set[int] = set()
+  visited: set[int] = set()
   for start in range(a.size):
     cycle = []
-    while start not in seen:
-      seen.add(start)
+    while start not in visited:
+      visited.add(start)
       cycle.append(start)
       start = int(order[start])
     if cycle:
       cycles.setdefault(len(cycle), []).append(cycle)
   copies, entries = [], []
   for length, alike in cycles.items():
+    # The same atom `length` times: first the heads of all cycles, then each
+    # entry's successor, so that unit k of every copy is of cycle k.
     copies += [atom(len(alike))] * length
     entries += np.transpose(alike).reshape(-1).tolist()
   _bind(a, permuted(concatenation(copies), np.argsort(entries), why), why)
 
 
 def _give_up(a: Axis, b: Axis, why: str) -> None:
+  """Keeps both axes whole where they cannot be one type."""
   lock(a, why)
   lock(b, why)
 
 
 def _unify_products(a: Axis, b: Axis, why: str) -> None:
-  """Matches factors from the minor end, splitting the larger of two."""
-  left, right = factors(a), factors(b)
-  while left and right:
-    x, y = find(left.pop()), find(right.pop())
+  """Matches factors from the minor end, splitting the larger of two.
+
+  Of product(A of 2, B of 6) and product(C of 4, D of 3): B is taken apart into
+  product(M of 2, D of 3), then C into product(A of 2, M of 2).
+  """
+  xs, ys = factors(a), factors(b)
+  while xs and ys:
+    x, y = find(xs.pop()), find(ys.pop())
     if x.kind == 'product' or y.kind == 'product':
       # An earlier step took apart an atom that occurs here again.
-      left += factors(x)
-      right += factors(y)
+      xs += factors(x)
+      ys += factors(y)
       continue
     if _is(x.size, y.size):
       unify(x, y, why)
       continue
     if x.size < y.size:
-      x, y, left, right = y, x, right, left
+      x, y, xs, ys = y, x, ys, xs
     if x.size % y.size:
       return _give_up(a, b, f'its factors do not match: {why}')
     major, minor = atom(x.size // y.size), atom(y.size)
@@ -382,34 +407,42 @@ def _unify_products(a: Axis, b: Axis, why: str) -> None:
     else:
       unify(x, Axis(x.size, 'product', [major, minor]), why)
     unify(minor, y, why)
-    left.append(major)
+    xs.append(major)
   return None
 
 
 def _unify_sums(a: Axis, b: Axis, why: str) -> None:
-  """Matches terms from the front, cutting the larger of two."""
-  left, right = terms(a), terms(b)
-  while left and right:
-    x, y = find(left.pop(0)), find(right.pop(0))
+  """Matches terms from the front, cutting the larger of two.
+
+  Of sum(A of 2, B of 4) and sum(C of 5, D of 1): C becomes sum(A, E of 3) and B
+  becomes sum(E, D).
+  """
+  xs, ys = terms(a), terms(b)
+  while xs and ys:
+    x, y = find(xs.pop(0)), find(ys.pop(0))
     if x.kind == 'sum' or y.kind == 'sum':
-      left[:0] = terms(x)
-      right[:0] = terms(y)
+      xs[:0] = terms(x)
+      ys[:0] = terms(y)
       continue
     if _is(x.size, y.size):
       unify(x, y, why)
       continue
     if x.size < y.size:
-      x, y, left, right = y, x, right, left
+      x, y, xs, ys = y, x, ys, xs
     halves = cut(x, y.size, why)
     if halves is None:
       return _give_up(a, b, f'its parts do not match: {why}')
     unify(halves[0], y, why)
-    left.insert(0, halves[1])
+    xs.insert(0, halves[1])
   return None
 
 
 def _unify_product_with_sum(a: Axis, b: Axis, why: str) -> None:
-  """Cuts the major factor of the product a as the sum b is cut."""
+  """Cuts the major factor of the product a as the sum b is cut.
+
+  Of product(A of 3, B of 2) and sum(C of 4, D of 2): A becomes sum(A1 of 2,
+  A2 of 1), C becomes product(A1, B) and D becomes product(A2, B), that is B.
+  """
   major, *minor = factors(a)
   pitch = math.prod(f.size for f in minor)
   pieces = terms(b)
@@ -418,6 +451,6 @@ def _unify_product_with_sum(a: Axis, b: Axis, why: str) -> None:
   majors = [atom(find(piece).size // pitch) for piece in pieces]
   if not _is(find(major).size, 1):
     unify(major, concatenation(majors), why)
-  for part, piece in zip(majors, pieces, strict=True):
-    unify(piece, product([part, *minor]), why)
+  for half, piece in zip(majors, pieces, strict=True):
+    unify(piece, product([half, *minor]), why)
   return None

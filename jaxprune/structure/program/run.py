@@ -4,6 +4,13 @@ A :class:`Run` evaluates programs for what is kept of each atom, known in
 advance: small, at sizes computed anew, or masked, at the original sizes with
 every removed entry absent. A :class:`Switched` does the latter for masks that
 are traced values, with weights as they are.
+
+Of ``max(h[2, 4], axis=1)`` without units 1 and 3 of the axis of 4:
+
+* small: h is [2, 2], its columns 0 and 2, and the maximum is over two entries;
+* masked: h is [2, 4], its columns 1 and 3 are 0 between operations, and become
+  -inf, which a maximum ignores, just before this one;
+* switched: columns 1 and 3 hold whatever was computed; -inf just before.
 """
 
 import dataclasses
@@ -80,6 +87,8 @@ class Run:
     if axis.order is not None:
       mask = self.mask(axis.parts[0])
       return None if mask is None else mask[axis.order]
+    # Of A without entry 0 of 2, and B of 2 whole: sum(A, B) keeps [0, 1, 1, 1],
+    # product(A, B) keeps [0, 0, 1, 1].
     masks = [self.mask(part) for part in axis.parts]
     if all(mask is None for mask in masks):
       return None
@@ -98,6 +107,7 @@ class Run:
     """Returns an array with what is left of it: cut, or masked."""
     if self.masked:
       return self.fill(array, axes, 0)
+    # A NumPy array stays one: constants are cut now, not inside of a jaxpr.
     on_host = not isinstance(array, jax.Array)
     for k, axis in enumerate(axes):
       mask = self.mask(axis)
@@ -168,8 +178,10 @@ class Run:
     return env[value]
 
   def step(self, eqn: Equation, env: dict[Value, Any]) -> list[Any]:
-    """Runs one equation in an environment; the sum of a dropped block passes
-    its shortcut on."""
+    """Runs one equation in an environment.
+
+    Where the block of y = x + F(x) is dropped, this sum returns x.
+    """
     if self.without is not None:
       shortcut = self.without.shortcuts.get(eqn.outputs[0])
       if shortcut is not None:
@@ -188,6 +200,7 @@ class Run:
     outs = self.bind(eqn.primitive, values, params)
     outs = list(outs) if eqn.primitive.multiple_results else [outs]
     if self.masked:
+      # Clear what is removed again: exp(0) is 1. Keys of jax.random have no 0.
       outs = [
         out
         if jnp.issubdtype(value.dtype, jax.dtypes.extended)
@@ -201,6 +214,7 @@ class Run:
     neutral = _neutral(eqn)
     if not neutral:  # None or zero, which removed entries are.
       return values
+    # Such a reduction has one operand: a maximum, a product, a logical and.
     (value,), x = values, eqn.inputs[0]
     return [self.fill(value, x.axes, neutral_of(neutral, value.dtype))]
 
@@ -364,7 +378,11 @@ def bind(primitive: Any, values: Sequence[Any], params: Any) -> Any:
 def _varying_alike(
   values: Sequence[Any], params: Any
 ) -> tuple[Sequence[Any], Any]:
-  """Values that differ over the same axes of a ``shard_map``, as jnp has it."""
+  """Returns values that vary over the same axes of a ``shard_map``, and params.
+
+  jnp inserts these casts before it binds a primitive; a primitive that is bound
+  directly wants its operands alike.
+  """
   every = frozenset().union(*map(sharding.varying, values))
   if not every:
     return values, params
@@ -377,10 +395,13 @@ def _varying_alike(
 
 
 def _evaluate(closed: Any, *values: Any) -> list[Any]:
-  """The outputs of a jaxpr, bound as everything here is."""
+  """Returns the outputs of a jaxpr, each equation applied by :func:`bind`."""
   env = dict(zip(closed.jaxpr.invars, values, strict=True))
   env |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-  read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+
+  def read(v: Any) -> Any:
+    return v.val if isinstance(v, jex.Literal) else env[v]
+
   for eqn in closed.jaxpr.eqns:
     outs = bind(eqn.primitive, [read(v) for v in eqn.invars], eqn.params)
     outs = outs if eqn.primitive.multiple_results else [outs]
@@ -389,5 +410,5 @@ def _evaluate(closed: Any, *values: Any) -> list[Any]:
 
 
 def _neutral(eqn: Equation) -> float | None:
-  """The number that a reduction over whole axes ignores; None of the rest."""
+  """Returns the number that a reduction over whole axes ignores, or None."""
   return known(eqn.primitive.name).neutral if eqn.reductions else None

@@ -6,6 +6,13 @@ depends on no input is a constant, made anew wherever it is used (see
 :mod:`jaxprune.structure.program.constants`), so that it ties nothing.
 :mod:`jaxprune.structure.program.run` evaluates the program again, smaller or
 masked.
+
+The jaxpr of ``scan(lambda c, x: (tanh(c @ w + x), c), h, xs)`` with h[4],
+w[4, 4] and xs[2, 4] becomes one equation ``scan`` with one body, typed once and
+not once per step. The body's carry c is a value of its own with the axis of h;
+what it returns for the next step, with the axis of w's columns, must have the
+type of c. So both axes of w, the axis of h and the second of xs are one group
+of 4, and the first axis of xs, the steps, stays whole.
 """
 
 import dataclasses
@@ -20,7 +27,7 @@ from jax import lax
 
 from jaxprune.structure import rules
 from jaxprune.structure.program import axes as ax
-from jaxprune.structure.program import constants
+from jaxprune.structure.program import constants, derivatives
 from jaxprune.structure.program.constants import Constant
 from jaxprune.structure.program.jaxprs import (
   INLINED,
@@ -80,11 +87,11 @@ def build(
     The program; its values share their axis types with ``inputs``.
   """
   program = Program(list(inputs), plain)
-  given: list[Operand] = list(inputs)
+  operands: list[Operand] = list(inputs)
   for k, constant in enumerate(known):
     if constant is not None:
-      given[k] = constant
-  outputs = _walk(jaxpr, consts, given, program)
+      operands[k] = constant
+  outputs = _walk(jaxpr, consts, operands, program)
   program.outputs = [_use(value, program) for value in outputs]
   return program
 
@@ -98,17 +105,17 @@ def all_equations(
     program: the program.
     derivatives: whether to return those of custom derivatives too.
   """
-  found = []
+  equations = []
   for eqn in program.equations:
-    found.append((eqn, 1))
+    equations.append((eqn, 1))
     times = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
     bodies = [*eqn.programs]
     if derivatives and eqn.derivative is not None:
       bodies.append(eqn.derivative)
     for body in bodies:
       inner = all_equations(body, derivatives)
-      found += [(each, n * times) for each, n in inner]
-  return found
+      equations += [(each, n * times) for each, n in inner]
+  return equations
 
 
 def _walk(
@@ -138,7 +145,7 @@ def _walk(
     if name in INLINED or (program.plain and name in _CUSTOM):
       body, body_consts = body_of(jaxpr_eqn.params)
       called = line_of(jaxpr_eqn.source_info, where)
-      outs = _walk(body, body_consts, operands, program, called)
+      outs = _walk(body, body_consts, operands, program, where=called)
     else:
       outs = constants.made(jaxpr_eqn, operands, where) or _append(
         jaxpr_eqn, operands, program, where
@@ -152,26 +159,27 @@ def _append(
 ) -> list[Value]:
   """Adds an equation to a program; returns its results, typed."""
   values = [_use(operand, program) for operand in operands]
-  return _add(jaxpr_eqn, operands, values, program, where)
+  return _add(jaxpr_eqn, operands, values, program, where=where)
 
 
 def _use(operand: Operand, program: Program) -> Value:
-  """The value of an operand: of a constant one of its own, for this use.
+  """Returns the value of an operand; for a constant, a new one for this use.
 
   Two uses of one table must not tie what they meet, so that each has axis
-  types of its own. What is not worth an array is made by its equations, once
-  more for each use: a number in every entry, or what is too large.
+  types of its own. With t = arange(4), ``h + t`` and ``k + t`` would otherwise
+  make the axes of h and k one group. A table that is too large, or holds one
+  number throughout, is computed by its equations at each use instead.
   """
   if isinstance(operand, Value):
     return operand
-  made: dict[constants.Step, list[Value]] = {}
+  results: dict[constants.Step, list[Value]] = {}
 
   def read(constant: Constant) -> Value:
     value = program.numbers.get(constant)
     if value is not None:
       return value
-    if constant.step in made:
-      value = made[constant.step][constant.place]
+    if constant.step in results:
+      value = results[constant.step][constant.place]
     else:
       axes = [ax.atom(n) for n in constant.shape]
       array = constants.table(constant)
@@ -182,7 +190,9 @@ def _use(operand: Operand, program: Program) -> Value:
 
   for step in constants.steps(operand, program.numbers):
     values = list(map(read, step.operands))
-    made[step] = _add(step.equation, step.operands, values, program, step.where)
+    results[step] = _add(
+      step.equation, step.operands, values, program, where=step.where
+    )
   return read(operand)
 
 
@@ -193,7 +203,15 @@ def _add(
   program: Program,
   where: str,
 ) -> list[Value]:
-  """Adds an equation that reads values; those of which operands, see above."""
+  """Adds an equation to a program; returns its results, typed.
+
+  Args:
+    jaxpr_eqn: the equation of the jaxpr.
+    operands: what it reads; a body of control flow makes tables anew.
+    values: the values of these operands.
+    program: extended.
+    where: the line that called it.
+  """
   eqn = _equation(jaxpr_eqn, values, where)
   name = jaxpr_eqn.primitive.name
   if name in _CONTROL:
@@ -209,6 +227,7 @@ def _add(
 
 
 def _equation(jaxpr_eqn: Any, operands: list[Value], where: str) -> Equation:
+  """Returns an equation whose results are not typed yet."""
   sources = frozenset().union(*(value.sources for value in operands))
   has_data = any(value.has_data for value in operands)
   outputs = [
@@ -220,15 +239,18 @@ def _equation(jaxpr_eqn: Any, operands: list[Value], where: str) -> Equation:
     )
     for var in jaxpr_eqn.outvars
   ]
-  place = line_of(jaxpr_eqn.source_info, where)
-  why = f'{jaxpr_eqn.primitive.name} at {place}'
+  line = line_of(jaxpr_eqn.source_info, where)
+  why = f'{jaxpr_eqn.primitive.name} at {line}'
   return Equation(
     jaxpr_eqn.primitive, dict(jaxpr_eqn.params), operands, outputs, why
   )
 
 
 def _copy(value: Value, drop_first: bool = False) -> Value:
-  """A value of its own for a body, of the same types."""
+  """Returns a new value of the same types, for a body.
+
+  With ``drop_first`` it is one step of a scanned value: [2, 4] becomes [4].
+  """
   skip = 1 if drop_first else 0
   return Value(
     value.shape[skip:],
@@ -240,11 +262,13 @@ def _copy(value: Value, drop_first: bool = False) -> Value:
 
 
 def _unify_values(a: Value, b: Value, why: str) -> None:
+  """Makes the axes of two values of one shape equal, one by one."""
   for x, y in zip(a.axes, b.axes, strict=True):
     ax.unify(x, y, why)
 
 
 def _type_outputs(eqn: Equation, values: Sequence[Value]) -> None:
+  """Gives the results of an equation the axes of other values."""
   for out, value in zip(eqn.outputs, values, strict=True):
     out.axes = list(value.axes)
 
@@ -258,7 +282,12 @@ def loop_parts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _carry_data(jaxpr: Any, inputs: Sequence[Value], consts: int) -> None:
-  """Marks what a loop carries as data where a step makes data of it."""
+  """Marks what a loop carries as data where a step makes data of it.
+
+  A carry that starts as a parameter (a learned first state h0) is data from
+  the second step on. It may make another carry data in turn, so this repeats
+  until nothing changes.
+  """
   while True:
     has_data = dict(zip(jaxpr.invars, inputs, strict=True))
     known = {var for var, value in has_data.items() if value.has_data}
@@ -266,19 +295,19 @@ def _carry_data(jaxpr: Any, inputs: Sequence[Value], consts: int) -> None:
       operands = [v for v in jaxpr_eqn.invars if not isinstance(v, jex.Literal)]
       if known.intersection(operands):
         known.update(jaxpr_eqn.outvars)
-    made = [
+    changed = [
       value
       for out, value in zip(jaxpr.outvars, inputs[consts:], strict=False)
       if out in known and not value.has_data
     ]
-    if not made:
+    if not changed:
       return
-    for value in made:
+    for value in changed:
       value.has_data, value.sources = True, frozenset()
 
 
 def _scan(eqn: Equation, plain: bool, known: Known) -> None:
-  """Carries keep their types; the scanned axis stays whole."""
+  """Types a scan: carries keep their types, the scanned axis stays whole."""
   params = eqn.params
   consts, carries = loop_parts(params)
   split = consts + carries
@@ -322,6 +351,7 @@ def _scan(eqn: Equation, plain: bool, known: Known) -> None:
 
 
 def _while(eqn: Equation, plain: bool, known: Known) -> None:
+  """Types a while loop: the carry has one type, before and after a step."""
   params = eqn.params
   n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
   cond_consts = eqn.inputs[:n_cond]
@@ -360,6 +390,7 @@ def _while(eqn: Equation, plain: bool, known: Known) -> None:
 
 
 def _cond(eqn: Equation, plain: bool, known: Known) -> None:
+  """Types a condition: its branches return the same types."""
   index, *operands = eqn.inputs
   del index
   branches = [
@@ -378,16 +409,17 @@ def _cond(eqn: Equation, plain: bool, known: Known) -> None:
   _type_outputs(eqn, branches[0].outputs)
 
   def evaluate(run: Run, values: list[Any]) -> list[Any]:
-    which, *rest = values
+    branch_index, *arguments = values
     calls = [
       lambda *xs, branch=branch: tuple(run(branch, xs)) for branch in branches
     ]
-    return list(lax.switch(which.astype(jnp.int32), calls, *rest))
+    return list(lax.switch(branch_index.astype(jnp.int32), calls, *arguments))
 
   eqn.evaluate = evaluate
 
 
 def _remat(eqn: Equation, plain: bool, known: Known) -> None:
+  """Types what a gradient computes again (jax.checkpoint)."""
   inputs = [_copy(v) for v in eqn.inputs]
   body = build(*body_of(eqn.params), inputs, plain, known)
   eqn.programs = (body,)
@@ -395,13 +427,16 @@ def _remat(eqn: Equation, plain: bool, known: Known) -> None:
   options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
 
   def evaluate(run: Run, values: list[Any]) -> list[Any]:
-    call = lambda *xs: tuple(run(body, xs))
+    def call(*xs: Any) -> tuple[Any, ...]:
+      return tuple(run(body, xs))
+
     return list(jax.checkpoint(call, **options)(*values))
 
   eqn.evaluate = evaluate
 
 
 def _is_float(value: Any) -> bool:
+  """Whether a value has a derivative."""
   return value.dtype is not None and jnp.issubdtype(value.dtype, jnp.inexact)
 
 
@@ -412,20 +447,18 @@ def _begin(
 
   Of h = tanh(w x + u h) without u h the last step is all that is needed.
   """
-  shape = lambda v: v.shape if run.masked else tuple(map(run.size, v.axes))
+
+  def shape(value: Value) -> tuple[int, ...]:
+    return value.shape if run.masked else tuple(map(run.size, value.axes))
+
   return tuple(
     jnp.zeros(shape(like), like.dtype) if value is None else jnp.asarray(value)
     for value, like in zip(values, carried, strict=True)
   )
 
 
-def _original(eqn: Equation) -> Callable[..., Any]:
-  """The equation as a function, with the derivative its author gave it."""
-  empty = Run({})
-  return lambda *xs: tuple(empty.bind(eqn.primitive, xs, eqn.params))
-
-
 def _specs(values: Sequence[Value]) -> list[jax.ShapeDtypeStruct]:
+  """Returns the shapes and dtypes of values, to trace on."""
   return [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
 
 
@@ -446,37 +479,23 @@ def _custom_derivative(eqn: Equation, known: Known, forward: bool) -> None:
   floats = [k for k, v in enumerate(eqn.inputs) if _is_float(v)]
   slopes = [k for k, v in enumerate(eqn.outputs) if _is_float(v)]
   eqn.programs = (body,)
-  call = lambda run, values: run(body, values)
   if not floats or not slopes:
+
+    def call(run: Run, values: list[Any]) -> list[Any]:
+      return run(body, values)
+
     eqn.evaluate = call
     return
-  fn = _original(eqn)
-
-  def on_floats(primals: Sequence[Any]) -> Callable[..., Any]:
-    def partial(*xs: Any) -> Any:
-      full = list(primals)
-      for k, x in zip(floats, xs, strict=True):
-        full[k] = x
-      return fn(*full)
-
-    return partial
-
-  def push(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-    xs = [primals[k] for k in floats]
-    outs, pushed = jax.jvp(on_floats(primals), xs, list(tangents))
-    return outs, [pushed[k] for k in slopes]
-
-  def pull(primals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-    xs = [primals[k] for k in floats]
-    outs, pulled = jax.vjp(on_floats(primals), *xs)
-    return pulled(tuple(_spread(outs, slopes, cotangents)))
-
-  inner = (
-    [eqn.inputs[k] for k in floats]
-    if forward
-    else [eqn.outputs[k] for k in slopes]
-  )
-  closed = jax.make_jaxpr(push if forward else pull)(
+  # A tangent has the type of its input, a cotangent that of its output. Of
+  # f(x, w) = x @ w: jvp(x, w, dx, dw) -> (y, dy), vjp(x, w, dy) -> (dx, dw).
+  if forward:
+    inner = [eqn.inputs[k] for k in floats]
+    wanted = [*eqn.outputs, *(eqn.outputs[k] for k in slopes)]
+  else:
+    inner = [eqn.outputs[k] for k in slopes]
+    wanted = [eqn.inputs[k] for k in floats]
+  rule = derivatives.jvp_rule if forward else derivatives.vjp_rule
+  closed = jax.make_jaxpr(rule(derivatives.original(eqn), floats, slopes))(
     _specs(eqn.inputs), _specs(inner)
   )
   derivative = build(
@@ -487,52 +506,12 @@ def _custom_derivative(eqn: Equation, known: Known, forward: bool) -> None:
     known=known,
   )
   eqn.derivative = derivative
-  wanted = (
-    [*eqn.outputs, *(eqn.outputs[k] for k in slopes)]
-    if forward
-    else [eqn.inputs[k] for k in floats]
-  )
   for out, value in zip(derivative.outputs, wanted, strict=True):
     _unify_values(out, value, eqn.why)
-
-  def evaluate_jvp(run: Run, values: list[Any]) -> list[Any]:
-    @jax.custom_jvp
-    def call(*xs: Any) -> tuple[Any, ...]:
-      return tuple(run(body, xs))
-
-    @call.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-      given = [*primals, *(tangents[k] for k in floats)]
-      results = run(derivative, given)
-      outs = results[: -len(slopes)]
-      pushed = _spread(outs, slopes, results[-len(slopes) :])
-      return tuple(outs), tuple(pushed)
-
-    return list(call(*values))
-
-  def evaluate_vjp(run: Run, values: list[Any]) -> list[Any]:
-    @jax.custom_vjp
-    def call(*xs: Any) -> tuple[Any, ...]:
-      return tuple(run(body, xs))
-
-    def backward(xs: Any, cotangents: Any) -> tuple[Any, ...]:
-      given = [*xs, *(cotangents[k] for k in slopes)]
-      return tuple(_spread(xs, floats, run(derivative, given)))
-
-    call.defvjp(lambda *xs: (call(*xs), xs), backward)
-    return list(call(*values))
-
-  eqn.evaluate = evaluate_jvp if forward else evaluate_vjp
-
-
-def _spread(
-  like: Sequence[Any], places: Sequence[int], slopes: Sequence[Any]
-) -> list[Any]:
-  """Slopes at their places, and none for the integers among ``like``."""
-  full = [np.zeros(np.shape(x), jax.dtypes.float0) for x in like]
-  for k, slope in zip(places, slopes, strict=True):
-    full[k] = slope
-  return full
+  attach = derivatives.with_jvp if forward else derivatives.with_vjp
+  eqn.evaluate = attach(
+    derivatives.Derivative(body, derivative, floats, slopes)
+  )
 
 
 def _custom_jvp(eqn: Equation, plain: bool, known: Known) -> None:

@@ -75,26 +75,26 @@ def scale(
     >>> scale(graph, params, {'a': jnp.array([0.5, 2.0])})['b'].tolist()
     [[0.5], [2.0]]
   """
-  found = []
+  pairs = []
   for name, gates in (units or {}).items():
-    found += _unit_factors(graph, name, gates, closable)
+    pairs += _unit_factors(graph, name, gates, closable)
   for name, gate in (blocks or {}).items():
-    found += _block_factors(graph, name, gate)
+    pairs += _block_factors(graph, name, gate)
+  # A kernel that reads a group may also be the last of a block.
   factors: dict[str, Any] = {}
-  for path, factor in found:
+  for path, factor in pairs:
     factors[path] = factors[path] * factor if path in factors else factor
   scaled = set()
+  names = belonging(graph.leaves, list(tree.leaves(params)), follow)
 
-  own = belonging(graph.leaves, list(tree.leaves(params)), follow)
-
-  def one(path: str, value: Any) -> Any:
-    name = own.get(path)
+  def scale_leaf(path: str, value: Any) -> Any:
+    name = names.get(path)
     if name not in factors:
       return value
     scaled.add(name)
     return value * factors[name].astype(value.dtype)
 
-  result = tree.map_with_path(one, params)
+  result = tree.map_with_path(scale_leaf, params)
   if missing := factors.keys() - scaled:
     raise ValueError(
       f'The gates scale {", ".join(sorted(missing))}, which the params lack; '
@@ -104,7 +104,7 @@ def scale(
 
 
 def _block_factors(graph: Graph, name: str, gate: Any) -> list[tuple[str, Any]]:
-  """What the gate of a block multiplies: (path, scalar)."""
+  """Returns what the gate of a block multiplies: (path, scalar)."""
   if name not in graph.blocks:
     raise ValueError(
       f'There is no block {name!r}; the blocks are: '
@@ -123,7 +123,11 @@ def _block_factors(graph: Graph, name: str, gate: Any) -> list[tuple[str, Any]]:
 def _unit_factors(
   graph: Graph, name: str, gates: Any, closable: bool
 ) -> list[tuple[str, Any]]:
-  """What the gates of a group multiply: (path, factor that broadcasts)."""
+  """Returns what the gates of a group multiply: (path, factor to broadcast).
+
+  Gates [g0, g1] of a group that sits in entries 1 and 2 of an axis of 4, whose
+  labels are [-1, 0, 1, -1], give the factor [1, g0, g1, 1] along that axis.
+  """
   if name not in graph.groups:
     raise ValueError(
       f'There is no group {name!r}; the groups are: '
@@ -150,6 +154,7 @@ def _unit_factors(
     for atom, labels in occurrences(leaf.axes[axis]):
       if atom is not ax.find(graph.atoms[name]):
         continue
+      # The group may sit on the axis more than once: only where it is read.
       if member(path, axis, labels) != (path, axis, offset, stride):
         continue
       entries = jnp.where(labels >= 0, gates[np.maximum(labels, 0)], 1)

@@ -1,7 +1,9 @@
 """Input axes: along which axis of a kernel a product sums.
 
 Groups of N:M lie along it, and the layout of a leaf does not tell it: it is the
-third of four in Linen, the second in PyTorch and Equinox. The trace does.
+third of four in Linen, the second in PyTorch and Equinox. The trace does: of
+``x @ w.T`` with w[2, 8] the product contracts axis 0 of w.T, which has the type
+of axis 1 of w. So groups of 2:4 lie along axis 1, two in each row.
 """
 
 import re
@@ -50,12 +52,13 @@ def input_axes(graph: Graph) -> dict[str, InputAxis]:
   leaves = dict(zip(graph.leaves, stream.inputs, strict=False))
   data = stream.descendants(stream.inputs[len(leaves) :], ())
   fresh = apart(stream, data)
-  found: dict[str, InputAxis] = {}
+  by_path: dict[str, InputAxis] = {}
   for step in stream.steps:
     if not isinstance(step, Equation):
       continue
     for kernel, axes in _kernels(step, data).items():
       summed = {a for k in axes for a in ax.atoms(types_of(fresh, kernel)[k])}
+      # A depthwise kernel [3, 3, 1, 4] has one input channel for each output.
       depthwise = all(kernel.shape[k] == 1 for k in axes)
       for path, leaf in leaves.items():
         if path not in kernel.sources:
@@ -63,11 +66,13 @@ def input_axes(graph: Graph) -> dict[str, InputAxis]:
         new = _axis(types_of(fresh, leaf), summed)
         if depthwise:
           new = InputAxis(None, f'{step.why} sums over one channel')
-        if new is not None and found.setdefault(path, new) != new:
-          found[path] = InputAxis(None, 'two products sum over different axes')
+        if new is not None and by_path.setdefault(path, new) != new:
+          by_path[path] = InputAxis(
+            None, 'two products sum over different axes'
+          )
   idle = InputAxis(None, 'no product of data sums over it')
   return {
-    path: found.get(path, idle)
+    path: by_path.get(path, idle)
     for path, leaf in graph.leaves.items()
     if tree.is_prunable(path, leaf)
   }
@@ -102,11 +107,11 @@ def n_by_m(graph: Graph, n: int, m: int) -> dict[str, masks.NByM | None]:
     >>> n_by_m(trace(torch, params, jnp.ones((1, 8))), 2, 4)
     {'weight': NByM(n=2, m=4, axis=-1)}
   """
-  found = input_axes(graph)
-  first = {path.partition('/')[0] for path in found if '/' in path}
+  axes = input_axes(graph)
+  first = {path.partition('/')[0] for path in axes if '/' in path}
   shared = f'{first.pop()}/' if len(first) == 1 else ''
   rules = {}
-  for path, (axis, _) in found.items():
+  for path, (axis, _) in axes.items():
     rule = re.escape(path)
     if shared and path.startswith(shared):
       rule = f'({re.escape(shared)})?{re.escape(path.removeprefix(shared))}'
@@ -116,24 +121,26 @@ def n_by_m(graph: Graph, n: int, m: int) -> dict[str, masks.NByM | None]:
 
 
 def _kernels(eqn: Equation, data: set[Value]) -> dict[Value, list[int]]:
-  """Returns the axes that a product of data sums over, of what is no data."""
-  found: dict[Value, list[int]] = {}
+  """Returns the axes of each kernel that a product with data sums over."""
+  kernels: dict[Value, list[int]] = {}
   for pair in contracted(eqn):
-    own = [side for side in pair if side[0] not in data]
-    if len(own) == 1:
-      ((kernel, axis),) = own
-      found.setdefault(kernel, []).append(axis)
-  return found
+    sides = [side for side in pair if side[0] not in data]
+    if len(sides) == 1:
+      ((kernel, axis),) = sides
+      kernels.setdefault(kernel, []).append(axis)
+  return kernels
 
 
 def _axis(axes: list[Axis], summed: set[Axis]) -> InputAxis | None:
   """Returns the axis of a leaf whose entries are summed over, if any is."""
-  own = [k for k, axis in enumerate(axes) if summed & set(ax.atoms(axis))]
-  if not own:
+  touched = [k for k, axis in enumerate(axes) if summed & set(ax.atoms(axis))]
+  if not touched:
     return None
-  if len(own) > 1:
-    return InputAxis(None, f'axes {own} are summed over together')
-  (k,) = own
+  if len(touched) > 1:
+    return InputAxis(None, f'axes {touched} are summed over together')
+  (k,) = touched
+  # w[6] reshaped to [3, 2] and summed over the axis of 2: no group of entries
+  # that lie side by side along w's axis is what the sum runs over.
   factors = ax.factors(axes[k])
   if any(not summed & set(ax.atoms(factor)) for factor in factors):
     return InputAxis(None, f'a part of axis {k} is summed over')

@@ -3,6 +3,11 @@
 A cut is named by leaves: it falls before the first operation on data that reads
 one of them, and before its padding. What flows across it must be one array, the
 feature that the next stage begins from.
+
+In ``tanh(x @ a) @ b`` with a[2, 4] and b[4, 3], the cut 'b' falls before the
+second product, equation 2 of dot, tanh, dot. The first stage is equations 0 and
+1, (params, x[n, 2]) -> h[n, 4]; the second is equation 2, (params, h) -> y.
+In ``x @ a + x @ b`` the same cut is refused, for x and x @ a both cross.
 """
 
 import re
@@ -19,13 +24,13 @@ from jaxprune.structure.program.typed import Program
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.sizes import padded
 
-# (params, feature) -> (feature, what it hands back of the leaves, by path).
+# (params, feature) -> (feature, new values of leaves by path).
 Stage = Callable[[tree.PyTree, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
 @kinds.checked
 def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
-  """Returns the stages of a function: one more than there are cuts.
+  """Returns the stages of a function, one more than there are cuts.
 
   The stages one after another compute what the function does, at any size of
   the batch, which is the first axis of the argument and of every feature.
@@ -56,14 +61,17 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
     >>> second(params, h)[0].shape
     (4, 1)
   """
-  parts = _parts(graph, at)
+  count = len(_programs(graph, at))
 
   def stage(number: int) -> Stage:
-    def call(params: tree.PyTree, h: jax.Array) -> Any:
+    def call(
+      params: tree.PyTree, h: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
       x = graph.args[0]
       batch = (h.shape[0], *x.shape[1:])
       traced = graph.retrace(jax.ShapeDtypeStruct(batch, x.dtype))
-      program, leaves = _parts(traced, at)[number], leaves_like(traced, params)
+      program = _programs(traced, at)[number]
+      leaves = leaves_like(traced, params)
       feature = program.inputs[-1]
       if h.shape != feature.shape:
         raise ValueError(
@@ -75,7 +83,7 @@ def cut(graph: Graph, at: Sequence[str]) -> tuple[Stage, ...]:
 
     return call
 
-  return tuple(stage(number) for number in range(len(parts)))
+  return tuple(stage(number) for number in range(count))
 
 
 @kinds.checked
@@ -105,29 +113,30 @@ def resized(
       sides, or what crosses a cut is no image: [batch, rows, columns, channels]
       with channels that do not depend on the sides.
   """
-  _parts(graph, at)
+  _programs(graph, at)  # Refuses a wrong cut now and not when called.
 
   def call(params: tree.PyTree, x: jax.Array) -> Any:
-    own = [x.shape[1:3]] * (len(at) + 1) if sides is None else sides
-    if x.shape[1:3] != tuple(own[0]):
+    each = [x.shape[1:3]] * (len(at) + 1) if sides is None else sides
+    if x.shape[1:3] != tuple(each[0]):
       raise ValueError(
-        f'The first stage takes images of sides {tuple(own[0])}, got shape '
+        f'The first stage takes images of sides {tuple(each[0])}, got shape '
         f'{x.shape}.'
       )
-    found, h, traced = {}, x, graph
-    for number, side in enumerate(own):
+    updates, h, traced = {}, x, graph
+    for number, side in enumerate(each):
+      # The whole function, traced at this stage's sides: of it stage `number`.
       spec = jax.ShapeDtypeStruct((x.shape[0], *side, *x.shape[3:]), x.dtype)
       traced = graph.retrace(spec)
-      program = _parts(traced, at)[number]
+      program = _programs(traced, at)[number]
       leaves = leaves_like(traced, params)
       if number:
         h = _meet(h, program.inputs[-1].shape, at[number - 1], sides is None)
       values = [leaves[path] for path in traced.leaves]
       h, *new = Run({})(program, [*values, h])
-      found |= dict(zip(_handed_back(traced, program), new, strict=True))
+      updates |= dict(zip(_handed_back(traced, program), new, strict=True))
     leaves = leaves_like(traced, params)
     outs = [
-      h if path is None else found.get(path, leaves[path])
+      h if path is None else updates.get(path, leaves[path])
       for path in traced.outputs_like
     ]
     return jax.tree.unflatten(traced.out_tree, outs)
@@ -138,7 +147,7 @@ def resized(
 def _meet(
   h: jax.Array, shape: Sequence[int], pattern: str, is_marked: bool
 ) -> jax.Array:
-  """The feature of one stage as the next takes it."""
+  """Returns the feature of one stage, resized to what the next takes."""
   if len(shape) != 4 or (h.shape[0], h.shape[-1]) != (shape[0], shape[-1]):
     raise ValueError(
       f'At the cut {pattern!r} no image crosses, but an array of shape '
@@ -157,15 +166,15 @@ def leaves_of(graph: Graph, at: Sequence[str]) -> tuple[frozenset[str], ...]:
   Raises:
     ValueError: as :func:`cut`.
   """
-  found = []
-  for program in _parts(graph, at):
+  stages = []
+  for program in _programs(graph, at):
     read = {value for eqn in program.equations for value in eqn.inputs}
-    named = zip(graph.leaves, program.inputs, strict=False)
-    found.append(frozenset(path for path, value in named if value in read))
-  return tuple(found)
+    pairs = zip(graph.leaves, program.inputs, strict=False)
+    stages.append(frozenset(path for path, value in pairs if value in read))
+  return tuple(stages)
 
 
-def _parts(graph: Graph, at: Sequence[str]) -> list[Program]:
+def _programs(graph: Graph, at: Sequence[str]) -> list[Program]:
   """The programs of the stages: inputs are all leaves and one feature."""
   program = graph.program
   *leaves, x = program.inputs
@@ -181,13 +190,13 @@ def _parts(graph: Graph, at: Sequence[str]) -> list[Program]:
       f'and {len(results)} results.'
     )
   starts = [0, *_starts(graph, at), len(program.equations)]
-  made = {
+  maker = {
     value: k for k, e in enumerate(program.equations) for value in e.outputs
   }
-  made[x] = -1
+  maker[x] = -1  # Before the first equation.
   features = [x]
   for pattern, start in zip(at, starts[1:-1], strict=True):
-    features.append(_crossing(program, made, start, pattern))
+    features.append(_crossing(program, maker, start, pattern))
   features.append(results[0])
   for value in features[1:]:
     if value.shape[:1] != x.shape[:1]:
@@ -195,20 +204,22 @@ def _parts(graph: Graph, at: Sequence[str]) -> list[Program]:
         f'A stage ends at an array of shape {value.shape}, whose first axis is '
         f'not the batch of {x.shape[0]}.'
       )
-  found = []
+  programs = []
   for k in range(len(starts) - 1):
+    # The new leaves (statistics of norms) that this stage computes.
     new = [
       value
       for value, path in zip(program.outputs, graph.outputs_like, strict=True)
-      if path is not None and starts[k] <= made.get(value, -1) < starts[k + 1]
+      if path is not None and starts[k] <= maker.get(value, -1) < starts[k + 1]
     ]
     outputs = [features[k + 1], *new]
     equations = _needed(program.equations, outputs, features[k])
-    found.append(Program([*leaves, features[k]], False, equations, outputs))
-  return found
+    programs.append(Program([*leaves, features[k]], False, equations, outputs))
+  return programs
 
 
 def _handed_back(graph: Graph, program: Program) -> list[str]:
+  """Returns the paths of the leaves whose new values a stage returns."""
   paths = dict(zip(graph.program.outputs, graph.outputs_like, strict=True))
   return [str(paths[value]) for value in program.outputs[1:]]
 
@@ -241,7 +252,7 @@ def first_read(graph: Graph, at: Sequence[str]) -> tuple[str, ...]:
 
 
 def _first_match(graph: Graph, first: Mapping[str, int], pattern: str) -> str:
-  """The leaf of a path, or the first to be read of those a pattern matches."""
+  """Returns the leaf at a path, or the first read of those that match."""
   if pattern in first:  # A path itself, perhaps with a bracket or a dot in it.
     return pattern
   # What is a path of a leaf that the function ignores is no pattern either.
@@ -256,7 +267,11 @@ def _first_match(graph: Graph, first: Mapping[str, int], pattern: str) -> str:
 
 
 def _first_uses(graph: Graph) -> dict[str, int]:
-  """Leaf -> the first equation on data that reads it."""
+  """Returns path of a leaf -> index of the first equation on data to read it.
+
+  Operations on leaves alone (a cast, a transposed kernel) do not count: what
+  they compute stands for the leaf.
+  """
   from_leaf: dict[Value, set[str]] = {
     value: {path}
     for path, value in zip(graph.leaves, graph.program.inputs, strict=False)
@@ -273,11 +288,12 @@ def _first_uses(graph: Graph) -> dict[str, int]:
 
 
 def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
-  """The equation that each cut falls before."""
+  """Returns the index of the equation that each cut falls before."""
   first = _first_uses(graph)
   starts: list[int] = []
   for pattern in at:
     start = first[_first_match(graph, first, pattern)]
+    # The padding before a convolution is part of that convolution's stage.
     while start and _leads(graph.program.equations[start - 1]):
       start -= 1
     if start <= (starts[-1] if starts else 0):
@@ -290,21 +306,30 @@ def _starts(graph: Graph, at: Sequence[str]) -> list[int]:
 
 
 def _leads(eqn: Equation) -> bool:
-  """Whether an equation belongs to what follows: it pads or slices the data,
-  or computes of leaves alone."""
+  """Whether an equation belongs to the one that follows it.
+
+  So it does if it pads or slices the data, or is of leaves alone.
+  """
   has_data = any(value.has_data for value in eqn.outputs)
   return not has_data or eqn.primitive.name in ('pad', 'slice')
 
 
 def _crossing(
-  program: Program, made: Mapping[Value, int], start: int, pattern: str
+  program: Program, maker: Mapping[Value, int], start: int, pattern: str
 ) -> Value:
-  """The one array of data that is made before a cut and read after it."""
+  """Returns the only array of data that is made before a cut and read after.
+
+  Args:
+    program: the whole function.
+    maker: value -> index of the equation that computes it.
+    start: index of the equation that the cut falls before.
+    pattern: of the cut, for the error.
+  """
   after = [value for eqn in program.equations[start:] for value in eqn.inputs]
   crossing = [
     value
     for value in dict.fromkeys(after)
-    if value.has_data and made.get(value, start) < start
+    if value.has_data and maker.get(value, start) < start
   ]
   if len(crossing) != 1:
     raise ValueError(
@@ -318,7 +343,7 @@ def _crossing(
 def _needed(
   equations: Sequence[Equation], outputs: Sequence[Value], feature: Value
 ) -> list[Equation]:
-  """The equations that make the outputs from the leaves and the feature."""
+  """Returns the equations that compute outputs from leaves and the feature."""
   wanted, kept = set(outputs) - {feature}, []
   for eqn in reversed(equations):
     if wanted.isdisjoint(eqn.outputs):

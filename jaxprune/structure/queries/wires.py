@@ -3,13 +3,23 @@
 What :mod:`jaxprune.scores.lookahead` needs to know of a network, from its
 trace: for each kernel the channels it reads and writes, as numbers that hold
 across flattens, concatenations, residual sums and groups, and the
-normalisations in between. The program is typed once more, with kernels in the
-place of walls: what a depthwise convolution writes is not what it reads.
+normalisations in between. The axes are typed a second time, and now a product
+with a kernel ends a type: what a depthwise convolution writes is not what it
+reads, although both shrink together in the graph.
+
+A small case: ``h = x @ a; y = relu(h * s) @ b`` with a[2, 4], s[4] and b[4, 3].
+The 4 channels that a writes are numbered 0 to 3, the 3 that b writes 4 to 6::
+
+  a  reads [-1, -1] (the input: no kernel writes it)   writes [0, 1, 2, 3]
+  b  reads [0, 1, 2, 3], with the norm s on the way    writes [4, 5, 6]
+
+With h of [n, 2, 2] flattened to [n, 4] between the two kernels, the axis that b
+reads is a product of two atoms of 2, and entry (i, j) is channel 2 i + j again.
 """
 
 import math
 import warnings
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +31,8 @@ from jaxprune.structure import rules
 from jaxprune.structure.graph import Graph
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
-from jaxprune.structure.program.slices import occurrences
 from jaxprune.structure.program.typed import Program
+from jaxprune.structure.queries.channel_numbers import Factor, Numbering
 from jaxprune.structure.rules import Equation, Value
 from jaxprune.structure.rules.primitives import LAYOUT, where
 
@@ -30,25 +40,17 @@ SPACE = 'channels'  # One space numbers the channels of the whole network.
 _Powers = dict[tuple[str, float], float]  # (leaf, number added) -> power.
 
 
-class _Factor(NamedTuple):
-  """A normalisation on the way of data, and the axis that it runs over."""
-
-  norm: lookahead.Norm
-  axis: Axis | None  # None: one number for all channels.
-  why: str  # Where it stands.
-
-
 class _Trail(NamedTuple):
-  """Where data come from: through which norms, and since which kernel."""
+  """Where data come from: the kernel that wrote them, and the norms since."""
 
   writer: str | None = None
-  factors: tuple[_Factor, ...] = ()
+  factors: tuple[Factor, ...] = ()
 
 
 class _Use(NamedTuple):
   """A product of data and a kernel, in the second typing."""
 
-  path: str
+  path: str  # The leaf that is the kernel.
   read: tuple[Axis, ...]  # Of the data: what is contracted (or convolved).
   into: tuple[int, ...]  # The kernel's axes that run over it.
   groups: int
@@ -56,6 +58,17 @@ class _Use(NamedTuple):
   out: tuple[int, ...]  # The kernel's axes that run over it.
   trail: _Trail  # Of the data.
   why: str
+
+
+class _Product(NamedTuple):
+  """How a kernel multiplies data: which axes of each meet, and the result."""
+
+  channels: tuple[int, ...]  # The data's axes that are contracted.
+  over: tuple[int, ...]  # The kernel's axes that they meet.
+  into: tuple[int, ...]  # The kernel's axes that say what an entry reads.
+  free: tuple[int, ...]  # The kernel's axes that run over the result.
+  groups: int
+  typed: list[Axis]  # Of the result.
 
 
 @kinds.checked
@@ -121,30 +134,32 @@ def unwired(graph: Graph) -> dict[str, str]:
 
 def _wire(graph: Graph) -> tuple[dict[str, lookahead.Wire], dict[str, str]]:
   """Returns the wiring, and why some leaves are not in it."""
-  second = _Second(graph)
-  second.walk(graph.program)
-  refused = second.refused
-  number = _Numbering([use.written for use in second.uses], refused)
+  retyping = _Retyping(graph)
+  retyping.walk(graph.program)
+  refused = retyping.refused
+  number = Numbering([use.written for use in retyping.uses], refused)
   wires: dict[str, lookahead.Wire] = {}
   marks: dict[str, tuple[object, ...]] = {}
-  for use in second.uses:
+  for use in retyping.uses:
     read = number.side(use.path, use.read)
     if use.groups > 1:
       read = _grouped(read, use, graph.leaves[use.path].shape)
     into, read = _ascending(use.into, read)
-    # What a sum has given to the kernel before is not the reader's too.
-    given = second.flushed.get(use.trail.writer or '', ())
-    own = use.trail.factors[len(given) :]
+    # Each norm counts once. In relu(bn1(x @ a) + skip) @ b the norm bn1 is on
+    # a's branch only, so it belongs to what a writes, not to what b reads.
+    at_writer = retyping.flushed.get(use.trail.writer or '', ())
+    reader_norms = use.trail.factors[len(at_writer) :]
     out, written = _ascending(use.out, number.side(use.path, use.written))
-    left = second.flushed.get(use.path, ())
+    writer_norms = retyping.flushed.get(use.path, ())
     wire = lookahead.Wire(
-      lookahead.Side(SPACE, into, read, number.norms(own, read)),
-      lookahead.Side(SPACE, out, written, number.norms(left, written)),
+      lookahead.Side(SPACE, into, read, number.norms(reader_norms, read)),
+      lookahead.Side(SPACE, out, written, number.norms(writer_norms, written)),
     )
     mark = (into, out, read.tobytes(), written.tobytes())
     if use.path not in wires:
       wires[use.path], marks[use.path] = wire, mark
-    elif into != out or mark != marks[use.path]:  # It is not another tap.
+    # A depthwise kernel is used once per tap, in and out along one axis.
+    elif into != out or mark != marks[use.path]:
       refused.setdefault(
         use.path, f'{use.why} uses it again; it is wired where it is used first'
       )
@@ -163,7 +178,14 @@ def _ascending(
 
 
 def _grouped(read: np.ndarray, use: _Use, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns the channels along (input, output) of a grouped kernel."""
+  """Returns the channels along (input, output) of a grouped kernel.
+
+  Of data with the channels [0, 1, 2, 3] in 2 groups, a kernel of shape [2, 4]
+  (2 inputs in each group, 4 outputs) reads, for its outputs 0 to 3,
+
+    [[0, 0, 2, 2],
+     [1, 1, 3, 3]].
+  """
   (k_out,) = use.out
   each = read.size // use.groups
   group = np.arange(shape[k_out]) // (shape[k_out] // use.groups)
@@ -171,91 +193,20 @@ def _grouped(read: np.ndarray, use: _Use, shape: tuple[int, ...]) -> np.ndarray:
   return read[0] if len(use.into) == 1 else read
 
 
-class _Numbering:
-  """Numbers the entries of axes: equal types, equal numbers."""
+class _Retyping:
+  """A second typing of a program that ends types at kernels.
 
-  def __init__(
-    self, written: Sequence[tuple[Axis, ...]], refused: dict[str, str]
-  ):
-    self.refused = refused
-    self.order: dict[Axis, int] = {}
-    for axis in (axis for axes in written for axis in axes):
-      for atom in ax.atoms(axis):
-        self.order.setdefault(atom, len(self.order))
-    self.bases: dict[tuple[Axis, ...], int] = {}
-    self.total = 0
-    for axes in written:
-      for key, _, _ in self._entries(_all(axes)):
-        if key and key not in self.bases:
-          self.bases[key] = self.total
-          self.total += math.prod(atom.size for atom in key)
-
-  def side(self, path: str, axes: tuple[Axis, ...]) -> np.ndarray:
-    """Returns the number of each entry, -1 where no kernel writes it."""
-    numbers, partly = self._numbers(_all(axes))
-    if partly:
-      self.refused.setdefault(
-        path, 'it reads some of the axes that others write together, or more'
-      )
-    return numbers.reshape([ax.find(axis).size for axis in axes])
-
-  def norms(
-    self, found: Iterable[_Factor], channels: np.ndarray
-  ) -> tuple[lookahead.Norm, ...]:
-    """Returns norms with the entry of their vectors for each channel."""
-    norms = []
-    for norm, axis, why in found:
-      if axis is None:
-        norms.append(norm._replace(entries=np.zeros(channels.shape, int)))
-        continue
-      own, _ = self._numbers(axis)
-      known = own[own >= 0]
-      several = np.unique(known).size < known.size
-      if several or not np.isin(channels, [*known, -1]).all():
-        self.refused.setdefault(
-          norm.scale or norm.var or '', f'{why} runs not over channels alone'
-        )
-        continue
-      place = np.zeros(self.total + 1, int)  # The last is for channel -1.
-      place[own] = np.arange(own.size)
-      norms.append(norm._replace(entries=place[channels]))
-    return tuple(norms)
-
-  def _numbers(self, axis: Axis) -> tuple[np.ndarray, bool]:
-    """Returns the number of each entry, and whether some are parts of one."""
-    numbers, partly = np.full(ax.find(axis).size, -1), False
-    for key, at, index in self._entries(axis):
-      if key in self.bases:
-        numbers[at] = self.bases[key] + index
-      partly = partly or bool(key and key not in self.bases)
-    return numbers, partly
-
-  def _entries(
-    self, axis: Axis
-  ) -> list[tuple[tuple[Axis, ...], np.ndarray, np.ndarray]]:
-    """Returns the atoms of the entries: (atoms, entries, index within)."""
-    found = [(a, n) for a, n in occurrences(axis) if a in self.order]
-    found.sort(key=lambda pair: self.order[pair[0]])
-    size = ax.find(axis).size
-    labels = np.array([n for _, n in found], int).reshape(len(found), size)
-    patterns, which = np.unique(labels >= 0, axis=1, return_inverse=True)
-    entries = []
-    for k, pattern in enumerate(patterns.T):
-      at = np.flatnonzero(which.ravel() == k)
-      index = np.zeros(at.size, int)
-      own = [pair for pair, there in zip(found, pattern, strict=True) if there]
-      for atom, n in own:
-        index = index * atom.size + n[at]
-      entries.append((tuple(atom for atom, _ in own), at, index))
-    return entries
-
-
-def _all(axes: tuple[Axis, ...]) -> Axis:
-  return axes[0] if len(axes) == 1 else ax.product(axes)
-
-
-class _Second:
-  """The second typing: walks a program, and notes uses of kernels."""
+  Attributes:
+    graph: the graph of the program.
+    values: value of the program -> its twin of the second typing.
+    trails: value -> where its data come from.
+    makers: value -> the equation that computes it.
+    aliases: value inside a body, or output of one -> the value that it equals.
+    leaf_axes: identity of an axis of the second typing -> (leaf, axis of it).
+    uses: the products of data and a kernel, in the order of the program.
+    refused: path of a leaf -> why it is not wired.
+    flushed: kernel -> the norms between it and a sum.
+  """
 
   def __init__(self, graph: Graph):
     self.graph = graph
@@ -266,7 +217,7 @@ class _Second:
     self.leaf_axes: dict[int, tuple[str, int]] = {}
     self.uses: list[_Use] = []
     self.refused: dict[str, str] = {}
-    self.flushed: dict[str, tuple[_Factor, ...]] = {}
+    self.flushed: dict[str, tuple[Factor, ...]] = {}
     leaves = zip(graph.leaves, graph.program.inputs, strict=False)
     for path, value in leaves:
       new = self.value(value)
@@ -281,15 +232,17 @@ class _Second:
     return self.values[old]
 
   def trail(self, old: Value) -> _Trail:
+    """Where the data of a value come from."""
     return self.trails.get(old, _Trail())
 
   def flush(self, old: Value) -> None:
     """Gives the norms on the way to a sum to the kernel they follow."""
-    writer, found = self.trail(old)
-    if writer is not None and found:
-      self.flushed.setdefault(writer, found)
+    writer, factors = self.trail(old)
+    if writer is not None and factors:
+      self.flushed.setdefault(writer, factors)
 
   def walk(self, program: Program) -> None:
+    """Types a program and the bodies of the functions that it calls."""
     for eqn in program.equations:
       if len(eqn.programs) == 1 and eqn.primitive.name != 'scan':
         (body,) = eqn.programs
@@ -310,6 +263,7 @@ class _Second:
         self.follow(eqn)
 
   def retype(self, eqn: Equation) -> None:
+    """Types the outputs of an equation by its rule, as in the first typing."""
     inputs = [self.value(v) for v in eqn.inputs]
     outputs = [Value(v.shape, v.dtype) for v in eqn.outputs]
     new = Equation(eqn.primitive, eqn.params, inputs, outputs, eqn.why)
@@ -325,19 +279,18 @@ class _Second:
     trail = _Trail()
     if len(data) == 1:
       trail = self.trail(data[0])
-      others = [v for v in eqn.inputs if not v.has_data and v.sources]
-      if eqn.primitive.name in ('mul', 'div') and others:
-        found = self.factors(eqn, data[0], others[0])
-        trail = trail._replace(factors=(*trail.factors, *found))
-    else:
+      scales = [v for v in eqn.inputs if not v.has_data and v.sources]
+      if eqn.primitive.name in ('mul', 'div') and scales:
+        factors = self.factors(eqn, data[0], scales[0])
+        trail = trail._replace(factors=(*trail.factors, *factors))
+    else:  # Several data meet: what comes has no single writer any more.
       for value in data:
         self.flush(value)
     for out in eqn.outputs:
       self.trails[out] = trail
 
   def product(self, eqn: Equation) -> bool:
-    """Notes the use of a kernel, typing its result; False if it is none."""
-    name = eqn.primitive.name
+    """Notes the use of a kernel and types its result; False if it has none."""
     data = [v for v in eqn.inputs if v.has_data]
     leaves = [(k, v) for k, v in enumerate(eqn.inputs) if v.sources]
     leaves = [(k, v) for k, v in leaves if not v.has_data]
@@ -349,69 +302,47 @@ class _Second:
       return False
     if len(data) != 1 or len(leaves) != 1:
       return False
-    ((place, value),) = leaves
+    ((position, value),) = leaves
+    name = eqn.primitive.name
     path = self.kernel(value, taps=name == 'mul')
     kernel, x = self.value(value), self.value(data[0])
     if path is None:
       if name in ('conv_general_dilated', 'dot_general'):
         self.refuse(value, f'{eqn.why} takes what is computed from it')
       return False
-    out = Value(eqn.outputs[0].shape, eqn.outputs[0].dtype)
-    axes = [self.leaf_axes.get(id(axis), (path, -1))[1] for axis in kernel.axes]
-    groups = 1
+    product: _Product | str | None = None
     if name == 'conv_general_dilated':
-      numbers = eqn.params['dimension_numbers']
-      groups = eqn.params['feature_group_count']
-      if place == 0 or eqn.params['batch_group_count'] > 1:
-        self.refuse(value, f'{eqn.why} takes it for data')
-        return False
-      k_out, k_in = numbers.rhs_spec[:2]
-      free, over, channels = (k_out,), (k_in,), (numbers.lhs_spec[1],)
-      out.axes = [ax.atom(n) for n in out.shape]
-      out.axes[numbers.out_spec[0]] = x.axes[numbers.lhs_spec[0]]
-      out.axes[numbers.out_spec[1]] = kernel.axes[k_out]
-      into = over if groups == 1 else (k_in, k_out)
+      product = _convolution(eqn, position, kernel, x)
     elif name == 'dot_general':
-      contract, batch = eqn.params['dimension_numbers']
-      if batch[0]:
-        self.refuse(value, f'{eqn.why} shares an axis with the data')
-        return False
-      into = over = tuple(contract[place])
-      channels = tuple(contract[1 - place])
-      rank = range(len(kernel.axes))
-      free = tuple(k for k in rank if k not in over)
-      kept = [a for k, a in enumerate(x.axes) if k not in channels]
-      own = [kernel.axes[k] for k in free]
-      out.axes = [*own, *kept] if place == 0 else [*kept, *own]
+      product = _contraction(eqn, position, kernel, x)
     elif name == 'mul' and len(self.graph.leaves[path].shape) > 3:
-      # One tap of a depthwise convolution: kernel entries along one axis.
-      wide = tuple(k for k, n in enumerate(value.shape) if n != 1)
-      if len(wide) != 1:
-        return False
-      into = over = free = channels = wide
-      groups = out.shape[wide[0]]
-      out.axes = list(x.axes)
-      out.axes[wide[0]] = kernel.axes[wide[0]]
-    else:
+      product = _tap(eqn, kernel, x)
+    if isinstance(product, str):
+      self.refuse(value, product)
+    if not isinstance(product, _Product):
       return False
-    if not over or not free or -1 in [axes[k] for k in (*into, *free)]:
+    # The leaf's axis at each axis of the kernel; -1: not an axis of the leaf.
+    axes = [self.leaf_axes.get(id(axis), (path, -1))[1] for axis in kernel.axes]
+    into, free = product.into, product.free
+    if not product.over or not free or -1 in [axes[k] for k in (*into, *free)]:
       self.refuse(value, f'{eqn.why} takes it in another shape')
       return False
-    if groups == 1:
-      for k, channel in zip(over, channels, strict=True):
+    if product.groups == 1:
+      for k, channel in zip(product.over, product.channels, strict=True):
         ax.unify(x.axes[channel], kernel.axes[k], eqn.why)
-    self.values[eqn.outputs[0]] = out
-    self.trails[eqn.outputs[0]] = _Trail(path)
+    (output,) = eqn.outputs
+    self.values[output] = Value(output.shape, output.dtype, product.typed)
+    self.trails[output] = _Trail(path)
     self.uses.append(
       _Use(
-        path,
-        tuple(x.axes[k] for k in channels),
-        tuple(axes[k] for k in into),
-        groups,
-        tuple(kernel.axes[k] for k in free),
-        tuple(axes[k] for k in free),
-        self.trail(data[0]),
-        eqn.why,
+        path=path,
+        read=tuple(x.axes[k] for k in product.channels),
+        into=tuple(axes[k] for k in into),
+        groups=product.groups,
+        written=tuple(kernel.axes[k] for k in free),
+        out=tuple(axes[k] for k in free),
+        trail=self.trail(data[0]),
+        why=eqn.why,
       )
     )
     return True
@@ -425,7 +356,12 @@ class _Second:
   def origin(
     self, value: Value, names: Container[str]
   ) -> tuple[Value, Equation | None]:
-    """Returns what a value is, but for some operations, and its equation."""
+    """Returns the value before some operations, and the equation that made it.
+
+    Args:
+      value: a value of the program.
+      names: primitives to look through, back to their first input.
+    """
     while True:
       eqn = self.makers.get(value)
       if value in self.aliases:
@@ -436,7 +372,11 @@ class _Second:
         return value, eqn
 
   def kernel(self, value: Value, taps: bool) -> str | None:
-    """The leaf that a value is, but for layout and dtype, or a slice of it."""
+    """The leaf that a value is up to layout, dtype and flips, or None.
+
+    With ``taps`` a slice of a leaf counts too: a depthwise convolution that is
+    written as shifts multiplies by one tap of its kernel at a time.
+    """
     names = {*_LAYOUT, *_FLIPS, *(_SLICES if taps else ())}
     value, eqn = self.origin(value, names)
     if eqn is not None or len(value.sources) != 1:
@@ -446,8 +386,14 @@ class _Second:
 
   def factors(
     self, eqn: Equation, data: Value, other: Value
-  ) -> tuple[_Factor, ...]:
-    """Returns what multiplies or divides data as norms, or refuses it."""
+  ) -> tuple[Factor, ...]:
+    """Returns what multiplies or divides data as norms, or refuses it.
+
+    Args:
+      eqn: a ``mul`` or ``div`` of both.
+      data: the operand that is data.
+      other: the operand that is made of leaves.
+    """
     why, powers = eqn.why, self.powers(other)
     if eqn.primitive.name == 'div':
       powers = _times({}, powers, -1) if data is eqn.inputs[0] else None
@@ -455,25 +401,30 @@ class _Second:
     shapes = {path: self.graph.leaves[path].shape for path in other.sources}
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     wide = [k for k, n in enumerate(other.shape) if n != 1]
-    plain = len(wide) < 2 and all(
+    # A scalar, or a vector with one entry for each channel.
+    is_vector = len(wide) < 2 and all(
       n == max(shapes[path], default=1) and n in (1, math.prod(other.shape))
       for path, n in sizes.items()
     )
-    if norms is None or not plain:
+    if norms is None or not is_vector:
       for path in sorted(other.sources):
         self.refused.setdefault(path, f'no norm says what {why} does with it')
       return ()
     axis = None
-    if wide:
+    if wide:  # Axes broadcast from the right: [4] meets the last of [n, 4].
       offset = len(data.shape) - len(other.shape)
       axis = self.value(data).axes[wide[0] + offset]
     return tuple(
-      _Factor(norm, axis if sizes[path] > 1 else None, why)
+      Factor(norm, axis if sizes[path] > 1 else None, why)
       for path, norm in norms
     )
 
   def powers(self, value: Value) -> _Powers | None:
-    """Reads a value as a product of powers of leaves plus numbers."""
+    """Reads a value as a product of powers of (leaf + number).
+
+    ``scale / sqrt(var + 1e-5)`` is {(scale, 0): 1, (var, 1e-5): -0.5}; None is
+    returned where it is no such product, as ``scale + mean``.
+    """
     value, eqn = self.origin(value, _LAYOUT)
     if eqn is None:
       if value.constant is not None:
@@ -484,6 +435,7 @@ class _Second:
       left, right = map(self.powers, eqn.inputs)
       return _times(left, right, 1 if name == 'mul' else -1)
     if name == 'add':
+      # Only leaf + number: of two leaves, or (leaf ** 2 + number), no power.
       numbers = [n for v in eqn.inputs if (n := self.number(v)) is not None]
       leaves = [v for v in eqn.inputs if self.number(v) is None]
       base = self.powers(leaves[0]) if len(leaves) == 1 else None
@@ -491,6 +443,7 @@ class _Second:
         return None
       ((path, eps),) = base
       return {(path, eps + numbers[0]): 1.0}
+    # Signs do not matter, for a norm enters by its square.
     power = {'neg': 1, 'abs': 1, 'square': 2, 'sqrt': 0.5, 'rsqrt': -0.5}.get(
       name, eqn.params['y'] if name == 'integer_pow' else None
     )
@@ -505,9 +458,63 @@ class _Second:
     value, _ = self.origin(value, _LAYOUT)
     if value.constant is None:
       return None
-    found = np.unique(value.constant)
-    is_number = len(found) == 1 and not np.any(np.imag(found))
-    return float(np.real(found[0])) if is_number else None
+    numbers = np.unique(value.constant)
+    is_number = len(numbers) == 1 and not np.any(np.imag(numbers))
+    return float(np.real(numbers[0])) if is_number else None
+
+
+def _convolution(
+  eqn: Equation, position: int, kernel: Value, x: Value
+) -> _Product | str:
+  """Returns how a convolution multiplies, or why that is not said."""
+  numbers = eqn.params['dimension_numbers']
+  if position == 0 or eqn.params['batch_group_count'] > 1:
+    return f'{eqn.why} takes it for data'
+  k_out, k_in = numbers.rhs_spec[:2]
+  groups = eqn.params['feature_group_count']
+  typed = [ax.atom(n) for n in eqn.outputs[0].shape]
+  typed[numbers.out_spec[0]] = x.axes[numbers.lhs_spec[0]]  # The batch.
+  typed[numbers.out_spec[1]] = kernel.axes[k_out]
+  return _Product(
+    channels=(numbers.lhs_spec[1],),
+    over=(k_in,),
+    # With groups, what an entry reads depends on its output channel too.
+    into=(k_in,) if groups == 1 else (k_in, k_out),
+    free=(k_out,),
+    groups=groups,
+    typed=typed,
+  )
+
+
+def _contraction(
+  eqn: Equation, position: int, kernel: Value, x: Value
+) -> _Product | str:
+  """Returns how a matrix product multiplies, or why that is not said."""
+  contract, batch = eqn.params['dimension_numbers']
+  if batch[0]:
+    return f'{eqn.why} shares an axis with the data'
+  over, channels = tuple(contract[position]), tuple(contract[1 - position])
+  free = tuple(k for k in range(len(kernel.axes)) if k not in over)
+  kept = [a for k, a in enumerate(x.axes) if k not in channels]
+  written = [kernel.axes[k] for k in free]
+  # dot_general puts the axes of its first operand before those of the second.
+  typed = [*written, *kept] if position == 0 else [*kept, *written]
+  return _Product(channels, over, over, free, groups=1, typed=typed)
+
+
+def _tap(eqn: Equation, kernel: Value, x: Value) -> _Product | None:
+  """Returns how one tap of a depthwise convolution multiplies, or None.
+
+  A tap of a kernel [3, 3, 1, 4] is an array [1, 1, 1, 4], multiplied with
+  shifted data: entries along the one axis that is not broadcast.
+  """
+  wide = tuple(k for k, n in enumerate(kernel.shape) if n != 1)
+  if len(wide) != 1:
+    return None
+  typed = list(x.axes)
+  typed[wide[0]] = kernel.axes[wide[0]]
+  groups = eqn.outputs[0].shape[wide[0]]
+  return _Product(wide, wide, wide, wide, groups=groups, typed=typed)
 
 
 def _times(
@@ -523,14 +530,21 @@ def _times(
 
 
 def _norms(powers: _Powers) -> list[tuple[str, lookahead.Norm]] | None:
-  """Returns norms with the same squares, each with its leaf; None if none."""
+  """Returns norms whose product has these squares; None if there are none.
+
+  Each comes with the path of its leaf. A norm of a scale is the scale to the
+  power of 1, one of a variance (var + eps) to that of -1/2: the powers
+  {(scale, 0): 1, (var, 1e-5): -0.5} are one norm of each.
+  """
   norms = []
   for (path, eps), power in powers.items():
     times = power if power > 0 else -2 * power
     if times % 1 or (power > 0 and eps):
       return None
-    one = lookahead.Norm(path) if power > 0 else lookahead.Norm(None, path, eps)
-    norms += [(path, one)] * int(times)
+    norm = lookahead.Norm(path)
+    if power < 0:
+      norm = lookahead.Norm(None, path, eps)
+    norms += [(path, norm)] * int(times)
   return norms
 
 

@@ -7,6 +7,14 @@ them with both looked up by an index that may be traced, and clears what lies
 outside of the image wherever an operation would see it: before a convolution,
 a padding, a pooling, a sum. Inside it, everything is what the function computes
 at that size, to rounding.
+
+Of ``mean(x, axis=1)`` traced for x of [1, 2] and of [1, 4] the traces are::
+
+  s = reduce_sum x    over an axis of length 2     over an axis of length 4
+  y = div s 2.0       by 2                         by 4
+
+Side by side they are one program for x of [1, 4]: ``s`` is the sum of x where
+column < [2, 4][index], else 0, and ``y = s / [2.0, 4.0][index]``.
 """
 
 import functools
@@ -106,28 +114,28 @@ def on_canvas(
       ) from error
     traced.append((eliminate_dead_code(closed.jaxpr), closed.consts))
     shapes.append([np.shape(x) for x in jax.tree.leaves(args)])
-  for k, found in enumerate(shapes):
-    fits = len(found) == len(shapes[-1]) and all(
+  for k, example in enumerate(shapes):
+    fits = len(example) == len(shapes[-1]) and all(
       len(a) == len(b) and all(m <= n for m, n in zip(a, b, strict=True))
-      for a, b in zip(found, shapes[-1], strict=True)
+      for a, b in zip(example, shapes[-1], strict=True)
     )
     if not fits:
       raise ValueError(
         f'The last example must be the largest along every axis: {shapes[-1]} '
-        f'is not, against {found} of example {k}.'
+        f'is not, against {example} of example {k}.'
       )
   program = _align(traced, _name(fn), '')
   out_tree = jax.tree.structure(out)
-  parts = 1 + sum(step.border is not None for step in program.steps)
+  count = 1 + sum(step.border is not None for step in program.steps)
 
   def call(index: Any, *args: Any) -> Any:
-    given = jnp.asarray(index, jnp.int32)
-    if given.shape not in ((), (parts,)):
+    indices = jnp.asarray(index, jnp.int32)
+    if indices.shape not in ((), (count,)):
       raise ValueError(
-        f'{_name(fn)} has {parts} parts of a size of their own, which take an '
-        f'index each, or one for all; got {given.shape}.'
+        f'{_name(fn)} has {count} parts of a size of their own, which take an '
+        f'index each, or one for all; got {indices.shape}.'
       )
-    run = _Canvas(jnp.broadcast_to(given, (parts,)))
+    run = _Canvas(jnp.broadcast_to(indices, (count,)))
     outs = run(program, jax.tree.leaves(args))
     return jax.tree.unflatten(out_tree, outs)
 
@@ -158,16 +166,17 @@ def resize(x: jax.Array, side: Any, largest: int | None = None) -> jax.Array:
 
 
 def _weights(before: int, after: Any, largest: int) -> jax.Array:
-  """What each of the pixels before counts in each one after, [before, largest].
+  """Returns the weight of each old pixel in each new, [before, largest].
 
-  A triangle around the place of the pixel, as wide as the larger of the two
-  pixels, cut at the border and normalised.
+  A triangle around the centre of the new pixel, as wide as the larger of the
+  two pixels, cut at the border and normalised. From 4 pixels to 2, a new pixel
+  is 2 old ones wide: the weights of the first are [3/7, 3/7, 1/7, 0].
   """
   after = jnp.asarray(after, jnp.float32)
   pitch = before / after
   centre = (jnp.arange(largest, dtype=jnp.float32) + 0.5) * pitch - 0.5
-  place = jnp.arange(before, dtype=jnp.float32)
-  distance = jnp.abs(centre[None] - place[:, None]) / jnp.maximum(pitch, 1.0)
+  pixels = jnp.arange(before, dtype=jnp.float32)
+  distance = jnp.abs(centre[None] - pixels[:, None]) / jnp.maximum(pitch, 1.0)
   weight = jnp.maximum(0.0, 1.0 - distance)
   total = jnp.sum(weight, axis=0, keepdims=True)
   inside = (jnp.arange(largest) < after)[None]
@@ -207,14 +216,16 @@ def bilinear(x: jax.Array, after: Any, before: Any = None) -> jax.Array:
     if static and n == m:
       continue
     n, m, size = jnp.float32(n), jnp.float32(m), m if static else x.shape[axis]
-    place = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (n / m) - 0.5
-    place = jnp.maximum(place, 0)
-    left = jnp.floor(place)
-    share = (place - left).reshape([-1 if k == axis else 1 for k in range(4)])
-    pixel = lambda at, x=x, axis=axis: jnp.take(
-      x, at.astype(jnp.int32), axis, mode='clip'
+    position = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (n / m) - 0.5
+    position = jnp.maximum(position, 0)
+    first = jnp.floor(position)
+    second = jnp.minimum(first + 1, n - 1)  # At the border the same again.
+    wide = [-1 if k == axis else 1 for k in range(4)]
+    share = (position - first).reshape(wide)
+    low, high = (
+      jnp.take(x, at.astype(jnp.int32), axis, mode='clip')
+      for at in (first, second)
     )
-    low, high = pixel(left), pixel(jnp.minimum(left + 1, n - 1))
     x = (low * (1 - share) + high * share).astype(x.dtype)
   return x
 
@@ -223,7 +234,7 @@ def bilinear(x: jax.Array, after: Any, before: Any = None) -> jax.Array:
 
 
 class _Slot:
-  """A value of a trace: where a call is inlined, one for each time."""
+  """A value of a trace; of a function called twice there are two."""
 
   def __init__(self, aval: Any, constant: Any = None):
     self.aval = aval
@@ -236,18 +247,22 @@ class _Step(NamedTuple):
   eqn: Any  # At the largest size.
   writes: list[_Slot]
   reads: list[Any]  # A slot, or a _Table, or a value.
-  clear: list[Any]  # For each operand None, or (what to fill in, its sizes).
+  # For each operand None, or (what to fill in outside, its sizes).
+  clear: list[Any]
   bodies: list[Any]  # Aligned programs of control flow.
   border: Sizes | None = None  # Of a border.
 
 
 class _Program(NamedTuple):
+  """The traces at all sizes as one program."""
+
   inputs: list[_Slot]
   steps: list[_Step]
   outputs: list[Any]
 
 
 def _sizes(slots: Sequence[_Slot]) -> Sizes:
+  """Returns the shape of a value at every size."""
   return tuple(tuple(slot.aval.shape) for slot in slots)
 
 
@@ -275,6 +290,8 @@ def _align(
 
 
 class _Op(NamedTuple):
+  """One operation of a trace at one size."""
+
   eqn: Any
   where: str
   reads: list[_Slot]
@@ -282,14 +299,16 @@ class _Op(NamedTuple):
 
 
 class _Flat(NamedTuple):
+  """A trace at one size, its calls inlined."""
+
   inputs: list[_Slot]
   ops: list[_Op]
   outputs: list[_Slot]
 
 
 def _flatten(jaxpr: Any, consts: Sequence[Any], outer: str) -> _Flat:
-  """The operations of a trace, calls inlined."""
-  found: list[_Op] = []
+  """Returns the operations of a trace, its calls inlined."""
+  ops: list[_Op] = []
 
   def walk(
     jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Slot], outer: str
@@ -313,24 +332,28 @@ def _flatten(jaxpr: Any, consts: Sequence[Any], outer: str) -> _Flat:
         writes = walk(*body_of(eqn.params), reads, where)
       else:
         writes = [_Slot(var.aval) for var in eqn.outvars]
-        found.append(_Op(eqn, where, reads, writes))
+        ops.append(_Op(eqn, where, reads, writes))
       env |= dict(zip(eqn.outvars, writes, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
   inputs = [_Slot(var.aval) for var in jaxpr.invars]
   outputs = walk(jaxpr, consts, inputs, outer)
-  return _Flat(inputs, found, outputs)
+  return _Flat(inputs, ops, outputs)
 
 
 def _operand(slots: Sequence[_Slot]) -> Any:
-  """A slot, or a constant: one value, or one for each size."""
+  """Returns a slot, or a constant: one value, or one for each size."""
   if slots[-1].constant is None:
     return slots[-1]
   return _tabulate([slot.constant for slot in slots])
 
 
 def _tabulate(values: Sequence[Any]) -> Any:
-  """One value where all are equal, else all of them, padded at the end."""
+  """Returns one value if all are equal, else a table, padded at the end.
+
+  Of the divisors 2.0 and 4.0 the table [2.0, 4.0]; of the positions [0, 1] and
+  [0, 1, 2] the table [[0, 1, 0], [0, 1, 2]].
+  """
   last = values[-1]
   if all(v is last for v in values) or jnp.issubdtype(
     jnp.asarray(last).dtype, jax.dtypes.extended
@@ -350,35 +373,36 @@ def _op(op: _Op) -> str:
 
 
 def _step(row: Sequence[_Op], name: str) -> _Step:
-  """One operation at all sizes; refuses what does not fit on a canvas."""
+  """Returns one operation at all sizes; refuses what cannot be padded."""
   last = row[-1]
   primitive = last.eqn.primitive.name
-  reads = [
-    _operand(column) for column in zip(*(op.reads for op in row), strict=True)
-  ]
-  inputs = [
-    _sizes(column) for column in zip(*(op.reads for op in row), strict=True)
-  ]
+  columns = list(zip(*(op.reads for op in row), strict=True))
+  reads = [_operand(column) for column in columns]
+  inputs = [_sizes(column) for column in columns]
   outputs = [
     _sizes(column) for column in zip(*(op.writes for op in row), strict=True)
   ]
   clear: list[Any] = [None] * len(reads)
   bodies: list[Any] = []
+  border: Sizes | None = None
   eqns = [op.eqn for op in row]
 
   def refuse(why: str) -> NoReturn:
     raise ValueError(f'{name} has no canvas: {_op(last)}, {why}.')
 
   if primitive == 'name' and last.eqn.params['name'] == BORDER:
-    (found,) = inputs
-    if is_ragged(found) or len(found[0]) != 4 or set(varying(found)) - {1, 2}:
+    (shapes,) = inputs
+    # Images: [batch, rows, columns, channels], of which 1 and 2 may differ.
+    is_image = not is_ragged(shapes) and len(shapes[0]) == 4
+    if not is_image or set(varying(shapes)) - {1, 2}:
       refuse('where sizes can change between images alone')
-    return _Step(last.eqn, last.writes, reads, clear, bodies, found)
-  if primitive in ('cond', 'remat2'):
+    border = shapes
+  elif primitive in ('cond', 'remat2'):
     bodies = _bodies(row, name)
     if any(step.border for body in bodies for step in body.steps):
       refuse('within which sizes cannot change')
   elif any(map(is_ragged, (*inputs, *outputs))):
+    # A value of another rank at another size. An axis of 1 may come or go.
     small = not any(map(varying, inputs))
     if primitive not in ('squeeze', 'broadcast_in_dim') or not small:
       refuse('which has other axes at another size')
@@ -397,11 +421,18 @@ def _step(row: Sequence[_Op], name: str) -> _Step:
     ]
   elif not same_params(eqns):
     refuse('whose parameters depend on the size')
-  return _Step(last.eqn, last.writes, reads, clear, bodies)
+  return _Step(
+    eqn=last.eqn,
+    writes=last.writes,
+    reads=reads,
+    clear=clear,
+    bodies=bodies,
+    border=border,
+  )
 
 
 def _bodies(row: Sequence[_Op], name: str) -> list[_Program]:
-  """The aligned programs of a condition or of a recomputation."""
+  """Returns the aligned programs of a condition or of a recomputation."""
   eqns, where = [op.eqn for op in row], row[-1].where
   if eqns[-1].primitive.name != 'cond':
     return [_align([body_of(eqn.params) for eqn in eqns], name, where)]
@@ -424,10 +455,11 @@ class _Canvas:
 
   @property
   def index(self) -> jax.Array:
-    """Of the part that runs."""
+    """The size of the part that runs, int scalar."""
     return self.indices[self.part]
 
   def __call__(self, program: _Program, args: Sequence[Any]) -> list[Any]:
+    """Runs a program on arguments of the largest size."""
     env = dict(zip(program.inputs, args, strict=True))
 
     def read(operand: Any) -> Any:
@@ -448,18 +480,21 @@ class _Canvas:
     if step.border is not None:
       sides = jnp.asarray([shape[1:3] for shape in step.border])
       before = sides[self.index]
-      self.part += 1
+      self.part += 1  # From here on, the size of the next part holds.
       return [bilinear(values[0], sides[self.index], before)]
     if eqn.primitive.name == 'cond':
-      which, *rest = values
+      branch, *operands = values
       calls = [
         lambda *xs, body=body: tuple(self(body, xs)) for body in step.bodies
       ]
-      return list(lax.switch(which.astype(jnp.int32), calls, *rest))
+      return list(lax.switch(branch.astype(jnp.int32), calls, *operands))
     if step.bodies:
       (body,) = step.bodies
       options = {k: eqn.params[k] for k in ('prevent_cse', 'policy')}
-      call = lambda *xs: tuple(self(body, xs))
+
+      def call(*xs: Any) -> tuple[Any, ...]:
+        return tuple(self(body, xs))
+
       return list(jax.checkpoint(call, **options)(*values))
     values = [
       value if clear is None else self.clear(value, clear, values)
@@ -469,7 +504,13 @@ class _Canvas:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
   def clear(self, value: Any, clear: Any, values: list[Any]) -> Any:
-    """Fills in what is around the image."""
+    """Returns a value with what is around the image filled in.
+
+    Args:
+      value: an array of the largest size.
+      clear: (neutral element of the operation, sizes of the value).
+      values: all operands; PADDING fills in what a ``pad`` does, the second.
+    """
     neutral, sizes = clear
     value = jnp.asarray(value)
     if neutral is PADDING:
@@ -487,10 +528,12 @@ class _Canvas:
 
 
 def _name(fn: Callable[..., Any]) -> str:
+  """Returns what errors call a function."""
   while isinstance(fn, functools.partial):
     fn = fn.func
   return f'Function {getattr(fn, "__name__", type(fn).__name__)!r}'
 
 
 def _shapes(args: Any) -> str:
+  """Returns the shapes of the last arguments; the params come before them."""
   return ', '.join(str(np.shape(x)) for x in jax.tree.leaves(args)[-3:])

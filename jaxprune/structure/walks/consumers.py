@@ -5,6 +5,12 @@ would count once for each. A gate acts where the group's data are *read*: in a
 matrix product or convolution with a kernel, over the group's axis. There the
 gate on the data and the gate on the kernel's rows are the same number, so
 :func:`scale` needs the params alone.
+
+With 4 hidden units, ``h = tanh(x @ a); y = h @ b``, a[2, 4] and b[4, 3]: the
+group has slices ``a[:, u]`` and ``b[u, :]``. A gate g on unit u that scaled
+``a[:, u]`` would compute tanh(g z), not g tanh(z); one that scaled both would
+count twice. The product that reads h contracts axis 0 of b, so the gate acts on
+``b[u, :]`` alone: (g h_u) b[u, :] = h_u (g b[u, :]).
 """
 
 from collections.abc import Container, Iterable, Mapping
@@ -26,7 +32,7 @@ class Readers(NamedTuple):
 
   Attributes:
     members: group -> the slices of leaves that read it.
-    refused: group -> why there is no such place on some path.
+    refused: group -> why a gate cannot act on some path.
     counted: group of ``members`` -> what counts a unit before its gate does,
       as the statistics of a norm do: a gate of 0 does not make it absent.
   """
@@ -47,7 +53,7 @@ class _Read(NamedTuple):
 def readers(
   stream: Flow, leaves: Mapping[str, Leaf], atoms: Mapping[str, Axis]
 ) -> Readers:
-  """Returns the slices of each group that read it.
+  """Returns the slices of the kernels that read each group.
 
   A group is refused if its data reach a product or an output past no kernel's
   rows (two arrays of data multiplied over it, a mean over it that leaves the
@@ -63,7 +69,11 @@ def readers(
 
 
 class _Search:
-  """The data of a program, the kernels that read them, and what leaks."""
+  """Searches a program for the kernels that read each group.
+
+  A group *leaks* where a reduction or a product of two arrays of data mixes its
+  units before any kernel reads them: no gate after that can act on one unit.
+  """
 
   def __init__(
     self,
@@ -93,26 +103,28 @@ class _Search:
       if name not in self.reads and name not in self.refused:
         self.refuse(name, 'no product reads it')
       if name not in self.refused:
-        found = self.members(name)
-        if name not in self.refused:
-          members[name] = found
+        slices = self.members(name)
+        if name not in self.refused:  # Collecting the members may refuse it.
+          members[name] = slices
     refused = {n: self.refused[n] for n in self.atoms if n in self.refused}
     counted = {n: self.counted[n] for n in members if n in self.counted}
     return Readers(members, refused, counted)
 
   def refuse(self, name: str, why: str) -> None:
+    """Notes why a group has no gate; the first reason stands."""
     self.refused.setdefault(name, why)
 
   def names(self, axes: Iterable[Axis]) -> list[str]:
     """The groups that occur in some axes."""
-    found = (self.groups.get(atom) for axis in axes for atom in ax.atoms(axis))
-    return list(dict.fromkeys(name for name in found if name is not None))
+    names = (self.groups.get(atom) for axis in axes for atom in ax.atoms(axis))
+    return list(dict.fromkeys(name for name in names if name is not None))
 
   def typed(self, value: Value) -> list[Axis]:
+    """The axes of a value made of leaves alone, as :func:`apart` types them."""
     return types_of(self.fresh, value)
 
   def find_reads(self, eqn: Equation) -> None:
-    """Notes who reads a group in a product; two arrays of data leak it."""
+    """Notes the kernels that read a group in a product."""
     for pair in contracted(eqn):
       for name in self.names(over(pair)):
         kernels = [(v, k) for v, k in pair if v not in self.data]
@@ -130,7 +142,8 @@ class _Search:
     What a reduction over a group makes may go on where it meets the group
     again, as the statistics of a norm do: a reader comes after.
     """
-    leaks: dict[Value, dict[str, str]] = {}
+    leaks: dict[Value, dict[str, str]] = {}  # Value -> group -> reason.
+    # Until nothing changes: the carry of a loop feeds steps before its end.
     changed = True
     while changed:
       changed = False
@@ -149,10 +162,10 @@ class _Search:
           continue
         for out in made(step):
           meets = self.names(out.axes)
-          left = {n: why for n, why in coming.items() if n not in meets}
-          known = leaks.setdefault(out, {})
-          changed = changed or not left.keys() <= known.keys()
-          known.update(left)
+          leaving = {n: why for n, why in coming.items() if n not in meets}
+          reasons = leaks.setdefault(out, {})
+          changed = changed or not leaving.keys() <= reasons.keys()
+          reasons.update(leaving)
     for out in self.flow.outputs:
       for name, why in leaks.get(out, {}).items():
         self.refuse(name, f'{why}, and the function returns the result')
@@ -168,32 +181,36 @@ class _Search:
 
   def leaking(self, eqn: Equation) -> dict[str, str]:
     """Groups that an equation sums away without a kernel."""
-    found = {}
+    reasons = {}
     for pair in contracted(eqn):
       if all(value in self.data for value, _ in pair):
         for name in self.names(over(pair)):
-          found[name] = f'{eqn.why} multiplies two arrays of data over it'
+          reasons[name] = f'{eqn.why} multiplies two arrays of data over it'
     if any(value in self.data for value in eqn.inputs):
       for name in self.names(eqn.reductions):
-        found[name] = f'{eqn.why} reduces over it'
-    return found
+        reasons[name] = f'{eqn.why} reduces over it'
+    return reasons
 
   def members(self, name: str) -> tuple[Member, ...]:
     """The slices of leaves that are the rows of all kernels that read it."""
     scaled: dict[Value, set[Axis]] = {}
     for _, kernel, k in self.reads[name]:
+      # Back from the kernel to its leaves, along its rows: of (s * w)[r, :],
+      # either w or a vector s over r can carry the gate, a scalar s cannot.
       rows = set(ax.atoms(self.typed(kernel)[k]))
-      runs = lambda v, rows=rows: any(
-        rows & set(ax.atoms(axis)) for axis in self.typed(v)
-      )
-      found: set[Value] = set()
-      why = scaling.walk(self.flow, kernel, self.paths, found, runs=runs)
+
+      def has_rows(v: Value, rows: set[Axis] = rows) -> bool:
+        return any(rows & set(ax.atoms(axis)) for axis in self.typed(v))
+
+      passed: set[Value] = set()
+      why = scaling.walk(self.flow, kernel, self.paths, passed, runs=has_rows)
       if why is not None:
         self.refuse(name, f'of a kernel that reads it: {why}')
         return ()
-      for value in found:
+      for value in passed:
         scaled.setdefault(value, set()).update(rows)
     readers = {(eqn, kernel) for eqn, kernel, _ in self.reads[name]}
+    # Whoever else uses a scaled value would see the gate too.
     wrong = scaling.misuse(
       self.flow, scaled, scaled, lambda eqn, value: (eqn, value) in readers
     )
@@ -209,24 +226,29 @@ class _Search:
     return tuple(members)
 
   def rows(
-    self, name: str, path: str, value: Value, own: set[Axis]
+    self, name: str, path: str, value: Value, scaled: set[Axis]
   ) -> Iterable[Member]:
-    """The slices of a leaf that are of a group and on the scaled axes."""
+    """The slices of a leaf that are of a group and on the scaled axes.
+
+    A square kernel w[4, 4] of one group has it on both axes, and only the axis
+    that the kernel's readers contract is scaled: the second typing tells.
+    """
     axes = zip(self.leaves[path].axes, self.typed(value), strict=True)
     for k, (axis, fresh) in enumerate(axes):
       touched = np.zeros(ax.find(fresh).size, bool)
-      for part, labels in occurrences(fresh):
-        touched |= (labels >= 0) & (part in own)
-      for part, labels in occurrences(axis):
-        if part is self.atoms[name] and np.any(touched & (labels >= 0)):
+      for atom, labels in occurrences(fresh):
+        touched |= (labels >= 0) & (atom in scaled)
+      for atom, labels in occurrences(axis):
+        if atom is self.atoms[name] and np.any(touched & (labels >= 0)):
           yield member(path, k, labels)
 
 
 def apart(stream: Flow, data: Container[Value]) -> dict[Value, list[Axis]]:
-  """Types what is made of leaves alone once more, each axis of a leaf apart.
+  """Re-infers axis types of leaf-only values, a fresh atom per leaf axis.
 
   Equal types then say from which axis of which leaf an axis of a kernel
-  comes, where the first typing makes both axes of a square kernel one.
+  comes, where the first typing makes both axes of a square kernel one. For
+  ``w.T`` with w[4, 4], tied in the graph, it is [q, p] for the leaf's [p, q].
 
   Args:
     stream: the flow of the program.
@@ -237,6 +259,8 @@ def apart(stream: Flow, data: Container[Value]) -> dict[Value, list[Axis]]:
     if any(out in data for out in made(step)):
       continue
     if isinstance(step, Binding):
+      # A scan reads a leaf [2, 4] as slices of [4] and stacks [4] to [2, 4]:
+      # the leading axis goes, or a new one comes.
       axes, rank = types_of(fresh, step.source), len(step.target.shape)
       lost = max(len(axes) - rank, 0)
       new = [ax.atom(n) for n in step.target.shape[: rank - len(axes) + lost]]
@@ -265,7 +289,7 @@ def types_of(fresh: dict[Value, list[Axis]], value: Value) -> list[Axis]:
 def over(pair: tuple[tuple[Value, int], ...]) -> list[Axis]:
   """Returns what a pair of :func:`contracted` sums over: the kernel's axis.
 
-  The channels of a grouped convolution's data are more: groups of it.
+  Not the data's: of 6 channels in 2 groups a grouped convolution sums over 3.
   """
   value, k = pair[-1]
   return [value.axes[k]]

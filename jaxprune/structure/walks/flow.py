@@ -3,6 +3,18 @@
 A body has values of its own, of the same types as those outside. A *binding*
 says that one value takes what another holds; equations and bindings together
 are the steps of a program as if all of it were written out, loops once.
+
+A scan of two steps, ``s, _ = scan(lambda c, x: (c + x, None), s0, xs)`` with xs
+of shape [2], has these steps::
+
+  c <- s0         a binding: the body's carry takes the first value,
+  x <- xs         a binding: and x a slice of xs (one for both iterations);
+  c2 = add c x    the only equation of the body, once;
+  c <- c2         a binding: the carry of the second iteration,
+  s <- c2         a binding: what the scan returns.
+
+So c has two makers, ancestors({s}) are {s, c2, c, x, s0, xs}, and no reader of
+a flow has to know what a scan is.
 """
 
 import dataclasses
@@ -39,8 +51,8 @@ class Flow:
     makers: value -> the steps that make it: several where a loop or a branch
       ends.
     uses: value -> the steps that read it.
-    derived: the equations inside of functions with a derivative of their own,
-      which says the same once more.
+    derived: the equations inside custom_jvp and custom_vjp functions. The rule
+      of such a function repeats its equations: do not count them twice.
     inputs: what the program takes.
     outputs: what it returns.
   """
@@ -55,6 +67,7 @@ class Flow:
 
   def is_zero(self, value: Value) -> bool:
     """Whether a value is a constant zero, of whatever shape."""
+    # Several makers (a carry) may differ: only a single one is followed.
     if value.constant is not None:
       entries = known_entries(value.constant)
       return entries is not None and not np.any(entries)
@@ -74,31 +87,32 @@ class Flow:
   def ancestors(
     self, roots: Iterable[Value], cut: Mapping[Value, Sequence[Value]]
   ) -> set[Value]:
-    """Returns the roots and all that they are made of.
+    """Returns the roots and all that they are computed from.
 
     Args:
       roots: values.
       cut: value -> what it is made of instead.
     """
-    found, left = set(), list(roots)
-    while left:
-      value = left.pop()
-      if value not in found:
-        found.add(value)
-        left += cut.get(value, self.parents.get(value, ()))
-    return found
+    reached, pending = set(), list(roots)
+    while pending:
+      value = pending.pop()
+      if value not in reached:  # A loop comes back to its own carry.
+        reached.add(value)
+        pending += cut.get(value, self.parents.get(value, ()))
+    return reached
 
   def descendants(
     self, roots: Iterable[Value], cut: Container[Value]
   ) -> set[Value]:
-    """Returns the roots and all that is made of them, but past no cut."""
-    found, left = set(), list(roots)
-    while left:
-      value = left.pop()
-      if value not in found and value not in cut:
-        found.add(value)
-        left += (out for step in self.uses.get(value, ()) for out in made(step))
-    return found
+    """Returns the roots and all computed from them, without going past cuts."""
+    reached, pending = set(), list(roots)
+    while pending:
+      value = pending.pop()
+      if value not in reached and value not in cut:
+        reached.add(value)
+        for step in self.uses.get(value, ()):
+          pending += made(step)
+    return reached
 
 
 def read(step: Step) -> Sequence[Value]:
@@ -122,20 +136,21 @@ def flow(program: Program) -> Flow:
     for value in made(step):
       parents.setdefault(value, []).extend(values)
       makers.setdefault(value, []).append(step)
-    for value in dict.fromkeys(values):
+    for value in dict.fromkeys(values):  # x * x is one use of x.
       uses.setdefault(value, []).append(step)
   return Flow(
-    steps,
-    parents,
-    makers,
-    uses,
-    frozenset(_derived(program, False)),
-    tuple(program.inputs),
-    tuple(program.outputs),
+    steps=steps,
+    parents=parents,
+    makers=makers,
+    uses=uses,
+    derived=frozenset(_derived(program, False)),
+    inputs=tuple(program.inputs),
+    outputs=tuple(program.outputs),
   )
 
 
 def _derived(program: Program, inside: bool) -> Iterator[Equation]:
+  """Yields the equations within custom_jvp and custom_vjp functions."""
   for eqn in program.equations:
     if inside:
       yield eqn
@@ -145,6 +160,7 @@ def _derived(program: Program, inside: bool) -> Iterator[Equation]:
 
 
 def _steps(program: Program) -> Iterator[Step]:
+  """Yields the steps in the order they run, those of bodies where they run."""
   for eqn in program.equations:
     if not eqn.programs:
       yield eqn
@@ -157,13 +173,22 @@ def _steps(program: Program) -> Iterator[Step]:
 
 
 def _bindings(eqn: Equation) -> tuple[list[Binding], list[Binding]]:
-  """What the bodies of an equation take, and what it and its loop take back."""
+  """Returns what bodies take before they run, and what is bound after that.
+
+  The second are the outputs of the equation and the carries of its loop.
+  """
   name, bodies, params = eqn.primitive.name, eqn.programs, eqn.params
   outer = eqn.inputs
   entries, returns = [], []
-  enter = lambda body, values: entries.extend(map(Binding, body.inputs, values))
-  leave = lambda targets, values: returns.extend(map(Binding, targets, values))
+
+  def enter(body: Program, values: Sequence[Value]) -> None:
+    entries.extend(map(Binding, body.inputs, values))
+
+  def leave(targets: Sequence[Value], values: Sequence[Value]) -> None:
+    returns.extend(map(Binding, targets, values))
+
   if name == 'while':
+    # Inputs: constants of the condition, constants of the body, the carry.
     n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
     cond, body = bodies
     carry = outer[n_cond + n_body :]
@@ -172,6 +197,8 @@ def _bindings(eqn: Equation) -> tuple[list[Binding], list[Binding]]:
     for inner, first in ((cond, n_cond), (body, n_body)):
       leave(inner.inputs[first:], body.outputs)
     leave(eqn.outputs, body.outputs)
+    # A loop of no iteration returns what it was given, and every output
+    # depends on the condition, which says when to stop.
     leave(eqn.outputs, carry)
     leave(eqn.outputs, cond.outputs * len(eqn.outputs))
     return entries, returns
@@ -184,6 +211,6 @@ def _bindings(eqn: Equation) -> tuple[list[Binding], list[Binding]]:
       consts, carries = loop_parts(params)
       leave(body.inputs[consts : consts + carries], body.outputs[:carries])
     leave(eqn.outputs, body.outputs)
-  if name == 'cond':
+  if name == 'cond':  # The index says which branch is returned.
     leave(eqn.outputs, [index] * len(eqn.outputs))
   return entries, returns
