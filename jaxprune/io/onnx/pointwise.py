@@ -86,15 +86,15 @@ def _saturated(tape: Any, eqn: Equation, x: str, dtype: np.dtype) -> str:
   So XLA has it; ONNX leaves it undefined. The largest int32 is no float32, but
   the integer after it is: from there on it is chosen, after the cast.
   """
-  info = np.iinfo(dtype)
-  after = _number(tape, eqn, float(int(info.max) + 1))
-  above_lowest = tape.add('Max', x, _number(tape, eqn, float(info.min)))
+  limits = np.iinfo(dtype)
+  after = _number(tape, eqn, float(int(limits.max) + 1))
+  above_lowest = tape.add('Max', x, _number(tape, eqn, float(limits.min)))
   fits = tape.add('Less', x, after)  # NaN does not.
   inside = tape.add('Where', fits, above_lowest, _number(tape, eqn, 0))
   integer = tape.add(
     'Where',  # Runtimes have it for few integers, and for int64.
     tape.add('GreaterOrEqual', x, after),
-    tape.constant(np.array(info.max, np.int64)),
+    tape.constant(np.array(limits.max, np.int64)),
     tape.add('Cast', inside, to=np.dtype(np.int64)),
   )
   if dtype == np.int64:
@@ -118,11 +118,11 @@ def _log1p(tape: Any, eqn: Equation, x: str) -> str:
   not feel e: there e is that of -1/2 and 1, which is 0. (Of infinity it would
   be NaN.)
   """
-  one = _number(tape, eqn, 1)
-  near = tape.add('Clip', x, _number(tape, eqn, -0.5), one)
-  total = tape.add('Add', near, one)
-  lost = tape.add('Sub', near, tape.add('Sub', total, one))
-  log = tape.add('Log', tape.add('Add', x, one))
+  number_one = _number(tape, eqn, 1)
+  near = tape.add('Clip', x, _number(tape, eqn, -0.5), number_one)
+  total = tape.add('Add', near, number_one)
+  lost = tape.add('Sub', near, tape.add('Sub', total, number_one))
+  log = tape.add('Log', tape.add('Add', x, number_one))
   return tape.add('Add', log, tape.add('Div', lost, total))
 
 
@@ -274,5 +274,5 @@ def _computed(eqn: Equation, views: list[View], order: Sequence[int]) -> View:
   shape = np.broadcast_shapes(*(array.shape for array in arrays))
   arrays = [np.broadcast_to(a, shape) if a.ndim else a for a in arrays]
   value = np.asarray(Run({}).apply(eqn, arrays)[0])
-  place = [order.index(k) if k in order else None for k in range(rank)]
-  return View(out.shape, value.dtype, value, tuple(place), value.ndim)
+  positions = [order.index(k) if k in order else None for k in range(rank)]
+  return View(out.shape, value.dtype, value, tuple(positions), value.ndim)
