@@ -52,13 +52,19 @@ UNARY = {
   'cosh': (lax.cosh, np.cosh),
   'elu': (jax.nn.elu, lambda x: np.where(x > 0, x, np.expm1(x))),
   'erf': (lax.erf, special.erf),
+  'erfc': (lax.erfc, special.erfc),
   'exp': (lax.exp, np.exp),
   'exp2': (lax.exp2, np.exp2),
   'expm1': (lax.expm1, np.expm1),
   'floor': (lax.floor, np.floor),
+  'gelu': (
+    lambda x: jax.nn.gelu(x, approximate=False),
+    lambda x: x / 2 * special.erfc(-x / np.sqrt(2)),
+  ),
   'log': (lax.log, np.log),
   'log1p': (lax.log1p, np.log1p),
   'log_sigmoid': (jax.nn.log_sigmoid, lambda x: -np.logaddexp(0, -x)),
+  'logistic': (lax.logistic, special.expit),
   'neg': (lax.neg, np.negative),
   'relu': (jax.nn.relu, lambda x: np.maximum(x, 0)),
   'relu6': (jax.nn.relu6, lambda x: np.clip(x, 0, 6)),
@@ -76,6 +82,9 @@ UNARY = {
   'x^-3': (lambda x: x**-3, lambda x: x**-3.0),
   'x^3': (lambda x: x**3, lambda x: x**3),
 }
+# Functions that the runtime computes to more than 4e-7 of themselves.
+# GELU rounds x / sqrt(2) first; at -13 the tail is x^2 = 169 times as far off.
+LARGER = {'erfc': 6e-7, 'gelu': 2e-5}
 BINARY = {
   'add': (lax.add, np.add),
   'clamp': (
@@ -101,11 +110,6 @@ BINARY = {
   ),
   'sub': (lax.sub, np.subtract),
 }
-# What the runtime itself computes to an absolute bound, by a number of its own.
-ABSOLUTE = {
-  'logistic': (lax.logistic, special.expit),
-  'erfc': (lax.erfc, special.erfc),
-}
 
 
 def exported(fn, *args):
@@ -125,7 +129,7 @@ def exported(fn, *args):
 @functools.cache
 def run(kind):
   """Returns what the runtime computes for a whole table, by name."""
-  table = {'unary': UNARY, 'binary': BINARY, 'absolute': ABSOLUTE}[kind]
+  table = {'unary': UNARY, 'binary': BINARY}[kind]
   args = (A, B) if kind == 'binary' else (X,)
   fn = lambda *args: {name: f(*args) for name, (f, _) in table.items()}
   return exported(fn, *args)
@@ -145,7 +149,8 @@ def assert_close(found, wanted, relative, absolute=TINY):
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
 @pytest.mark.parametrize('name', UNARY)
 def test_a_function_is_numpys_over_all_floats(name):
-  assert_close(run('unary')[name], UNARY[name][1](X.astype(np.float64)), 4e-7)
+  wanted = UNARY[name][1](X.astype(np.float64))
+  assert_close(run('unary')[name], wanted, LARGER.get(name, 4e-7))
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
@@ -153,13 +158,6 @@ def test_a_function_is_numpys_over_all_floats(name):
 def test_a_function_of_two_is_numpys_at_all_special_values(name):
   wanted = BINARY[name][1](A.astype(np.float64), B.astype(np.float64))
   assert_close(run('binary')[name], wanted, 4e-7)
-
-
-@pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@pytest.mark.parametrize('name', ABSOLUTE)
-def test_what_a_runtime_bounds_absolutely_is_within_its_bound(name):
-  wanted = ABSOLUTE[name][1](X.astype(np.float64))
-  assert_close(run('absolute')[name], wanted, 0, 2**-23)
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')

@@ -69,9 +69,9 @@ def _names(builder: Any, names: Sequence[str] | None) -> Sequence[str]:
     if isinstance(names, str) or len(names) not in (1, 2):
       raise DataError(f'`features` must name one or two, got {names!r}.')
     return names
-  given = builder.info.supervised_keys or ()
-  is_pair = len(given) == 2 and all(isinstance(key, str) for key in given)
-  return given if is_pair else ('image', 'label')
+  keys = builder.info.supervised_keys or ()
+  is_pair = len(keys) == 2 and all(isinstance(key, str) for key in keys)
+  return keys if is_pair else ('image', 'label')
 
 
 def _check_names(builder: Any, names: Sequence[str]) -> None:
@@ -217,23 +217,23 @@ def transformed(
 def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
   """Returns the TFDS builder of a set, read from its newest folder."""
   name, _, version = name.partition(':')
-  given = data_dir or os.environ.get('JAXPRUNE_DATA')
-  roots = [pathlib.Path(given), pathlib.Path(given, 'tfds')] if given else []
-  if given and not roots[0].is_dir():
+  root = data_dir or os.environ.get('JAXPRUNE_DATA')
+  roots = [pathlib.Path(root), pathlib.Path(root, 'tfds')] if root else []
+  if root and not roots[0].is_dir():
     raise DataError(
-      f'The data folder {given} does not exist. It is a folder of sets that '
-      f'TFDS prepared, such as {given}/mnist/3.0.1; jaxprune.data.save makes '
+      f'The data folder {root} does not exist. It is a folder of sets that '
+      f'TFDS prepared, such as {root}/mnist/3.0.1; jaxprune.data.save makes '
       f'one of arrays.'
     )
   folders = [v for root in roots for v in _versions(root / name)]
   if name == 'digits' and not folders:
     folders = [_digits()]
   if not folders:
-    known = {f.name for r in roots for f in r.glob('*') if _versions(f)}
-    where = f'in {given}' if given else 'without a data folder'
+    available = {f.name for r in roots for f in r.glob('*') if _versions(f)}
+    where = f'in {root}' if root else 'without a data folder'
     raise DataError(
       f'There is no data set {name!r} {where}; there are: '
-      f'{", ".join(sorted(known | {"digits"}))}. '
+      f'{", ".join(sorted(available | {"digits"}))}. '
       f'Another folder is given by data_dir or by JAXPRUNE_DATA; a set is made '
       f'of arrays by jaxprune.data.save.'
     )
@@ -271,15 +271,15 @@ def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the prepared versions in the folder of a set, newest first."""
   number = lambda f: tuple(map(int, f.name.split('.')))
   version = re.compile(r'\d+\.\d+\.\d+')
-  found = [f for f in folder.glob('*.*.*') if version.fullmatch(f.name)]
-  return sorted(found, key=number, reverse=True)
+  versions = [f for f in folder.glob('*.*.*') if version.fullmatch(f.name)]
+  return sorted(versions, key=number, reverse=True)
 
 
 def open_source(builder: Any, split: str) -> Any:
   """Returns the random access source of a split, its files checked."""
   try:
-    part = builder.info.splits[split]
-    if part.num_examples < 1:
+    split_info = builder.info.splits[split]
+    if split_info.num_examples < 1:
       raise ValueError('it is empty')
   except Exception as error:
     raise DataError(
@@ -288,7 +288,9 @@ def open_source(builder: Any, split: str) -> Any:
       f"'{next(iter(builder.info.splits), 'train')}[:100]'."
     ) from error
   missing = [
-    i.filename for i in part.file_instructions if not os.path.exists(i.filename)
+    i.filename
+    for i in split_info.file_instructions
+    if not os.path.exists(i.filename)
   ]
   if missing:
     raise DataError(f'{missing[0]} is missing. Prepare that folder again.')
@@ -304,14 +306,14 @@ def open_source(builder: Any, split: str) -> Any:
 def check_counts(builder: Any, split: str) -> None:
   """Raises DataError unless the files of a split are as long as they must."""
   array_record = extras.require('array_record.python.array_record_module')
-  for part in builder.info.splits[split].file_instructions:
-    reader = array_record.ArrayRecordReader(str(part.filename))
+  for shard in builder.info.splits[split].file_instructions:
+    reader = array_record.ArrayRecordReader(str(shard.filename))
     count = reader.num_records()
     reader.close()
-    if count != part.examples_in_shard:
+    if count != shard.examples_in_shard:
       raise DataError(
-        f'{part.filename} has {count} records, but by dataset_info.json it '
-        f'must have {part.examples_in_shard}. Prepare that folder again.'
+        f'{shard.filename} has {count} records, but by dataset_info.json it '
+        f'must have {shard.examples_in_shard}. Prepare that folder again.'
       )
 
 
@@ -339,10 +341,10 @@ def read(source: Any, builder: Any, split: str, indices: list[int]) -> list:
 
 def _place(builder: Any, split: str, index: int) -> tuple[str, int]:
   """Returns the file of a split's record and its number in the file."""
-  for part in builder.info.splits[split].file_instructions:
-    if index < part.take:
-      return part.filename, part.skip + index
-    index -= part.take
+  for shard in builder.info.splits[split].file_instructions:
+    if index < shard.take:
+      return shard.filename, shard.skip + index
+    index -= shard.take
   raise IndexError(f'{split!r} has no record {index} more.')
 
 

@@ -75,12 +75,13 @@ def save(
       f'{folder} is there already. Remove it, or give another version.'
     )
   images = {}
-  for split, (given, _) in splits.items():
+  for split, (split_images, _) in splits.items():
     _check_form('split', split, r'(?!all$)[A-Za-z]\w*')  # TFDS has an `all`.
-    images[split] = _images(given, split)
+    images[split] = _images(split_images, split)
   image = _one_kind(images)
   labels, classes = _numbered(
-    {split: given for split, (_, given) in splits.items()}, classes
+    {split: split_labels for split, (_, split_labels) in splits.items()},
+    classes,
   )
   for split, numbers in labels.items():
     if len(numbers) != len(images[split]):
@@ -116,11 +117,13 @@ def _check_form(what: str, text: str, form: str) -> None:
     )
 
 
-def _images(given: Images, split: str) -> Sequence[np.ndarray]:
+def _images(split_images: Images, split: str) -> Sequence[np.ndarray]:
   """Returns images with an axis of channels, of numbers that can be kept."""
-  if isinstance(given, np.ndarray) and given.ndim in (3, 4):
-    given = given if given.ndim == 4 else given[..., None]
-  images = [np.asarray(image) for image in given]
+  if isinstance(split_images, np.ndarray) and split_images.ndim in (3, 4):
+    split_images = (
+      split_images if split_images.ndim == 4 else split_images[..., None]
+    )
+  images = [np.asarray(image) for image in split_images]
   if not images:
     raise DataError(f'{split!r} has no images.')
   for i, image in enumerate(images):
@@ -140,8 +143,8 @@ def _one_kind(
   """Returns the shape (None where it varies) and the dtype of all images."""
   first = next(iter(images.values()))[0]
   sizes = set()
-  for split, some in images.items():
-    for i, image in enumerate(some):
+  for split, split_images in images.items():
+    for i, image in enumerate(split_images):
       sizes.add(image.shape)
       if (image.shape[2], image.dtype) != (first.shape[2], first.dtype):
         raise DataError(
@@ -161,7 +164,9 @@ def _numbered(
 
   Both are empty and None for a set without labels.
   """
-  unlabelled = [split for split, given in labels.items() if given is None]
+  unlabelled = [
+    split for split, split_labels in labels.items() if split_labels is None
+  ]
   if unlabelled:
     if len(unlabelled) < len(labels) or classes is not None:
       raise DataError(
@@ -202,8 +207,8 @@ def _numbered(
 def _label_arrays(labels: Mapping[str, Labels]) -> dict[str, np.ndarray]:
   """Returns the labels of each split as a vector, all of integers or texts."""
   arrays = {}
-  for split, given in labels.items():
-    array = np.asarray(given)
+  for split, split_labels in labels.items():
+    array = np.asarray(split_labels)
     if array.dtype == object:  # Texts, as pandas has them.
       array = np.asarray(array.tolist())
     arrays[split] = array

@@ -90,7 +90,7 @@ def glue(
   )
   texts = []
   labels = np.empty(len(records), np.int32)
-  for i, (*parts, label) in enumerate(records):
+  for i, (*fields, label) in enumerate(records):
     if not 0 <= label < len(classes):
       raise data.DataError(
         f'Record {i} of glue/{task} {split!r} has the label {label}, but the '
@@ -98,7 +98,7 @@ def glue(
         f'have none.'
       )
     labels[i] = label
-    words = [p.decode() if isinstance(p, bytes) else p for p in parts]
+    words = [p.decode() if isinstance(p, bytes) else p for p in fields]
     texts.append(tuple(words) if len(words) > 1 else words[0])
   return TextSet(tuple(texts), labels, classes, f'glue/{task}', version)
 
@@ -142,14 +142,14 @@ def docstrings(
   version = ', '.join(f'{p} {_version(p)}' for p in packages)
   splits = []
   for test in (False, True):
-    found = [
+    pairs = [
       (sentence, label)
       for sentence, where in places.items()
       for label, in_test in where
       if len(where) == 1 and in_test is test
     ]
-    texts = tuple(sentence for sentence, _ in found)
-    labels = np.array([label for _, label in found], np.int32)
+    texts = tuple(sentence for sentence, _ in pairs)
+    labels = np.array([label for _, label in pairs], np.int32)
     missing = [
       p for i, p in enumerate(packages) if not np.any(labels == i)
     ]  # fmt: skip
@@ -199,8 +199,8 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
   skip = re.compile(r'tests?|site-packages|idlelib|turtledemo|test_.*|_test.*')
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
   for file in sorted(root.rglob('*.py')):
-    parts = file.relative_to(root).with_suffix('').parts
-    if any(map(skip.fullmatch, parts)):
+    folders = file.relative_to(root).with_suffix('').parts
+    if any(map(skip.fullmatch, folders)):
       continue
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # Of escapes in the sources of others.
@@ -210,7 +210,7 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
         continue  # Templates and data that only look like sources.
     for node in ast.walk(tree):
       if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
-        yield '/'.join(parts), docstring
+        yield '/'.join(folders), docstring
 
 
 def _sentences(docstring: str) -> list[str]:
@@ -219,7 +219,7 @@ def _sentences(docstring: str) -> list[str]:
   Running text is a paragraph without an indented line, a prompt, a line of
   markup or an underline.
   """
-  found = []
+  sentences = []
   for paragraph in re.split(r'\n\s*\n', docstring):
     if re.search(
       r'^(\s|>>>|\.\.|[-*=+|:]|\w+ : )|::$', paragraph, re.MULTILINE
@@ -232,8 +232,8 @@ def _sentences(docstring: str) -> list[str]:
         and re.match(r'[A-Z]', sentence)
         and sentence.endswith(('.', '!', '?'))
       ):
-        found.append(sentence)
-  return found
+        sentences.append(sentence)
+  return sentences
 
 
 # --- Baselines ---------------------------------------------------------------
@@ -272,8 +272,8 @@ def bag_of_words(train: TextSet, test: TextSet) -> float:
   prior = np.log(np.maximum(np.bincount(train.labels, minlength=classes), 1e-9))
   hits = 0
   for text, label in zip(test.texts, test.labels, strict=True):
-    known = (logs[word] for word in _words(text) if word in logs)
-    hits += int(np.argmax(sum(known, prior)) == label)
+    known_logs = (logs[word] for word in _words(text) if word in logs)
+    hits += int(np.argmax(sum(known_logs, prior)) == label)
   return hits / len(test)
 
 

@@ -75,8 +75,8 @@ class Checkpointer:
     self._unsealed: set[int] = set()  # Saved, perhaps still being written.
     self._background = background
     if jax.process_index() == 0:  # Orbax itself passes over an empty one.
-      for left in self.directory.glob('*.orbax-checkpoint-tmp*'):
-        shutil.rmtree(left, ignore_errors=True)
+      for unfinished in self.directory.glob('*.orbax-checkpoint-tmp*'):
+        shutil.rmtree(unfinished, ignore_errors=True)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -169,34 +169,34 @@ class Checkpointer:
     steps = [s for s in reversed(self.steps()) if step in (None, s)]
     if not steps:
       asked = 'checkpoint' if step is None else f'checkpoint of step {step}'
-      there = ', '.join(map(str, self.steps())) or 'none'
+      available = ', '.join(map(str, self.steps())) or 'none'
       raise FileNotFoundError(
-        f'There is no {asked} in {self.directory}; steps there: {there}.'
+        f'There is no {asked} in {self.directory}; steps there: {available}.'
       )
     faults = []
-    for found in steps:
+    for number in steps:
       try:
-        self._check_files(found)
-        record = self._record(found)
+        self._check_files(number)
+        record = self._record(number)
       except Exception as error:  # Whatever Orbax raises on a damaged file.
-        faults.append(f'step {found} is damaged ({_line(error)})')
-        self._damaged.add(found)
+        faults.append(f'step {number} is damaged ({_line(error)})')
+        self._damaged.add(number)
         continue
       metadata, leaves = record['metadata'], record['leaves']
       like = template(metadata) if callable(template) else template
-      _check_template(like, leaves, f'step {found} of {self.directory}')
+      _check_template(like, leaves, f'step {number} of {self.directory}')
       try:
-        state = self._state(found, like, leaves)
+        state = self._state(number, like, leaves)
       except Exception as error:
-        faults.append(f'step {found} is damaged ({_line(error)})')
-        self._damaged.add(found)
+        faults.append(f'step {number} is damaged ({_line(error)})')
+        self._damaged.add(number)
         continue
       if faults:
         warnings.warn(
-          f'In {self.directory}, {"; ".join(faults)}: restored step {found}.',
+          f'In {self.directory}, {"; ".join(faults)}: restored step {number}.',
           stacklevel=2,
         )
-      return Restored(found, state, metadata)
+      return Restored(number, state, metadata)
     raise ValueError(
       f'No checkpoint in {self.directory} can be read: {"; ".join(faults)}.'
     )
@@ -218,8 +218,9 @@ class Checkpointer:
     """
     folder = self.directory / str(step)
     if (folder / _SEAL).exists():
-      sealed, found = json.loads((folder / _SEAL).read_bytes()), _files(folder)
-      wrong = [name for name in sealed if found.get(name) != sealed[name]]
+      sealed = json.loads((folder / _SEAL).read_bytes())
+      current = _files(folder)
+      wrong = [name for name in sealed if current.get(name) != sealed[name]]
       if wrong:
         raise ValueError(f'its files {", ".join(wrong)} have changed')
 
@@ -235,8 +236,8 @@ class Checkpointer:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     stored = self._manager.restore(step, args=items)['state']
     state = jax.tree.map(_restored, template, stored)
-    found = _manifest(state)
-    wrong = [p for p in leaves if found[p]['sha256'] != leaves[p]['sha256']]
+    manifest = _manifest(state)
+    wrong = [p for p in leaves if manifest[p]['sha256'] != leaves[p]['sha256']]
     if wrong:
       raise ValueError(f'the sha256 of {", ".join(wrong)} differs')
     return _in_order_of(template, state)
@@ -394,10 +395,10 @@ def save_arrays(path: str | os.PathLike, tree: Any) -> int:
   buffer = io.BytesIO()
   with zipfile.ZipFile(buffer, 'w') as archive:
     for name in sorted(members):
-      info = zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0))
-      info.compress_type = zipfile.ZIP_DEFLATED
+      entry = zipfile.ZipInfo(f'{name}.npy', (1980, 1, 1, 0, 0, 0))
+      entry.compress_type = zipfile.ZIP_DEFLATED
       array = np.asarray(members[name], order='C')
-      with archive.open(info, 'w', force_zip64=True) as file:
+      with archive.open(entry, 'w', force_zip64=True) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
   _replace(path, buffer.getvalue())
   return path.stat().st_size
@@ -442,9 +443,9 @@ def load_arrays(
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file that appears whole or not at all."""
-  part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
-    part.write_bytes(content)
-    os.replace(part, path)
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
   finally:
-    part.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)

@@ -85,7 +85,7 @@ def truncate_metrics(path: str | os.PathLike, step: int) -> int:
 
 def _lines(path: str | os.PathLike) -> list[tuple[dict[str, Any], bytes]]:
   """Returns each whole line of a log, read and as it is."""
-  found = []
+  records = []
   raw = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   for number, line in enumerate(raw, 1):
     if not line.endswith(b'\n'):
@@ -98,23 +98,23 @@ def _lines(path: str | os.PathLike) -> list[tuple[dict[str, Any], bytes]]:
       raise ValueError(
         f'Line {number} of {path} is no JSON object: {line[:60]!r}.'
       ) from None
-    found.append((record, line))
-  return found
+    records.append((record, line))
+  return records
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file that appears whole or not at all."""
-  part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  part.write_bytes(content)
-  os.replace(part, path)
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary.write_bytes(content)
+  os.replace(temporary, path)
 
 
 def _plain(value: Any) -> Any:
   """Returns data that JSON can hold."""
   if isinstance(value, Mapping):
-    return {str(key): _plain(item) for key, item in value.items()}
+    return {str(key): _plain(entry) for key, entry in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
+    return [_plain(entry) for entry in value]
   if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:
     value = value.item()
   if isinstance(value, float) and not math.isfinite(value):

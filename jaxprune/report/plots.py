@@ -302,14 +302,14 @@ def _label_ends(
   ends = []
   for key, series in zip(keys, itertools.cycle(_SERIES), strict=False):
     x, y = _curves(records, key)[-1]
-    place = (y[-1] - low) / (high - low)
-    ends.append((place, x[-1], _name(key, kind), COLOURS[series]))
-  for place, (_, x, name, colour) in zip(
+    height = (y[-1] - low) / (high - low)
+    ends.append((height, x[-1], _name(key, kind), COLOURS[series]))
+  for height, (_, x, name, colour) in zip(
     _spread([end[0] for end in sorted(ends)], gap), sorted(ends), strict=True
   ):
     axes.annotate(
       name,
-      (x, low + place * (high - low)),
+      (x, low + height * (high - low)),
       xytext=(5, 0),
       textcoords='offset points',
       color=colour,
@@ -327,8 +327,8 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
   """
   blocks: list[list[float]] = []
   middle = lambda block: sum(block) / len(block)
-  for place in places:
-    blocks.append([place])
+  for position in places:
+    blocks.append([position])
     while len(blocks) > 1 and (
       middle(blocks[-1]) - middle(blocks[-2])
       < gap * (len(blocks[-1]) + len(blocks[-2])) / 2
@@ -374,9 +374,9 @@ def _curves(
   curves = []
   for run in runs:
     each = -(-len(run) // points)
-    parts = [run[i : i + each] for i in range(0, len(run), each)]
-    mean = lambda part, axis: sum(p[axis] for p in part) / len(part)
-    curves.append(([mean(p, 0) for p in parts], [mean(p, 1) for p in parts]))
+    pieces = [run[i : i + each] for i in range(0, len(run), each)]
+    mean = lambda piece, axis: sum(p[axis] for p in piece) / len(piece)
+    curves.append(([mean(p, 0) for p in pieces], [mean(p, 1) for p in pieces]))
   return curves
 
 
@@ -403,7 +403,7 @@ def _place_stages(
   on the lowest line where it meets no other.
   """
   free: list[float] = []  # Where each line is free again, in inches.
-  places = []
+  corners = []
   for name, begin, _ in stages:
     start, end = stages[0][1], max(stages[-1][2], stages[0][1] + 1)
     length = _LETTER * len(name)
@@ -411,8 +411,8 @@ def _place_stages(
     x = max(0, min(x, inches - length))
     row = next((i for i, f in enumerate(free) if f <= x), len(free))
     free[row : row + 1] = [x + length + 0.1]
-    places.append((x, row))
-  return places
+    corners.append((x, row))
+  return corners
 
 
 def _bars(
@@ -427,13 +427,13 @@ def _bars(
   figure = _figure(width, height)
   gap = 0.35 / width
   for column in range(columns):
-    part = bars[column * rows : (column + 1) * rows]
+    column_bars = bars[column * rows : (column + 1) * rows]
     share = (1 - gap * (columns - 1)) / columns
     axes = figure.add_axes((column * (share + gap), 0, share, 1))
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(rows, -0.15)
-    for y, (name, behind, front, text) in enumerate(part):
+    for y, (name, behind, front, text) in enumerate(column_bars):
       axes.barh(y + 0.72, behind, 0.2, color=COLOURS['back'])
       axes.barh(y + 0.72, front, 0.2, color=COLOURS[series])
       style = {'fontsize': _SIZE, 'va': 'center', 'parse_math': False}

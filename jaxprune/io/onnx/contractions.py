@@ -40,10 +40,10 @@ def _reduce(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
     tensor = tape.add(op, tensor, axes=axes, keepdims=1)
   if is_bool or op.startswith('Arg'):
     tensor = tape.add('Cast', tensor, to=np.dtype(out.dtype))
-  left = [k for k in range(len(x.shape)) if k not in reduced]
-  place = [order.index(k) if k in order else None for k in left]
+  kept_axes = [k for k in range(len(x.shape)) if k not in reduced]
+  positions = [order.index(k) if k in order else None for k in kept_axes]
   return [
-    View(out.shape, np.dtype(out.dtype), tensor, tuple(place), len(order))
+    View(out.shape, np.dtype(out.dtype), tensor, tuple(positions), len(order))
   ]
 
 
@@ -129,13 +129,13 @@ def _dot_general(
   """As MatMul: (batch, ..., m, k) times (batch, ..., k, n)."""
   (left, right), (out,) = views, eqn.outputs
   contract, batch = eqn.params['dimension_numbers']
-  places = list(range(len(out.shape)))  # Axes of the result, by operand.
-  shared, places = places[: len(batch[0])], places[len(batch[0]) :]
+  out_axes = list(range(len(out.shape)))  # Axes of the result, by operand.
+  shared, out_axes = out_axes[: len(batch[0])], out_axes[len(batch[0]) :]
   free = [
     [k for k in range(len(view.shape)) if k not in (*contracted, *batched)]
     for view, contracted, batched in zip(views, contract, batch, strict=True)
   ]
-  of_left, of_right = places[: len(free[0])], places[len(free[0]) :]
+  of_left, of_right = out_axes[: len(free[0])], out_axes[len(free[0]) :]
   if left.is_known and not shared:  # The weights go second.
     left, right = right, left
     contract, free = contract[::-1], free[::-1]

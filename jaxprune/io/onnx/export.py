@@ -105,14 +105,14 @@ def _model(onnx: Any, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
     tensor = writer.natural(view)
     writer.tape.nodes.append(Node('Identity', (tensor,), (name,), {}))
   nodes = simplify(writer.tape, list(outputs))
-  info = lambda name, x: onnx.helper.make_tensor_value_info(
+  describe = lambda name, x: onnx.helper.make_tensor_value_info(
     name, _element(onnx, x.dtype), [_dimension(n) for n in x.shape]
   )
   graph = onnx.helper.make_graph(
     [_proto(onnx, node) for node in nodes],
     'jaxprune',
-    [info(name, x) for name, x in specs.items()],
-    [info(name, x) for name, x in outputs.items()],
+    [describe(name, x) for name, x in specs.items()],
+    [describe(name, x) for name, x in outputs.items()],
     _initializers(onnx, writer.tape, nodes),
   )
   return onnx.helper.make_model(
@@ -125,10 +125,10 @@ def _model(onnx: Any, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 def _named(stem: str, values: tree.PyTree) -> dict[str, Any]:
   """Leaves by name: the stem alone if there is one, else with the path."""
-  named = tree.leaves(values)
-  if len(named) == 1:
-    return dict(zip([stem], named.values(), strict=True))
-  return {f'{stem}_{path}': leaf for path, leaf in named.items()}
+  leaves = tree.leaves(values)
+  if len(leaves) == 1:
+    return dict(zip([stem], leaves.values(), strict=True))
+  return {f'{stem}_{path}': leaf for path, leaf in leaves.items()}
 
 
 def _dimension(size: Any) -> Any:

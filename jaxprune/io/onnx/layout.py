@@ -42,11 +42,11 @@ def _transpose(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
 @translation('broadcast_in_dim', viewed=True)
 def _broadcast(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   x, (out,) = views[0], eqn.outputs
-  place: list[int | None] = [None] * len(out.shape)
+  axis_places: list[int | None] = [None] * len(out.shape)
   for k, axis in enumerate(eqn.params['broadcast_dimensions']):
     if x.shape[k] == out.shape[axis]:
-      place[axis] = x.place[k]
-  return [x.at(out.shape, place)]
+      axis_places[axis] = x.place[k]
+  return [x.at(out.shape, axis_places)]
 
 
 @translation('squeeze', 'reshape', viewed=True)
@@ -54,10 +54,10 @@ def _reshape(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   x, (out,) = views[0], eqn.outputs
   runs = _runs(x.shape, out.shape)
   if all(len(before) == len(after) == 1 for before, after in runs):
-    place: list[int | None] = [None] * len(out.shape)
+    axis_places: list[int | None] = [None] * len(out.shape)
     for (k,), (axis,) in runs:
-      place[axis] = x.place[k]
-    return [x.at(out.shape, place)]
+      axis_places[axis] = x.place[k]
+    return [x.at(out.shape, axis_places)]
   if x.is_known and not any(map(is_symbolic, out.shape)):
     return [constant(x.whole().reshape(out.shape))]
   stays = lambda run: len(run[0]) == len(run[1]) == 1
@@ -65,8 +65,10 @@ def _reshape(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   first = lambda run: [x.place[k] for k in run[0]]
   if not any(None in first(run) for run in written):
     in_order = sorted(written, key=first)
-    places = [p for run in in_order for p in first(run)]
-    if places == sorted(places):  # No run is torn: the tensor's order stays.
+    positions = [p for run in in_order for p in first(run)]
+    if positions == sorted(
+      positions
+    ):  # No run is torn: the tensor's order stays.
       written = in_order
   tensor = writer.arrange(x, [k for run in written for k in run[0]], True)
   order = [k for run in written for k in run[1]]
@@ -78,44 +80,44 @@ def _runs(
   a: Sequence[Any], b: Sequence[Any]
 ) -> list[tuple[list[int], list[int]]]:
   """Pairs the shortest runs of axes with equal products, 1s left out."""
-  left = [k for k, n in enumerate(a) if n != 1]
-  right = [k for k, n in enumerate(b) if n != 1]
-  whole = [(left, right)]
+  of_a = [k for k, n in enumerate(a) if n != 1]
+  of_b = [k for k, n in enumerate(b) if n != 1]
+  undivided = [(of_a, of_b)]
   runs, i, j = [], 0, 0
-  while i < len(left) and j < len(right):
+  while i < len(of_a) and j < len(of_b):
     first_i, first_j = i, j
-    m, n = a[left[i]], b[right[j]]
+    m, n = a[of_a[i]], b[of_b[j]]
     while m != n:
       if is_symbolic(m) or is_symbolic(n):
-        return whole
-      if m < n and i + 1 < len(left):
+        return undivided
+      if m < n and i + 1 < len(of_a):
         i += 1
-        m *= a[left[i]]
-      elif n < m and j + 1 < len(right):
+        m *= a[of_a[i]]
+      elif n < m and j + 1 < len(of_b):
         j += 1
-        n *= b[right[j]]
+        n *= b[of_b[j]]
       else:
-        return whole
+        return undivided
     i, j = i + 1, j + 1
-    runs.append((left[first_i:i], right[first_j:j]))
-  return runs if i == len(left) and j == len(right) else whole
+    runs.append((of_a[first_i:i], of_b[first_j:j]))
+  return runs if i == len(of_a) and j == len(of_b) else undivided
 
 
 @translation('iota')
 def _iota(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   (out,), axis = eqn.outputs, eqn.params['dimension']
-  place: list[int | None] = [None] * len(out.shape)
-  place[axis] = 0
+  axis_places: list[int | None] = [None] * len(out.shape)
+  axis_places[axis] = 0
   tensor: Any = np.arange(1)
   if not is_symbolic(out.shape[axis]):
     tensor = np.arange(out.shape[axis]).astype(out.dtype)
   else:
     scalars = writer.tape.integers([])
     stop = writer.tape.add('Reshape', writer.size(out.shape[axis]), scalars)
-    zero, one = (writer.tape.constant(np.int64(k)) for k in (0, 1))
-    tensor = writer.tape.add('Range', zero, stop, one)
+    zero, step = (writer.tape.constant(np.int64(k)) for k in (0, 1))
+    tensor = writer.tape.add('Range', zero, stop, step)
     tensor = writer.tape.add('Cast', tensor, to=np.dtype(out.dtype))
-  return [View(out.shape, np.dtype(out.dtype), tensor, tuple(place), 1)]
+  return [View(out.shape, np.dtype(out.dtype), tensor, tuple(axis_places), 1)]
 
 
 @translation('dim_as_value')
@@ -148,8 +150,10 @@ def _sliced(
 ) -> str:
   if not axes:
     return tensor
-  parts = [writer.tape.integers(part) for part in (starts, ends, axes, steps)]
-  return writer.tape.add('Slice', tensor, *parts)
+  operands = [
+    writer.tape.integers(entries) for entries in (starts, ends, axes, steps)
+  ]
+  return writer.tape.add('Slice', tensor, *operands)
 
 
 # --- Parts and joins ---------------------------------------------------------
@@ -205,13 +209,13 @@ def _unstack(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   order = all_axes(x, [axis])
   k = order.index(axis)
   tensor = writer.arrange(x, order, expand=True)
-  rest = [j - (j > axis) for j in order if j != axis]
-  found = []
+  kept = [j - (j > axis) for j in order if j != axis]
+  outputs = []
   for index, out in enumerate(eqn.outputs):
     at = writer.tape.constant(np.int64(index))
-    part = writer.tape.add('Gather', tensor, at, axis=k)
-    found.append(writer.view(part, rest, out.shape, out.dtype))
-  return found
+    row = writer.tape.add('Gather', tensor, at, axis=k)
+    outputs.append(writer.view(row, kept, out.shape, out.dtype))
+  return outputs
 
 
 @translation('concatenate')
@@ -244,11 +248,11 @@ def _joined(
 @translation('tile')
 def _tile(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   (x,), (out,), reps = views, eqn.outputs, eqn.params['reps']
-  place = list(x.place)
+  axis_places = list(x.place)
   for k, n in enumerate(x.shape):
     if n == 1:
-      place[k] = None  # It repeats along what was of size 1.
-  x = x.at(x.shape, place)
+      axis_places[k] = None  # It repeats along what was of size 1.
+  x = x.at(x.shape, axis_places)
   order = x.axes
   tensor = writer.arrange(x, order)
   if any(reps[k] != 1 for k in order):
@@ -314,20 +318,22 @@ def _gather(writer: Writer, eqn: Equation, views: list[View]) -> list[View]:
   (x, index), numbers = views, eqn.params['dimension_numbers']
   require(not numbers.operand_batching_dims, 'it looks up each row elsewhere')
   if index.is_known:
-    known = reorder(index, range(len(index.shape)))  # 1 where it repeats.
-    known = np.broadcast_to(known, (*known.shape[:-1], index.shape[-1]))
-    ways = _separate(known)
+    coordinates = reorder(index, range(len(index.shape)))  # 1 where it repeats.
+    coordinates = np.broadcast_to(
+      coordinates, (*coordinates.shape[:-1], index.shape[-1])
+    )
+    ways = _separate(coordinates)
     if ways is not None:
       return [_pick(writer, eqn, x, ways)]
   looked_up = numbers.start_index_map
-  whole = all(
+  is_whole = all(
     k in looked_up or n == size
     for k, (n, size) in enumerate(
       zip(eqn.params['slice_sizes'], x.shape, strict=True)
     )
   )
   require(
-    whole and sorted(looked_up) == sorted(numbers.collapsed_slice_dims),
+    is_whole and sorted(looked_up) == sorted(numbers.collapsed_slice_dims),
     'it looks up parts of rows',
   )
   require(
@@ -340,16 +346,16 @@ def _separate(
   index: np.ndarray,
 ) -> list[tuple[np.ndarray, int | None]] | None:
   """The values of each coordinate and the one axis they vary along, or None."""
-  ways, seen = [], []
+  ways, used_axes = [], []
   for coordinate in np.moveaxis(index, -1, 0):
     varies = [
       k
       for k in range(coordinate.ndim)
       if np.any(coordinate != coordinate.take([0], k))
     ]
-    if len(varies) > 1 or set(varies) & set(seen):
+    if len(varies) > 1 or set(varies) & set(used_axes):
       return None
-    seen += varies
+    used_axes += varies
     along = varies[0] if varies else None
     first = tuple(
       slice(None) if k == along else 0 for k in range(coordinate.ndim)
@@ -369,9 +375,9 @@ def _pick(
   numbers, sizes = params['dimension_numbers'], params['slice_sizes']
   looked_up, gone = numbers.start_index_map, numbers.collapsed_slice_dims
   batch = [k for k in range(len(out.shape)) if k not in numbers.offset_dims]
-  others = [k for k in range(len(x.shape)) if k not in gone]
+  kept = [k for k in range(len(x.shape)) if k not in gone]
   after: dict[int, int | None] = dict(
-    zip(others, numbers.offset_dims, strict=True)
+    zip(kept, numbers.offset_dims, strict=True)
   )
   order = all_axes(x, looked_up)
   tensor = writer.arrange(x, order, expand=True)
@@ -406,8 +412,8 @@ def _look_up(writer: Writer, eqn: Equation, x: View, index: View) -> View:
   )
   looked_up = numbers.start_index_map
   batch = [k for k in range(len(out.shape)) if k not in numbers.offset_dims]
-  rest = [k for k in range(len(x.shape)) if k not in looked_up]
-  after = dict(zip(rest, numbers.offset_dims, strict=True))
+  kept = [k for k in range(len(x.shape)) if k not in looked_up]
+  after = dict(zip(kept, numbers.offset_dims, strict=True))
   if len(looked_up) == 1:
     index = index.at(index.shape[:-1], index.place[:-1])
   rows = writer.natural(index)
@@ -421,12 +427,12 @@ def _look_up(writer: Writer, eqn: Equation, x: View, index: View) -> View:
     strides = np.array([*np.cumprod(sizes[:0:-1])[::-1], 1], index.dtype)
     rows = tape.add('Mul', rows, tape.constant(strides))
     rows = tape.add('ReduceSum', rows, tape.integers([-1]), keepdims=0)
-  tensor = writer.arrange(x, [*looked_up, *rest], expand=True)
+  tensor = writer.arrange(x, [*looked_up, *kept], expand=True)
   if len(sizes) > 1:
-    flat = [int(np.prod(sizes)), *(x.shape[k] for k in rest)]
+    flat = [int(np.prod(sizes)), *(x.shape[k] for k in kept)]
     tensor = writer.reshape(tensor, flat)
   tensor = tape.add('Gather', tensor, rows, axis=0)
-  order = [*batch, *(after[k] for k in rest)]
+  order = [*batch, *(after[k] for k in kept)]
   return writer.view(tensor, order, out.shape, out.dtype)
 
 

@@ -107,20 +107,21 @@ def _fold_affine(
 ) -> list[Node]:
   """Moves y * a, y + b of constants a, b into the product that makes y."""
   uses, folded = _uses(nodes, outputs), []
-  place: dict[str, int] = {}  # Output of a product -> its index in `folded`.
+  # Output of a product -> its index in `folded`.
+  index_of: dict[str, int] = {}
   for node in nodes:
     operand = _operand(tape, node)
-    if operand is not None and uses[operand[0]] == 1 and operand[0] in place:
-      at = place[operand[0]]
+    if operand is not None and uses[operand[0]] == 1 and operand[0] in index_of:
+      at = index_of[operand[0]]
       absorbed = _absorb(tape, folded[at], node.op, operand[1])
       if absorbed is not None:
         folded[at] = absorbed._replace(outputs=node.outputs)
-        place[node.outputs[0]] = at
+        index_of[node.outputs[0]] = at
         continue
     if node.op in ('Conv', 'MatMul') and node.inputs[1] in tape.constants:
-      place[node.outputs[0]] = len(folded)
+      index_of[node.outputs[0]] = len(folded)
     folded.append(node)
-  return [part for node in folded for part in _with_bias(node)]
+  return [expanded for node in folded for expanded in _with_bias(node)]
 
 
 def _operand(tape: Tape, node: Node) -> tuple[str, np.ndarray] | None:
@@ -138,7 +139,7 @@ def _operand(tape: Tape, node: Node) -> tuple[str, np.ndarray] | None:
 
 def _absorb(tape: Tape, node: Node, op: str, value: np.ndarray) -> Node | None:
   """A product followed by ``op`` with a constant, as one; None if it is not."""
-  x, name, *rest = node.inputs
+  x, name, *biases = node.inputs
   weight = tape.constants[name]
   rank = weight.ndim - 1 if node.op == 'Conv' else 1  # Axes from channels on.
   if node.op == 'MatMul' and weight.ndim != 2:
@@ -150,12 +151,12 @@ def _absorb(tape: Tape, node: Node, op: str, value: np.ndarray) -> Node | None:
   if shape[0] not in (1, channels):
     return None
   vector = np.broadcast_to(value.reshape(-1).astype(np.float64), channels)
-  bias = tape.constants[rest[0]] if rest else np.zeros(channels)
+  bias = tape.constants[biases[0]] if biases else np.zeros(channels)
   if op in ('Add', 'Sub'):
     bias = bias + vector if op == 'Add' else bias - vector
   else:
     vector = vector if op == 'Mul' else 1 / vector
-    bias = bias * vector if rest else None
+    bias = bias * vector if biases else None
     axis = 0 if node.op == 'Conv' else 1
     vector = vector.reshape(
       [-1 if k == axis else 1 for k in range(weight.ndim)]

@@ -44,13 +44,13 @@ def run(writer: Writer, program: Program, views: Sequence[View]) -> list[View]:
   Raises:
     ValueError: if an operation has no translation, with its name and line.
   """
-  found = dict(zip(program.inputs, views, strict=True))
+  view_of = dict(zip(program.inputs, views, strict=True))
   read = lambda value: (
-    found[value] if value in found else constant(value.constant)
+    view_of[value] if value in view_of else constant(value.constant)
   )
   for eqn in program.equations:
     outs = _translate(writer, eqn, [read(value) for value in eqn.inputs])
-    found.update(zip(eqn.outputs, outs, strict=True))
+    view_of.update(zip(eqn.outputs, outs, strict=True))
   return [read(value) for value in program.outputs]
 
 

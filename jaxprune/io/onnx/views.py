@@ -78,12 +78,12 @@ def is_symbolic(size: Any) -> bool:
 
 def reorder(view: View, order: Sequence[int]) -> np.ndarray:
   """A known tensor with these axes of the array, size 1 where it repeats."""
-  found = [view.place[k] for k in order]
-  kept = [p for p in found if p is not None]
-  rest = [p for p in range(view.rank) if p not in kept]
+  places = [view.place[k] for k in order]
+  kept = [p for p in places if p is not None]
+  unused = [p for p in range(view.rank) if p not in kept]
   tensor: Any = view.tensor
-  sizes = [1 if p is None else tensor.shape[p] for p in found]
-  return tensor.transpose([*kept, *rest]).reshape(sizes)
+  sizes = [1 if p is None else tensor.shape[p] for p in places]
+  return tensor.transpose([*kept, *unused]).reshape(sizes)
 
 
 def all_axes(view: View, axes: Sequence[int]) -> list[int]:
@@ -108,8 +108,8 @@ class Writer:
     symbols = [symbol for symbol, _ in self._sizes]
     for k, size in enumerate(shape):
       if is_symbolic(size) and size not in symbols:
-        found = self.tape.add('Shape', name, start=k, end=k + 1)
-        self._sizes.append((size, found))
+        size_name = self.tape.add('Shape', name, start=k, end=k + 1)
+        self._sizes.append((size, size_name))
     axes = tuple(range(len(shape)))
     return View(tuple(shape), np.dtype(dtype), name, axes, len(shape))
 
@@ -129,8 +129,8 @@ class Writer:
     """Returns a tensor that holds sizes."""
     if not any(map(is_symbolic, sizes)):
       return self.tape.integers([int(size) for size in sizes])
-    parts = [self.size(size) for size in sizes]
-    return self.tape.add('Concat', *parts, axis=0)
+    tensors = [self.size(size) for size in sizes]
+    return self.tape.add('Concat', *tensors, axis=0)
 
   def reshape(self, tensor: str, shape: Sequence[Any]) -> str:
     """Adds a Reshape; the one open size, if there is one, is inferred."""
@@ -163,14 +163,14 @@ class Writer:
     spare = [p for p in range(view.rank) if p not in view.place]
     axes, new = [], []  # Axes of the tensor in order; places of new ones.
     for k, axis in enumerate(order):
-      place = view.place[axis]
-      if place is None and len(axes) in spare:
-        place = len(axes)  # An axis of size 1 that is where one is wanted.
-        spare.remove(place)
-      if place is None:
+      position = view.place[axis]
+      if position is None and len(axes) in spare:
+        position = len(axes)  # An axis of size 1 that is where one is wanted.
+        spare.remove(position)
+      if position is None:
         new.append(k)
       else:
-        axes.append(place)
+        axes.append(position)
     tensor, permutation = str(view.tensor), [*axes, *spare]
     if permutation != sorted(permutation):
       tensor = self.tape.add('Transpose', tensor, perm=permutation)
@@ -201,8 +201,10 @@ class Writer:
       shape: of the array.
       dtype: of both.
     """
-    place: list[int | None] = [None] * len(shape)
+    axis_places: list[int | None] = [None] * len(shape)
     for p, k in enumerate(order):
       if k is not None:
-        place[k] = p
-    return View(tuple(shape), np.dtype(dtype), tensor, tuple(place), len(order))
+        axis_places[k] = p
+    return View(
+      tuple(shape), np.dtype(dtype), tensor, tuple(axis_places), len(order)
+    )

@@ -172,26 +172,28 @@ def _convert(
       expected[path] = library.leaf_name(their_name, layer, kind)
     else:
       wrong['missing'].append(f'{path} (no name is known)')
-  prefix, named = prefixes.locate(arrays, expected, library.separator, ignore)
+  prefix, their_names = prefixes.locate(
+    arrays, expected, library.separator, ignore
+  )
   converted = {}
   for path, leaf in leaves.items():
     if is_kept[path]:
       converted[path] = _as_array(path, leaf)
-    elif path in named and named[path] not in arrays:
-      wrong['missing'].append(f'{named[path]} (for {path})')
-    elif path in named:
-      array = np.asarray(arrays[named[path]])
+    elif path in their_names and their_names[path] not in arrays:
+      wrong['missing'].append(f'{their_names[path]} (for {path})')
+    elif path in their_names:
+      array = np.asarray(arrays[their_names[path]])
       fault, ours = _converted(
         array, path, leaf, their_layers, library, allow_rounding
       )
       if fault:
-        wrong[fault].append(f'{named[path]} {ours}'.rstrip())
+        wrong[fault].append(f'{their_names[path]} {ours}'.rstrip())
       else:
         converted[path] = jnp.asarray(ours, leaf.dtype)
   short = {name: name.removeprefix(prefix) for name in arrays}
   rules = dict.fromkeys(ignore, True)
   is_ignored = tree.match(rules, {*short.values(), *short}, False, 'name')
-  used = set(named.values())
+  used = set(their_names.values())
   wrong['left over'] = [
     name
     for name in arrays
@@ -263,10 +265,10 @@ def _masked(arrays: Arrays) -> Arrays:
     stem = name.removesuffix('_mask')
     if stem == name or f'{stem}_orig' not in arrays:
       continue
-    whole, mask = np.asarray(arrays[f'{stem}_orig']), np.asarray(mask)
-    if mask.shape != whole.shape or not np.all((mask == 0) | (mask == 1)):
+    weight, mask = np.asarray(arrays[f'{stem}_orig']), np.asarray(mask)
+    if mask.shape != weight.shape or not np.all((mask == 0) | (mask == 1)):
       raise ValueError(
-        f'{name} must hold 0 and 1 in the shape {whole.shape} of {stem}_orig, '
+        f'{name} must hold 0 and 1 in the shape {weight.shape} of {stem}_orig, '
         f'got {mask.dtype}{list(mask.shape)} of other values or shape.'
       )
     if stem in arrays:
@@ -275,11 +277,11 @@ def _masked(arrays: Arrays) -> Arrays:
         f'them, or remove the pruning by torch.nn.utils.prune.remove.'
       )
     # Chosen, not multiplied: a pruned infinity is 0.
-    products[stem] = np.where(mask == 1, whole, np.zeros((), whole.dtype))
+    products[stem] = np.where(mask == 1, weight, np.zeros((), weight.dtype))
   ends = ('_orig', '_mask')
   is_joined = lambda name: name.endswith(ends) and name[:-5] in products
-  rest = {name: x for name, x in arrays.items() if not is_joined(name)}
-  return rest | products
+  unpaired = {name: x for name, x in arrays.items() if not is_joined(name)}
+  return unpaired | products
 
 
 def _exact(array: np.ndarray, dtype: Any) -> bool:
@@ -311,8 +313,8 @@ def _split(path: str) -> tuple[str, str]:
     >>> _split('params/stage1_block1/conv1/kernel')
     ('stage1_block1/conv1', 'kernel')
   """
-  _, _, rest = path.partition('/')
-  layer, _, kind = rest.rpartition('/')
+  _, _, leaf = path.partition('/')
+  layer, _, kind = leaf.rpartition('/')
   return layer, kind
 
 

@@ -65,10 +65,10 @@ def summary(entries: Sequence[str], separator: str) -> str:
   if len(first_layers) > 8:
     return f'{len(entries)} names, such as {", ".join(entries[:3])}'
   return ', '.join(
-    f'{_shared(some, separator)}* ({len(some)}, such as {some[0]})'
-    if len(some) > 1
-    else some[0]
-    for some in first_layers.values()
+    f'{_shared(names, separator)}* ({len(names)}, such as {names[0]})'
+    if len(names) > 1
+    else names[0]
+    for names in first_layers.values()
   )
 
 

@@ -142,11 +142,11 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
   if not isinstance(file, np.lib.npyio.NpzFile):
     raise ValueError('it is a single array')
   with file:
-    found = {name: file[name] for name in file.files}
-  for name, array in found.items():
+    arrays = {name: file[name] for name in file.files}
+  for name, array in arrays.items():
     if not isinstance(array, np.ndarray):
       raise ValueError(f'its {name!r} is no array')
-  return found
+  return arrays
 
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
@@ -162,22 +162,22 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     raise ValueError(f'{path!r} has a damaged header: it is no object.')
   header.pop('__metadata__', None)
   body = data[8 + length :]
-  found = {
+  arrays = {
     name: _tensor(path, name, entry, body) for name, entry in header.items()
   }
-  place = 0
+  end = 0
   for start, stop in sorted(e['data_offsets'] for e in header.values()):
-    if start != place:
+    if start != end:
       raise ValueError(
         f'{path!r} is damaged: its arrays must lie one after another, but one '
-        f'ends at byte {place} and the next begins at {start}.'
+        f'ends at byte {end} and the next begins at {start}.'
       )
-    place = stop
-  if place != len(body):
+    end = stop
+  if end != len(body):
     raise ValueError(
-      f'{path!r} is damaged: its arrays end at byte {place} of {len(body)}.'
+      f'{path!r} is damaged: its arrays end at byte {end} of {len(body)}.'
     )
-  return found
+  return arrays
 
 
 def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
@@ -185,12 +185,11 @@ def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
   counts = lambda x: (
     isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
   )
-  parts = entry if isinstance(entry, dict) else {}
-  keys = ('dtype', 'shape', 'data_offsets')
-  found: list[Any] = [parts.get(key) for key in keys]
-  kind, shape, place = found
-  whole = isinstance(kind, str) and counts(shape) and counts(place)
-  if not whole or len(place) != 2:
+  fields = entry if isinstance(entry, dict) else {}
+  kind, shape = fields.get('dtype'), fields.get('shape')
+  span = fields.get('data_offsets')
+  is_complete = isinstance(kind, str) and counts(shape) and counts(span)
+  if not is_complete or len(span) != 2:
     raise ValueError(
       f'{path!r} has a damaged header: {name!r} must have a dtype, a shape and '
       f'two data_offsets, got {entry!r}.'
@@ -200,7 +199,7 @@ def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
       f'{name!r} in {path!r} has the dtype {kind!r}; known are '
       f'{", ".join(_DTYPES)}.'
     )
-  start, stop = place
+  start, stop = span
   size = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize
   if not start <= stop <= len(body) or stop - start != size:
     raise ValueError(

@@ -40,9 +40,9 @@ def torchvision_vgg(layers: Mapping[str, int]) -> dict[str, Named]:
   features, flat = _vgg_features(layers)
   hidden = [layer for layer in layers if layer.startswith('hidden')]
   dense = [*sorted(hidden), 'head']
-  named = [Named(f'classifier.{3 * i}') for i in range(len(dense))]
-  named[0] = named[0]._replace(flattened=flat)
-  return features | dict(zip(dense, named, strict=True))
+  theirs = [Named(f'classifier.{3 * i}') for i in range(len(dense))]
+  theirs[0] = theirs[0]._replace(flattened=flat)
+  return features | dict(zip(dense, theirs, strict=True))
 
 
 @kinds.checked
@@ -63,7 +63,7 @@ def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
   Its pretrained weights imply ``transform_input``: they are for images scaled
   to -1 to 1, not normalised by the statistics of ImageNet.
   """
-  places = {
+  branches = {
     'branch1': 'branch1',
     'branch2_reduce': 'branch2.0',
     'branch2': 'branch2.1',
@@ -71,71 +71,71 @@ def torchvision_googlenet(layers: Mapping[str, int]) -> dict[str, Named]:
     'branch3': 'branch3.1',
     'branch4': 'branch4.1',
   }
-  named = {'head': Named('fc')}
+  theirs = {'head': Named('fc')}
   for layer in layers:
     base = layer.removesuffix('_norm')
     unit = 'bn' if layer.endswith('_norm') else 'conv'
     block, _, branch = base.rpartition('/')
-    if branch in places:
-      named[layer] = Named(f'{block}.{places[branch]}.{unit}')
+    if branch in branches:
+      theirs[layer] = Named(f'{block}.{branches[branch]}.{unit}')
     elif base.startswith('stem'):
-      named[layer] = Named(f'{base.replace("stem", "conv")}.{unit}')
-  return named
+      theirs[layer] = Named(f'{base.replace("stem", "conv")}.{unit}')
+  return theirs
 
 
 @kinds.checked
 def torchvision_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V2."""
-  named = _unit('stem', 'features.0.0', 'features.0.1')
+  theirs = _unit('stem', 'features.0.0', 'features.0.1')
   i = 0
   for i, block in _numbered(layers):
-    place, units = f'features.{i}.conv', ['expand', 'depthwise']
+    prefix, units = f'features.{i}.conv', ['expand', 'depthwise']
     units = [unit for unit in units if f'{block}/{unit}' in layers]
     for j, unit in enumerate(units):
-      named |= _unit(f'{block}/{unit}', f'{place}.{j}.0', f'{place}.{j}.1')
+      theirs |= _unit(f'{block}/{unit}', f'{prefix}.{j}.0', f'{prefix}.{j}.1')
     j = len(units)
-    named |= _unit(f'{block}/project', f'{place}.{j}', f'{place}.{j + 1}')
+    theirs |= _unit(f'{block}/project', f'{prefix}.{j}', f'{prefix}.{j + 1}')
   last = f'features.{i + 1}'
-  named |= _unit('last', f'{last}.0', f'{last}.1')
-  return named | {'head': Named('classifier.1')}
+  theirs |= _unit('last', f'{last}.0', f'{last}.1')
+  return theirs | {'head': Named('classifier.1')}
 
 
 @kinds.checked
 def torchvision_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of torchvision's MobileNet V3, small and large."""
-  named = _unit('stem', 'features.0.0', 'features.0.1')
+  theirs = _unit('stem', 'features.0.0', 'features.0.1')
   i = 0
   for i, block in _numbered(layers):
     units = ['expand', 'depthwise', 'squeeze', 'project']
     units = [unit for unit in units if f'{block}/{unit}' in layers]
     for j, unit in enumerate(units):
-      place = f'features.{i}.block.{j}'
+      prefix = f'features.{i}.block.{j}'
       if unit == 'squeeze':
-        named[f'{block}/squeeze'] = Named(f'{place}.fc1', side=1)
-        named[f'{block}/excite'] = Named(f'{place}.fc2', side=1)
+        theirs[f'{block}/squeeze'] = Named(f'{prefix}.fc1', side=1)
+        theirs[f'{block}/excite'] = Named(f'{prefix}.fc2', side=1)
       else:
-        named |= _unit(f'{block}/{unit}', f'{place}.0', f'{place}.1')
+        theirs |= _unit(f'{block}/{unit}', f'{prefix}.0', f'{prefix}.1')
   last = f'features.{i + 1}'
-  named |= _unit('last', f'{last}.0', f'{last}.1')
-  named['hidden'] = Named('classifier.0')
-  return named | {'head': Named('classifier.3')}
+  theirs |= _unit('last', f'{last}.0', f'{last}.1')
+  theirs['hidden'] = Named('classifier.0')
+  return theirs | {'head': Named('classifier.3')}
 
 
 @kinds.checked
 def timm_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V1; its sides are padded evenly."""
-  named = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
-  for block, place in _timm_blocks(layers).items():
-    named |= _unit(f'{block}/depthwise', f'{place}.conv_dw', f'{place}.bn1')
-    named |= _unit(f'{block}/pointwise', f'{place}.conv_pw', f'{place}.bn2')
-  return named
+  theirs = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
+  for block, prefix in _timm_blocks(layers).items():
+    theirs |= _unit(f'{block}/depthwise', f'{prefix}.conv_dw', f'{prefix}.bn1')
+    theirs |= _unit(f'{block}/pointwise', f'{prefix}.conv_pw', f'{prefix}.bn2')
+  return theirs
 
 
 @kinds.checked
 def timm_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of timm's MobileNet V2."""
-  named = _timm_inverted(layers, _timm_blocks(layers))
-  return named | _unit('last', 'conv_head', 'bn2')
+  theirs = _timm_inverted(layers, _timm_blocks(layers))
+  return theirs | _unit('last', 'conv_head', 'bn2')
 
 
 @kinds.checked
@@ -152,10 +152,10 @@ def timm_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
       f'MobileNet V3 has 4 stages (small) or 5 (large), got {stages}.'
     )
   blocks = _timm_blocks(layers, _TIMM_V3[stages])
-  named = _timm_inverted(layers, blocks)
-  place = f'blocks.{stages + 1}.0'
-  named |= _unit('last', f'{place}.conv', f'{place}.bn1')
-  return named | {'hidden': Named('conv_head', side=1)}
+  theirs = _timm_inverted(layers, blocks)
+  prefix = f'blocks.{stages + 1}.0'
+  theirs |= _unit('last', f'{prefix}.conv', f'{prefix}.bn1')
+  return theirs | {'hidden': Named('conv_head', side=1)}
 
 
 @kinds.checked
@@ -165,7 +165,7 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
   A checkpoint of the pretraining has ``cls.*`` for the heads we lack, and lacks
   ours: ``ignore=('cls.*',), keep=('params/head/.*',)``.
   """
-  named = {
+  theirs = {
     'words': 'bert.embeddings.word_embeddings',
     'positions': 'bert.embeddings.position_embeddings',
     'types': 'bert.embeddings.token_type_embeddings',
@@ -173,7 +173,7 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
     'pooler': 'bert.pooler.dense',
     'head': 'classifier',
   }
-  places = {
+  units = {
     'query': 'attention.self.query',
     'key': 'attention.self.key',
     'value': 'attention.self.value',
@@ -185,10 +185,10 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
   }
   for layer in layers:
     match = re.fullmatch(r'layer(\d+)/(\w+)', layer)
-    if match and match[2] in places:
-      place = f'bert.encoder.layer.{int(match[1]) - 1}'
-      named[layer] = f'{place}.{places[match[2]]}'
-  return {layer: Named(name) for layer, name in named.items()}
+    if match and match[2] in units:
+      prefix = f'bert.encoder.layer.{int(match[1]) - 1}'
+      theirs[layer] = f'{prefix}.{units[match[2]]}'
+  return {layer: Named(name) for layer, name in theirs.items()}
 
 
 # Names of layers in Keras.
@@ -197,26 +197,26 @@ def hugging_face_bert(layers: Mapping[str, int]) -> dict[str, Named]:
 @kinds.checked
 def keras_mobilenet_v1(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V1."""
-  named = _unit('stem', 'conv1', 'conv1_bn')
+  theirs = _unit('stem', 'conv1', 'conv1_bn')
   for i, block in _numbered(layers):
     for unit, their in (('depthwise', 'dw'), ('pointwise', 'pw')):
       name = f'conv_{their}_{i}'
-      named |= _unit(f'{block}/{unit}', name, f'{name}_bn')
-  return named | {'head': Named('conv_preds', side=1)}
+      theirs |= _unit(f'{block}/{unit}', name, f'{name}_bn')
+  return theirs | {'head': Named('conv_preds', side=1)}
 
 
 @kinds.checked
 def keras_mobilenet_v2(layers: Mapping[str, int]) -> dict[str, Named]:
   """Names of Keras' MobileNet V2; its epsilon is 1e-3, its padding (0, 1)."""
-  named = _unit('stem', 'Conv1', 'bn_Conv1')
+  theirs = _unit('stem', 'Conv1', 'bn_Conv1')
   for i, block in _numbered(layers):
-    place = f'block_{i - 1}' if i > 1 else 'expanded_conv'
+    prefix = f'block_{i - 1}' if i > 1 else 'expanded_conv'
     for unit in ('expand', 'depthwise', 'project'):
       if f'{block}/{unit}' in layers:
-        name = f'{place}_{unit}'
-        named |= _unit(f'{block}/{unit}', name, f'{name}_BN')
-  named |= _unit('last', 'Conv_1', 'Conv_1_bn')
-  return named | {'head': Named('predictions')}
+        name = f'{prefix}_{unit}'
+        theirs |= _unit(f'{block}/{unit}', name, f'{name}_BN')
+  theirs |= _unit('last', 'Conv_1', 'Conv_1_bn')
+  return theirs | {'head': Named('predictions')}
 
 
 @kinds.checked
@@ -226,38 +226,38 @@ def keras_mobilenet_v3(layers: Mapping[str, int]) -> dict[str, Named]:
   Its epsilon is 1e-3, its padding TensorFlow's; its last hidden layer keeps the
   published width below a multiplier of 1.
   """
-  named = _unit('stem', 'conv', 'conv_bn')
+  theirs = _unit('stem', 'conv', 'conv_bn')
   for i, block in _numbered(layers):
-    place = f'expanded_conv_{i - 1}' if i > 1 else 'expanded_conv'
+    prefix = f'expanded_conv_{i - 1}' if i > 1 else 'expanded_conv'
     for unit in ('expand', 'depthwise', 'project'):
       if f'{block}/{unit}' in layers:
-        name = f'{place}_{unit}'
-        named |= _unit(f'{block}/{unit}', name, f'{name}_bn')
+        name = f'{prefix}_{unit}'
+        theirs |= _unit(f'{block}/{unit}', name, f'{name}_bn')
     if f'{block}/squeeze' in layers:
-      name = f'{place}_squeeze_excite_conv'
-      named[f'{block}/squeeze'] = Named(name, side=1)
-      named[f'{block}/excite'] = Named(f'{name}_1', side=1)
-  named |= _unit('last', 'conv_1', 'conv_1_bn')
-  named['hidden'] = Named('conv_2', side=1)
-  return named | {'head': Named('logits', side=1)}
+      name = f'{prefix}_squeeze_excite_conv'
+      theirs[f'{block}/squeeze'] = Named(name, side=1)
+      theirs[f'{block}/excite'] = Named(f'{name}_1', side=1)
+  theirs |= _unit('last', 'conv_1', 'conv_1_bn')
+  theirs['hidden'] = Named('conv_2', side=1)
+  return theirs | {'head': Named('logits', side=1)}
 
 
 def _resnet(layers: Mapping[str, int], head: str, shortcut: str):
-  named = _unit('stem', 'conv1', 'bn1') | {'head': Named(head)}
-  parts = {
+  theirs = _unit('stem', 'conv1', 'bn1') | {'head': Named(head)}
+  kinds = {
     'conv': 'conv',
     'norm': 'bn',
     'shortcut': f'{shortcut}.0',
     'shortcut_norm': f'{shortcut}.1',
   }
-  pattern = rf'stage(\d+)_block(\d+)/({"|".join(parts)})(\d*)'
+  pattern = rf'stage(\d+)_block(\d+)/({"|".join(kinds)})(\d*)'
   for layer in layers:
     match = re.fullmatch(pattern, layer)
     if match:
-      place = f'layer{match[1]}.{int(match[2]) - 1}'
-      part = parts[match[3]]
-      named[layer] = Named(f'{place}.{part}{match[4]}')
-  return named
+      prefix = f'layer{match[1]}.{int(match[2]) - 1}'
+      kind = kinds[match[3]]
+      theirs[layer] = Named(f'{prefix}.{kind}{match[4]}')
+  return theirs
 
 
 def _vgg_features(layers: Mapping[str, int]) -> tuple[dict[str, Named], int]:
@@ -268,15 +268,15 @@ def _vgg_features(layers: Mapping[str, int]) -> tuple[dict[str, Named], int]:
       f'`layers` must be those of a VGG, with convolutions; got: '
       f'{", ".join(layers) or "none"}.'
     )
-  named, place, stage = {}, 0, '1'
+  theirs, position, stage = {}, 0, '1'
   for layer in convs:
-    place += layer[len('stage')] != stage  # A pooling.
+    position += layer[len('stage')] != stage  # A pooling.
     stage, norm = layer[len('stage')], layer.replace('conv', 'norm')
-    named[layer] = Named(f'features.{place}')
+    theirs[layer] = Named(f'features.{position}')
     if norm in layers:
-      named[norm] = Named(f'features.{place + 1}')
-    place += 3 if norm in layers else 2
-  return named, layers[convs[-1]]
+      theirs[norm] = Named(f'features.{position + 1}')
+    position += 3 if norm in layers else 2
+  return theirs, layers[convs[-1]]
 
 
 def _blocks(layers: Mapping[str, int]) -> list[str]:
@@ -296,10 +296,10 @@ def _numbered(layers: Mapping[str, int]) -> list[tuple[int, str]]:
     >>> _numbered({'stage1_block1/a': 8, 'stage2_block2/a': 8, 'head': 3})
     [(1, 'stage1_block1'), (3, 'stage2_block2')]
   """
-  places = {name: _stage_and_block(name) for name in _blocks(layers)}
-  lengths = dict(places.values())  # In order, so that the largest stays.
+  positions = {name: _stage_and_block(name) for name in _blocks(layers)}
+  lengths = dict(positions.values())  # In order, so that the largest stays.
   before = lambda stage: sum(n for s, n in lengths.items() if s < stage)
-  return [(before(stage) + i, name) for name, (stage, i) in places.items()]
+  return [(before(stage) + i, name) for name, (stage, i) in positions.items()]
 
 
 def _stage_and_block(name: str) -> tuple[int, int]:
@@ -322,30 +322,30 @@ def _timm_blocks(
   layers: Mapping[str, int], after: tuple[int, int] | None = None
 ) -> dict[str, str]:
   """Returns block -> ``blocks.{stage}.{i}``, a stage divided after a block."""
-  found = {}
+  prefixes = {}
   for name in _blocks(layers):
     stage, block = _stage_and_block(name)
     if after and (stage, block) > after:
       block -= after[1] if stage == after[0] else 0
       stage += 1
-    found[name] = f'blocks.{stage - 1}.{block - 1}'
-  return found
+    prefixes[name] = f'blocks.{stage - 1}.{block - 1}'
+  return prefixes
 
 
 def _timm_inverted(
   layers: Mapping[str, int], blocks: Mapping[str, str]
 ) -> dict[str, Named]:
-  named = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
-  for block, place in blocks.items():
+  theirs = _unit('stem', 'conv_stem', 'bn1') | {'head': Named('classifier')}
+  for block, prefix in blocks.items():
     units = {'expand': 'pw', 'depthwise': 'dw', 'project': 'pwl'}
     if f'{block}/expand' not in layers:
       units = {'depthwise': 'dw', 'project': 'pw'}
     for i, (unit, their) in enumerate(units.items(), 1):
-      conv, norm = f'{place}.conv_{their}', f'{place}.bn{i}'
-      named |= _unit(f'{block}/{unit}', conv, norm)
-    named[f'{block}/squeeze'] = Named(f'{place}.se.conv_reduce', side=1)
-    named[f'{block}/excite'] = Named(f'{place}.se.conv_expand', side=1)
-  return named
+      conv, norm = f'{prefix}.conv_{their}', f'{prefix}.bn{i}'
+      theirs |= _unit(f'{block}/{unit}', conv, norm)
+    theirs[f'{block}/squeeze'] = Named(f'{prefix}.se.conv_reduce', side=1)
+    theirs[f'{block}/excite'] = Named(f'{prefix}.se.conv_expand', side=1)
+  return theirs
 
 
 def _unit(layer: str, conv: str, norm: str) -> dict[str, Named]:
