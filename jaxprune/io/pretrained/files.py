@@ -185,7 +185,7 @@ def _tensor(path: str, name: str, entry: Any, body: Any) -> np.ndarray:
   counts = lambda x: (
     isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
   )
-  fields = entry if isinstance(entry, dict) else {}
+  fields: Any = entry if isinstance(entry, dict) else {}
   kind, shape = fields.get('dtype'), fields.get('shape')
   span = fields.get('data_offsets')
   is_complete = isinstance(kind, str) and counts(shape) and counts(span)
