@@ -263,7 +263,7 @@ def test_a_kill_during_a_save_never_loses_the_last_step(tmp_path):
   code = textwrap.dedent("""
     import sys
     import jax.numpy as jnp
-    from jaxprune import checkpoint
+    from jaxprune.io import checkpoint
 
     with checkpoint.Checkpointer(sys.argv[1]) as checkpoints:
       for step in range(max(checkpoints.steps(), default=-1) + 1, 10**6):
