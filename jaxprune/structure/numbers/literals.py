@@ -159,8 +159,10 @@ def may_be_of(
   count, tolerance = count_of(axes), rounding(value)
   if not isinstance(count, int) or count < 3 or not _is_usual(number):
     return False
-  near = (count - 1, count + 1)
-  if _is_any(number, [n for k in near for n in (k, 1 / k)], tolerance):
+  near = [count - 1, count + 1]
+  if _length(abs(number), tolerance) > 1:  # 0.1 is no 1 / (9 + 1).
+    near += [1 / k for k in near]
+  if _is_any(number, near, tolerance):
     return True
   formulas = [n for k in _FORMULAS for n in (k, 1 / k)]
   if _is_any(number, formulas, tolerance):
@@ -189,7 +191,7 @@ def may_be_of(
 
 def _is_usual(number: float) -> bool:
   """Whether a number is no mark of what is hidden, as -1e9 of scores is."""
-  return 0 < abs(number) < _HIDDEN
+  return 1e-280 < abs(number) < _HIDDEN
 
 
 def _is_momentum(number: float, tolerance: float) -> bool:
