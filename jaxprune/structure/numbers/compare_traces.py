@@ -18,7 +18,9 @@ from jaxprune.structure.numbers.literals import (
   power_of,
   varying_axes,
 )
-from jaxprune.structure.numbers.rescale import Findings, Law, Use, bodies_of
+from jaxprune.structure.numbers.parts import bodies_of
+from jaxprune.structure.numbers.rescale import Findings, Law
+from jaxprune.structure.numbers.targets import Use
 from jaxprune.structure.program import axes as ax
 from jaxprune.structure.program.axes import Axis
 from jaxprune.structure.program.typed import Program

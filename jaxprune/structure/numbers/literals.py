@@ -1,7 +1,7 @@
 """Numbers that stand in a program, and the sizes that they are powers of."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,25 +16,34 @@ from jaxprune.structure.rules.primitives import LAYOUT, where
 POWERS = (1.0, -1.0, 0.5, -0.5, 0.25, -0.25)
 # Numbers of formulas, rather than of widths.
 _PLAIN = (1.0, 2.0, 0.5, 2.0**0.5, 0.5**0.5)
-# What a width may become on its way into a program, beside its powers: of
-# random features, of temperatures, of neighbours and positions.
-_FORMS: tuple[Callable[[int], float], ...] = (
-  lambda d: 2 * d,
-  lambda d: d / 2,
-  lambda d: (2 * d) ** 0.5,
-  lambda d: (d / 2) ** 0.5,
-  lambda d: 3 * d,
-  lambda d: (3 * d) ** 0.5,
-  lambda d: (d / 3) ** 0.5,
-  lambda d: math.log(d),
-  lambda d: math.log2(d),
-  lambda d: math.log(d) ** 0.5,
-  lambda d: math.log1p(d),
-  lambda d: d + 1,
-  lambda d: d - 1,
-  lambda d: (d + 1) ** 0.5,
-  lambda d: (d - 1) ** 0.5,
+# Numbers that formulas have and widths do not, of gates and activations: their
+# digits tell them apart.
+_FORMULAS = (
+  math.pi,
+  2 * math.pi,
+  math.pi / 2,
+  math.e,
+  math.log(2),
+  math.log(10),
+  math.log2(10),
+  (2 / math.pi) ** 0.5,  # gelu
+  (2 * math.pi) ** 0.5,
+  0.5 * math.log(2 * math.pi),
+  0.044715,
+  1.702,  # gelu by a logistic
+  1.0507009873554805,  # selu
+  1.6732632423543772,
+  1.0507009873554805 * 1.6732632423543772,
+  1.7015043497085571,  # gelu, relu and silu of variance 1
+  1.7139588594436646,
+  1.7881293296813965,
 )
+_ADDS = frozenset(['add', 'sub'])
+_BOUNDS = frozenset(['eq', 'ge', 'gt', 'le', 'lt', 'max', 'min', 'ne'])
+_COEFFICIENTS = (1.0, 2.0, 3.0, 0.5, 1 / 3)
+_WIDER_POWERS = (*POWERS, 0.75, -0.75, 1.5, -1.5, 2.0, -2.0)
+_EPSILON, _HIDDEN = 1e-3, 1e8
+_DIGITS = 3  # Of a number that may be written by hand.
 _UNIFORM: dict[str, Callable[..., float]] = {
   'add': lambda a, b: a + b,
   'sub': lambda a, b: a - b,
@@ -83,9 +92,9 @@ def fold(eqn: Equation, known: Sequence[Any]) -> float | None:
   return known[0] if name in UNCHANGED else None
 
 
-def is_plain(number: float) -> bool:
+def is_plain(number: float, tolerance: float = 4e-3) -> bool:
   """Whether a number may be one of a formula, as well as of a width."""
-  return any(math.isclose(abs(number), n, rel_tol=4e-3) for n in _PLAIN)
+  return _is_any(number, _PLAIN, tolerance)
 
 
 def count_of(axes: Iterable[Axis]) -> Any:
@@ -121,32 +130,95 @@ def power_of(value: Value, number: float, axes: Iterable[Axis]) -> float | None:
   return None
 
 
-def may_be_of(value: Value, number: float, axes: Iterable[Axis]) -> bool:
+def may_be_of(
+  value: Value,
+  number: float,
+  axes: Iterable[Axis],
+  operation: str,
+  whole: Collection[int] = (),
+) -> bool:
   """Whether a number may have been computed from the size of axes.
 
-  Of a number of few digits, which a formula has as often as a width (the 6 of
-  ``relu6`` is half of 12), only the powers of the size and its neighbours are.
+  A power of the size, or one more or less than it, always may. Of the others
+  those may not that a formula has, those that are a power of a size that stays
+  as it is, and those that are written by hand: in three digits, where no small
+  coefficient or shorter number times a power of the size gives them too. At 20,
+  0.035 may be 0.7 / 20, and 0.1 twice a twentieth; at 64, 0.1 is a tenth.
+
+  Args:
+    value: the literal, whose dtype says how well it is known.
+    number: what it is.
+    axes: those whose size it may be of.
+    operation: what it does to a value; an added epsilon is no size, nor is the
+      6 of a bound.
+    whole: sizes that stay.
   """
   axes = list(axes)
   if power_of(value, number, axes) is not None:
     return True
-  count = count_of(axes)
-  if not isinstance(count, int) or count < 3 or not number:
+  count, tolerance = count_of(axes), rounding(value)
+  if not isinstance(count, int) or count < 3 or not _is_usual(number):
     return False
-  tolerance = 2 * rounding(value)
-  if _is_short(number, tolerance):
-    return abs(number) in (count - 1, count + 1)
-  sizes = [form(count) for form in _FORMS]
+  near = [count - 1, count + 1]
+  if _length(abs(number), tolerance) > 1:  # 0.1 is no 1 / (9 + 1).
+    near += [1 / k for k in near]
+  if _is_any(number, near, tolerance):
+    return True
+  formulas = [n for k in _FORMULAS for n in (k, 1 / k)]
+  if _is_any(number, formulas, tolerance):
+    return False
+  # A literal of 0.9999 is 1e-4 less than 1, a scale of 1.1111 is 1 / 0.9.
+  absolute = abs(number)
+  forms = (absolute, 1 / absolute)
+  by_hand = any(_digits(form, tolerance) <= _DIGITS for form in forms)
+  if not by_hand and not _is_momentum(absolute, tolerance):
+    kept = [n for k in whole for n in (*(k**p for p in POWERS), k - 1, k + 1)]
+    return not _is_any(number, kept, tolerance)
+  is_epsilon = operation in _ADDS and absolute <= _EPSILON
+  length = min(_length(form, tolerance) for form in forms)
+  if is_epsilon or (operation in _BOUNDS and length == 1):
+    return False
+  further = [1 - 1 / count, math.log2(count)]
+  further += [count - 2, count + 2] if length > 1 else []
+  if _is_any(number, [n for k in further for n in (k, 1 / k)], tolerance):
+    return True
+  coefficients = [absolute / count**power for power in _WIDER_POWERS]
   return any(
-    math.isclose(abs(number), wanted, rel_tol=tolerance)
-    for size in sizes
-    for wanted in (size, 1 / size)
+    _is_any(c, _COEFFICIENTS, tolerance) or _length(c, tolerance) < length
+    for c in coefficients
   )
 
 
-def _is_short(number: float, tolerance: float) -> bool:
-  """Whether two digits write a number."""
-  return math.isclose(float(f'{number:.1e}'), number, rel_tol=tolerance)
+def _is_usual(number: float) -> bool:
+  """Whether a number is no mark of what is hidden, as -1e9 of scores is."""
+  return 1e-280 < abs(number) < _HIDDEN
+
+
+def _is_momentum(number: float, tolerance: float) -> bool:
+  """Whether one digit writes what is left to 1."""
+  left = abs(1 - number)
+  return left < 0.1 and (
+    not left or _digits(left, max(tolerance / left, tolerance)) == 1
+  )
+
+
+def _is_any(number: float, wanted: Iterable[float], tolerance: float) -> bool:
+  return any(math.isclose(abs(number), n, rel_tol=tolerance) for n in wanted)
+
+
+def _digits(number: float, tolerance: float) -> int:
+  """How many digits write a number, without the zeros around them."""
+  fits = lambda n: math.isclose(
+    float(f'{number:.{n - 1}e}'), number, rel_tol=tolerance
+  )
+  return next((n for n in range(1, _DIGITS + 1) if fits(n)), 17)
+
+
+def _length(number: float, tolerance: float) -> int:
+  """How many digits write a number, with the zeros behind its point."""
+  return _digits(number, tolerance) + max(
+    0, -1 - math.floor(math.log10(number))
+  )
 
 
 def varying_axes(value: Value) -> list[Axis]:
