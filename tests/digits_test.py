@@ -81,7 +81,9 @@ def test_scikit_learn_missing(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_prepare_by_many_processes_and_a_killed_one(tmp_path):
-  code = 'import sys; from jaxprune.data import digits; digits.prepare(sys.argv[1])'
+  code = (
+    'import sys; from jaxprune.data import digits; digits.prepare(sys.argv[1])'
+  )
   start = lambda: subprocess.Popen([sys.executable, '-c', code, str(tmp_path)])
   killed = start()
   while not list(tmp_path.glob('.jaxprune-digits-*/**/*.array_record*')):
