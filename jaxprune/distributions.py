@@ -67,7 +67,7 @@ def uniform(shapes: Shapes, sparsity: float) -> Kept:
 def _evenly(sizes: Mapping[str, int], sparsity: float) -> Kept:
   total = sum(sizes.values())
   pruned = total - counts_lib.kept(total, sparsity)
-  numerator, denominator = float(sparsity).as_integer_ratio()
+  numerator, denominator = counts_lib.decimal(sparsity).as_integer_ratio()
   kept, points = {}, []
   for path, size in sizes.items():
     whole, rest = divmod(size * numerator, denominator)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxprune import distributions, masks
+from jaxprune.numerics import counts
 
 SHAPES = {
   'conv1': (3, 3, 3, 16),
@@ -155,7 +156,7 @@ def test_uniform_is_fair_to_a_weight_and_the_same_traced(sizes, sparsity):
   shapes = {str(i): (n,) for i, n in enumerate(sizes)}
   kept = list(distributions.uniform(shapes, sparsity).values())
   assert sum(kept) == masks.kept(sum(sizes), sparsity)
-  share = fractions.Fraction(sparsity)
+  share = counts.decimal(sparsity)
   exact = [n - share * n for n in sizes]
   assert all(abs(k - x) < 1 for k, x in zip(kept, exact, strict=True))
   if sum(sizes) < 2**29:  # Beyond, the static product is one of float64.

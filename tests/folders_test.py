@@ -113,23 +113,16 @@ X = pixels(2, 3, 3)
   ('splits', 'options', 'message'),
   [
     ({}, {}, 'needs one split or more'),
-    (
-      {'train': X},
-      {},
-      r"a dict of pairs, such as \{'train': \(images, labels\)",
-    ),
-    (
-      (X, [0, 1]),
-      {},
-      r"a dict of pairs, such as \{'train': \(images, labels\)",
-    ),
+    ({'train': X}, {}, r"`splits\['train'\]` must be a tuple, got uint8"),
+    ((X, [0, 1]), {}, '`splits` must be a mapping, got a tuple of 2'),
     ({'train': (X, [0, 10**9])}, {}, r'got 0\.\.1000000000\. np\.unique'),
     (
       {'train': (X[:, :0], [0, 1])},
       {},
       r'Image 0 of .* is uint8\[0, 3, 1\], bu',
     ),
-    ({'train': (X, [0, 1])}, {'classes': 'ab'}, r'in 0\.\.0, the 1 classes'),
+    ({'train': (X, [0, 1])}, {'classes': 'ab'}, "several strings .* got 'ab'"),
+    ({'train': (X, [0, 1])}, {'classes': ['a']}, r'in 0\.\.0, the 1 classes'),
     ({'a b': (X, [0, 1])}, {}, "The split of a set .* got 'a b'"),
     ({'all': (X, [0, 1])}, {}, "The split of a set .* got 'all'"),
     ({'train': ([], [])}, {}, "'train' has no images"),
@@ -183,7 +176,7 @@ X = pixels(2, 3, 3)
 def test_what_cannot_be_saved_is_said_in_one_line(
   tmp_path, splits, options, message
 ):
-  with pytest.raises(data.DataError, match=message) as error:
+  with pytest.raises((data.DataError, TypeError), match=message) as error:
     data.save(tmp_path, 'mine', splits, **options)
   assert '\n' not in str(error.value)
   assert not list(tmp_path.iterdir())
@@ -321,7 +314,8 @@ def test_integers_without_names_have_the_classes_of_all_splits(odd):
   [
     (None, r"no feature 'image', 'label', but caption, clip, .*by `features`"),
     (('deep', 'nothing'), "no feature 'nothing', but caption"),
-    ('deep', "`features` must name one or two, got 'deep'"),
+    ('deep', "`features` must be several strings .*, got 'deep'"),
+    ((), r'`features` must name one or two, got \(\)'),
     (('clip', 'kind'), r'is uint8\[2, 5, 4, 3\], but an image .*data\.records'),
     (('sound', 'kind'), r"'sound' of record 0 .* is float32\[16\], but an im"),
     (('caption', 'kind'), r"'caption' of record 0 .* is bytes, but an image"),
@@ -342,7 +336,7 @@ def test_integers_without_names_have_the_classes_of_all_splits(odd):
 )
 def test_what_is_no_image_or_label_is_said_in_one_line(odd, features, message):
   root, _ = odd
-  with pytest.raises(data.DataError, match=message) as error:
+  with pytest.raises((data.DataError, TypeError), match=message) as error:
     data.load('odd', 'train', root, features=features)
   assert '\n' not in str(error.value)
 

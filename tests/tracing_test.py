@@ -175,7 +175,7 @@ def test_statistics_are_known_without_the_name_of_their_collection():
 
 
 def test_a_form_that_is_no_tuple_of_a_function_is_refused():
-  with pytest.raises(TypeError, match='`also` must hold tuples of a function'):
+  with pytest.raises(TypeError, match=r'`also\[0\]` must be a tuple, got'):
     structure.trace(lambda p, x: x, {}, jnp.ones(2), also=[lambda p, x: x])
 
 

@@ -57,8 +57,9 @@ def save_stablehlo(
     >>> import tempfile
     >>> import jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...   size = save(f'{folder}/double', lambda x: 2 * x, jnp.zeros((1, 2)))
-    ...   print(load(f'{folder}/double')(jnp.ones((3, 2))))
+    ...   path = f'{folder}/double'
+    ...   size = save_stablehlo(path, lambda x: 2 * x, jnp.zeros((1, 2)))
+    ...   print(load_stablehlo(path)(jnp.ones((3, 2))))
     [[2. 2.]
      [2. 2.]
      [2. 2.]]

@@ -62,7 +62,7 @@ def kept(size: int, sparsity: float | jax.Array) -> Keep:
   """
   checks.sparsity(sparsity)
   if isinstance(sparsity, float | int | np.floating):
-    return size - round(_decimal(sparsity) * size)
+    return size - round(decimal(sparsity) * size)
   high, low = kept_limbs([size], jnp.asarray(sparsity)[None])
   high, low = high[0], low[0]
   return (high, low) if size >= 1 << 32 else (high << 16) | low
@@ -121,7 +121,7 @@ def least(size: int, fraction: float) -> int:
     >>> least(100, 0.07), least(10, 0.25)
     (7, 3)
   """
-  return math.ceil(_decimal(fraction) * size)
+  return math.ceil(decimal(fraction) * size)
 
 
 def most(size: int, fraction: float) -> int:
@@ -135,11 +135,20 @@ def most(size: int, fraction: float) -> int:
     >>> most(100, 0.29), most(10, 0.25)
     (29, 2)
   """
-  return math.floor(_decimal(fraction) * size)
+  return math.floor(decimal(fraction) * size)
 
 
-def _decimal(fraction: float) -> fractions.Fraction:
-  """The decimal that a float stands for, as :func:`scale` takes a float32."""
+def decimal(fraction: float) -> fractions.Fraction:
+  """Returns the decimal that a float stands for, as :func:`scale` has it.
+
+  Args:
+    fraction: a float counts as it is written; a float32 as the decimal of up to
+      four digits that it is nearest to, else as its exact value.
+
+  Examples:
+    >>> decimal(0.3)
+    Fraction(3, 10)
+  """
   value = float(fraction)
   if np.float32(value) != value:
     return fractions.Fraction(repr(value))

@@ -128,7 +128,7 @@ def warn_about(diagnosis: weights.Diagnosis) -> None:
 
   Examples:
     >>> calm = {'kernel': jnp.float32(0.1)}
-    >>> warn_about(soft.Diagnosis(calm, calm, calm, calm, calm, calm))
+    >>> warn_about(weights.Diagnosis(calm, calm, calm, calm, calm, calm))
   """
   hard = tree.leaves(diagnosis.hardness)
   steep = tree.leaves(diagnosis.steepness)

@@ -454,7 +454,7 @@ def replace_in_state(
 
 @kinds.checked
 def project(
-  updates: optax.Updates, params: tree_lib.Arrays, masks: tree_lib.Arrays
+  updates: tree_lib.Arrays, params: tree_lib.Arrays, masks: tree_lib.Arrays
 ) -> optax.Updates:
   """Returns updates that make pruned weights exactly zero.
 

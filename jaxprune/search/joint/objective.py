@@ -50,7 +50,7 @@ def coster(
       what reads no leaf costs what depends on the side.
 
   Examples:
-    >>> from jaxprune import joint
+    >>> from jaxprune.search import joint
     >>> from jaxprune.structure import trace
     >>> params = {'a': jnp.ones((3, 8)), 'b': jnp.ones((8, 2))}
     >>> mlp = lambda p, x: x @ p['a'] @ p['b']
